@@ -1,0 +1,1 @@
+"""Guest bytes at guest offsets. Knows no NBD, no socket."""

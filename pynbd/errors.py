@@ -1,0 +1,71 @@
+"""What can go wrong, as one tree.
+
+::
+
+    PynbdError
+    ├── ProtocolError              the peer broke a rule it MUST keep: disconnect
+    ├── OptionError                an option is answered with NBD_REP_ERR_*; haggling goes on
+    ├── RequestError               a request is answered with an NBD error; the connection goes on
+    ├── ImageError                 an image cannot be opened or served as asked
+    │   ├── CorruptImage           its bytes contradict the format's specification
+    │   ├── UnsupportedFeature     it needs a feature that pynbd does not have
+    │   └── ImageLocked            another process holds a conflicting lock
+    └── UsageError                 a combination of arguments that makes no sense
+
+Trouble with the disk itself stays ``OSError``: its errno becomes an NBD error in one function,
+`pynbd.server.commands.nbd_error`. ``assert`` is for our own invariants, never for bytes from a
+peer or a disk.
+"""
+
+
+class PynbdError(Exception):
+    """The root of every exception that pynbd raises on purpose."""
+
+
+class ProtocolError(PynbdError):
+    """The peer violated a mandatory rule of the NBD specification; the session cannot go on."""
+
+
+class OptionError(PynbdError):
+    """An option that is answered with an error reply.
+
+    ``reply`` is the NBD_REP_ERR_* value, ``message`` a short text for a person (under 900 bytes).
+    """
+
+    def __init__(self, reply: int, message: str) -> None:
+        super().__init__(message)
+        self.reply = reply
+        self.message = message
+
+
+class RequestError(PynbdError):
+    """A request that is answered with an error.
+
+    ``error`` is one of the eight NBD_E* values of the specification ("Error values"),
+    ``message`` a short text for a person (under 900 bytes).
+    """
+
+    def __init__(self, error: int, message: str) -> None:
+        super().__init__(message)
+        self.error = error
+        self.message = message
+
+
+class ImageError(PynbdError):
+    """An image cannot be opened or served as asked. The text names the file and the reason."""
+
+
+class CorruptImage(ImageError):
+    """Bytes of an image contradict its format. The text names the file, the place and the rule."""
+
+
+class UnsupportedFeature(ImageError):
+    """An image needs a feature that pynbd does not have. The text names the feature."""
+
+
+class ImageLocked(ImageError):
+    """Another process holds a lock on the image that conflicts with what was asked."""
+
+
+class UsageError(PynbdError):
+    """Arguments that contradict each other. The text names them and what is allowed."""

@@ -1,0 +1,1 @@
+"""NBD as its specification writes it. Bytes in, bytes and values out; no I/O."""

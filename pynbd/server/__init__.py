@@ -1,0 +1,1 @@
+"""Joins language and disk; owns sockets, limits and lives."""
