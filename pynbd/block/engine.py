@@ -1,0 +1,288 @@
+"""The engine: the only place that makes disk system calls.
+
+Its rules:
+
+1. A page-cache hit never leaves the event loop. ``preadv2(RWF_NOWAIT)`` answers a hit in a few microseconds,
+   where one hop through a thread pool costs fifty; only a miss goes to the pool.
+2. Everything else that can wait for a disk runs in the pool, in calls that release the GIL; the writes of a
+   batch share one hop.
+3. What a file or its file system cannot do is found out once and remembered in the `HostFile`.
+4. After a failed fsync Linux may report success the next time although pages were lost. A file remembers the
+   failure: from then on flushes and writes fail, until the image is opened again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Buffer = bytes | bytearray | memoryview
+
+# A NOWAIT read copies in the loop's own time: a longer one goes to the pool even on a hit.
+NOWAIT_MAX = 256 * 1024
+# preadv and pwritev take no more pieces than this (IOV_MAX), and no more bytes in one call.
+IOV_MAX = 1024
+TRANSFER_MAX = 0x7FFF_F000
+
+FALLOC_KEEP_SIZE = 0x01
+FALLOC_PUNCH_HOLE = 0x02
+FALLOC_ZERO_RANGE = 0x10
+
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_SYS_CACHESTAT = 451  # the same number on every architecture (Linux 6.5)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+# struct flock of <fcntl.h>: type, whence, start, length, pid; native alignment and size.
+_FLOCK = struct.Struct("hhqqi0q")
+
+
+class Engine:
+    """The bounded thread pool for what the page cache does not answer."""
+
+    def __init__(self, threads: int = 8) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pynbd-disk")
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``call(*args)`` in the pool. Keyword arguments are not taken."""
+        assert not kwargs
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+
+    def close(self) -> None:
+        """Wait for the system calls under way, then end the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class HostFile:
+    """One open host file or block device, and what is known of its abilities.
+
+    Offsets and lengths are bytes. Failures are ``OSError``.
+    """
+
+    def __init__(self, engine: Engine, path: str, fd: int, *, writable: bool) -> None:
+        self.engine = engine
+        self.path = path
+        self.fd = fd
+        self.writable = writable
+        self.sync_failed = False
+        status = os.fstat(fd)
+        self.identity = (status.st_dev, status.st_ino)
+        self.is_device = stat.S_ISBLK(status.st_mode)
+        self._nowait = hasattr(os, "RWF_NOWAIT")
+        self._cachestat = True
+        self._fallocate_refused: set[int] = set()
+
+    @classmethod
+    def open(cls, engine: Engine, path: str, *, writable: bool) -> HostFile:
+        """Open a regular file or a block device; anything else is refused, without ever waiting on it."""
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(path, flags)
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file or a block device", path)
+        return cls(engine, path, fd, writable=writable)
+
+    def close(self) -> None:
+        """Close the descriptor, which also drops the locks on it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def size(self) -> int:
+        """Length in bytes, of a device as well."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def allocated_size(self) -> int:
+        """Bytes that the host has allocated to the file."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    # Reading
+
+    def read_now(self, view: Buffer, offset: int) -> int:
+        """Read from the page cache; how many bytes it had. Fewer than asked for: a miss, or the end."""
+        if not self._nowait or len(view) > NOWAIT_MAX:
+            return 0
+        try:
+            return os.preadv(self.fd, (view,), offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                self._nowait = False
+            return 0  # any other trouble shows again in the pool, where it can be reported
+
+    async def read(self, view: memoryview, offset: int) -> int:
+        """Fill ``view`` from ``offset``; how many bytes there were before the end of the file."""
+        done = self.read_now(view, offset)
+        if done == len(view):
+            return done
+        return done + await self.engine.run(_read_fully, self.fd, view[done:], offset + done)
+
+    async def read_bytes(self, length: int, offset: int) -> bytes:
+        """Up to ``length`` bytes from ``offset``, fewer only at the end of the file."""
+        data = bytearray(length)
+        count = await self.read(memoryview(data), offset)
+        return bytes(data[:count])
+
+    def resident(self, offset: int, length: int) -> bool:
+        """Whether the page cache holds all of a range, as far as the kernel can tell (Linux 6.5)."""
+        if not self._cachestat:
+            return False
+        asked = (ctypes.c_uint64 * 2)(offset, length)
+        answer = (ctypes.c_uint64 * 5)()
+        if _syscall(_SYS_CACHESTAT, self.fd, asked, answer, 0):
+            self._cachestat = False
+            return False
+        pages: int = (offset + length + _PAGE - 1) // _PAGE - offset // _PAGE
+        return answer[0] >= pages
+
+    async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
+        """(length, is data) of consecutive pieces from ``offset``, at most ``limit`` of them (SEEK_DATA).
+
+        Past the end of the file is no data. A file system without SEEK_DATA says that all is data.
+        """
+        return await self.engine.run(_data_runs, self.fd, offset, length, limit)
+
+    # Writing
+
+    async def write_batch(self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False) -> list[OSError | None]:
+        """Write each (buffer, offset) in one hop; what went wrong with each. ``fua``: on stable storage."""
+        if self.sync_failed:
+            return [self._lost() for _ in pieces]
+        return await self.engine.run(self._write_batch, pieces, fua)
+
+    async def write(self, data: Buffer, offset: int, *, fua: bool = False) -> None:
+        """Write one buffer."""
+        (error,) = await self.write_batch([(data, offset)], fua=fua)
+        if error:
+            raise error
+
+    async def flush(self) -> None:
+        """Everything written so far onto stable storage (fdatasync)."""
+        if self.sync_failed:
+            raise self._lost()
+        if self.writable:
+            await self.engine.run(self._sync)
+
+    async def fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """fallocate(2); False if this file or its file system does not do ``mode``, and nothing happened."""
+        if mode in self._fallocate_refused:
+            return False
+        if self.sync_failed:
+            raise self._lost()
+        code = await self.engine.run(_fallocate_errno, self.fd, mode, offset, length)
+        if code in _UNSUPPORTED:
+            self._fallocate_refused.add(mode)
+            return False
+        if code:
+            raise OSError(code, os.strerror(code), self.path)
+        return True
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Ask the host to read a range ahead; returns at once."""
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    # Locks
+
+    def lock_byte(self, position: int) -> None:
+        """Take a shared open-file-description lock on one byte. ``OSError`` if somebody forbids it."""
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, position, 1, 0))
+
+    def byte_is_locked(self, position: int) -> bool:
+        """Whether another open file description holds any lock on that byte."""
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, position, 1, 0)
+        answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, asked)
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def _lost(self) -> OSError:
+        return OSError(errno.EIO, "an earlier flush failed; data may be lost", self.path)
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self.fd)
+        except OSError:
+            self.sync_failed = True
+            raise
+
+    def _write_batch(self, pieces: Sequence[tuple[Buffer, int]], fua: bool) -> list[OSError | None]:
+        errors: list[OSError | None] = []
+        for data, offset in pieces:
+            try:
+                _write_fully(self.fd, data, offset)
+            except OSError as error:
+                errors.append(error)
+            else:
+                errors.append(None)
+        if fua and not all(errors):
+            try:
+                self._sync()
+            except OSError as error:
+                return [earlier or error for earlier in errors]
+        return errors
+
+
+def _read_fully(fd: int, view: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, (view[done : done + TRANSFER_MAX],), offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+def _write_fully(fd: int, data: Buffer, offset: int) -> None:
+    done = os.pwrite(fd, data, offset)
+    if done < len(data):
+        view = memoryview(data)
+        while done < len(view):
+            count = os.pwrite(fd, view[done:], offset + done)
+            if not count:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done += count
+
+
+def _data_runs(fd: int, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
+    runs: list[tuple[int, bool]] = []
+    end = offset + length
+    while offset < end and len(runs) < limit:
+        try:
+            data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here to the end of the file
+                data = end
+            else:
+                return [*runs, (end - offset, True)]
+        if data > offset:
+            runs.append((data - offset, False))
+        if data < end:
+            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+            runs.append((hole - data, True))
+            offset = hole
+        else:
+            offset = end
+    return runs
+
+
+def _fallocate_errno(fd: int, mode: int, offset: int, length: int) -> int:
+    while _fallocate(fd, mode, offset, length):
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            return code
+    return 0

@@ -1,0 +1,232 @@
+"""BlockNode: one image of a chain, and the chain below it.
+
+A format answers one question, `BlockNode.layer`: what do you yourself say about this guest range? Everything
+that concerns the chain is here, once for all formats:
+
+* `map` merges the answers of all layers, whole tables at a time; it serves BLOCK_STATUS.
+* `resolve` turns a map into extents for I/O and remembers them, so that a read that was mapped once costs one
+  bisect, through however many layers.
+* `fetch` brings the bytes of an extent.
+
+Depth as in ``qemu-img map`` plus one: 1 is this node, n the n-th below, 0 nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from pynbd.block.bitmap import DirtyBitmap
+from pynbd.block.engine import Buffer, HostFile
+from pynbd.block.extent import (
+    COMPRESSED,
+    CORRUPT,
+    DATA,
+    UNALLOCATED,
+    ZERO,
+    Extent,
+    ResolvedExtents,
+    Runs,
+    concatenate,
+)
+
+# How much guest range is resolved at once around a read that was not mapped before.
+RESOLVE_WINDOW = 1 << 26
+
+
+class BlockNode(ABC):
+    """An open image: guest bytes 0..size at guest offsets, with ``backing`` below it or None.
+
+    ``name`` is the file name as it is told to people, ``format`` "raw" or "qcow2", ``file`` the host file
+    that holds guest data. ``window``: guest bytes that are resolved at once.
+    """
+
+    name: str
+    format: str
+    size: int
+    file: HostFile
+    read_only: bool
+    backing: BlockNode | None = None
+    window: int = RESOLVE_WINDOW
+
+    def __init__(self) -> None:
+        self.resolved = ResolvedExtents()
+
+    def chain(self) -> Iterator[BlockNode]:
+        """This node and those below it, from the top."""
+        node: BlockNode | None = self
+        while node is not None:
+            yield node
+            node = node.backing
+
+    # What a format answers
+
+    @abstractmethod
+    async def layer(self, offset: int, length: int, *, want_zero: bool) -> Runs:
+        """What this layer alone says about guest bytes [offset, offset + length), inside its size.
+
+        The answer may be shorter (one step's worth of work), never empty. Without ``want_zero`` nobody asks
+        whether data reads as zeroes, and nothing is spent on finding out.
+        """
+
+    async def fetch_compressed(self, host: int, guest_offset: int) -> memoryview:
+        """The decompressed cluster of an L2 descriptor (the ``host`` of a COMPRESSED extent)."""
+        raise AssertionError("only qcow2 has compressed clusters")
+
+    def bitmaps(self) -> Sequence[DirtyBitmap]:
+        """The persistent dirty bitmaps of this layer that can be used."""
+        return ()
+
+    # Reading
+
+    async def map(self, offset: int, length: int, *, want_zero: bool = True) -> Runs:
+        """What the chain says about a guest range; perhaps a shorter one, never empty.
+
+        No layer says UNALLOCATED in the answer: bytes that no layer holds are ZERO at depth 0. Bytes beyond
+        the end of a short backing node read as zeroes, and it is that node that decides so.
+        """
+        own = await self.layer(offset, length, want_zero=want_zero)
+        holes = own.kind == UNALLOCATED
+        if not holes.any():
+            return own
+        if self.backing is None:
+            return _zeroed(own)
+        starts, ends = own.starts[holes], own.ends[holes]
+        first, last = int(starts[0]), int(ends[-1])
+        below = await self._map_backing(self.backing, first, last, want_zero)
+        if own.offset < first:  # the hull of the holes is all that is asked of the backing
+            lead = Runs.single(own.offset, first - own.offset, DATA)
+            below = _joined(lead, below)
+        if below.end >= last and last < own.end:
+            below = _joined(below, Runs.single(last, own.end - last, DATA))
+        return own.over(below)
+
+    async def _map_backing(self, backing: BlockNode, first: int, last: int, want_zero: bool) -> Runs:
+        if first >= backing.size:
+            return Runs.single(first, last - first, ZERO)
+        below = await backing.map(first, min(last, backing.size) - first, want_zero=want_zero)
+        if below.end == backing.size < last:
+            below = _joined(below, Runs.single(below.end, last - below.end, ZERO))
+        return below
+
+    async def resolve(self, offset: int, end: int) -> list[Extent]:
+        """The extents that cover guest bytes [offset, end); the outer ones may reach further."""
+        found = self.resolved.find(offset, end)
+        if found is not None:
+            return found
+        extents: list[Extent] = []
+        layers = list(self.chain())
+        while offset < end:
+            start = offset - offset % self.window
+            if extents or start < offset:
+                known = self.resolved.find(offset, offset + 1)
+                if known:
+                    extents += known
+                    offset = known[0].end
+                    continue
+            runs = await self.map(start, min(self.window, self.size - start), want_zero=False)
+            while runs.end <= offset:  # a short answer that ended before the place that matters
+                start = runs.end
+                runs = await self.map(start, min(self.window, self.size - start), want_zero=False)
+            fresh = [_extent(layers, *run) for run in runs]
+            self.resolved.insert(fresh)
+            extents += [extent for extent in fresh if extent.end > offset and extent.offset < end]
+            offset = runs.end
+        return extents
+
+    async def fetch(self, extent: Extent, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the guest bytes from ``offset``, all of them inside ``extent``.
+
+        ``OSError`` EIO where the metadata is corrupt or the host fails.
+        """
+        if extent.file is not None:
+            await extent.node.fetch_plain(extent.file, offset + extent.shift, view)
+        elif extent.kind == ZERO:
+            view[:] = bytes(len(view))
+        elif extent.kind == COMPRESSED:
+            node = extent.node
+            done = 0
+            while done < len(view):
+                cluster = await node.fetch_compressed(extent.host, offset + done)
+                within = (offset + done) % len(cluster)
+                count = min(len(view) - done, len(cluster) - within)
+                view[done : done + count] = cluster[within : within + count]
+                done += count
+        else:
+            assert extent.kind == CORRUPT
+            raise OSError(errno.EIO, f"corrupt metadata at guest offset {offset:#x}", extent.node.name)
+
+    async def fetch_plain(self, file: HostFile, host_offset: int, view: memoryview) -> None:
+        """Read plain data of this layer. Past the end of a qcow2 file there are zeroes; see `RawNode`."""
+        count = await file.read(view, host_offset)
+        if count < len(view):
+            view[count:] = bytes(len(view) - count)
+
+    async def pread(self, offset: int, length: int) -> bytearray:
+        """Guest bytes [offset, offset + length), which lie inside the size."""
+        data = bytearray(length)
+        view = memoryview(data)
+        end = offset + length
+        for extent in await self.resolve(offset, end):
+            first, last = max(extent.offset, offset), min(extent.end, end)
+            await self.fetch(extent, first, view[first - offset : last - offset])
+        return data
+
+    # Writing; a node that is not read-only overrides these
+
+    async def pwrite_batch(
+        self, pieces: Sequence[tuple[int, Buffer]], *, fua: bool = False
+    ) -> list[OSError | None]:
+        """Write each (guest offset, data); what went wrong with each. ``fua``: onto stable storage."""
+        return [self._read_only() for _ in pieces]
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
+    ) -> None:
+        """Make guest bytes read as zeroes. ``fast``: OSError ENOTSUP, untouched, if that means writing them."""
+        raise self._read_only()
+
+    async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Guest bytes that nobody needs any more; what they read as is open, the backing never shows."""
+        raise self._read_only()
+
+    async def flush(self) -> None:
+        """Every completed write onto stable storage."""
+        for node in self.chain():
+            if not node.read_only:
+                await node.file.flush()
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring guest bytes near (NBD_CMD_CACHE)."""
+        end = offset + length
+        for extent in await self.resolve(offset, end):
+            if extent.file is not None:
+                first, last = max(extent.offset, offset), min(extent.end, end)
+                extent.file.will_need(first + extent.shift, last - first)
+
+    async def close(self) -> None:
+        """Close every file of the chain."""
+        for node in self.chain():
+            node.file.close()
+
+    def _read_only(self) -> OSError:
+        return OSError(errno.EROFS, "the image is read-only", self.name)
+
+
+def _zeroed(own: Runs) -> Runs:
+    kind = own.kind.copy()
+    kind[kind == UNALLOCATED] = ZERO
+    return Runs(own.offset, own.ends, kind, own.host, own.depth).coalesced()
+
+
+def _joined(left: Runs, right: Runs) -> Runs:
+    from_right = Runs(left.end, right.ends, right.kind, right.host, right.depth)
+    return concatenate([left, from_right])
+
+
+def _extent(layers: list[BlockNode], start: int, end: int, kind: int, host: int, depth: int) -> Extent:
+    node = layers[max(depth, 1) - 1]
+    if kind & DATA and kind != COMPRESSED:
+        return Extent(start, end, kind, depth, host, node, node.file, host - start)
+    return Extent(start, end, kind, depth, host, node)
