@@ -271,8 +271,10 @@ HEADERS: dict[str, tuple[struct.Struct, Construct, tuple[int, ...], str]] = {
             Int32ub,
         ),
         (0x6E8A278C, 1, 2, 3, 0x1000, 12, 0x1200, 0x200),
-        "6e8a278c 0001 0002 0000000000000003 0000000000001000 000000000000000c"
-        "0000000000001200 00000200",
+        (
+            "6e8a278c 0001 0002 0000000000000003 0000000000001000 000000000000000c"
+            "0000000000001200 00000200"
+        ),
     ),
     "error payload": (wire.ERROR_PAYLOAD, Sequence(Int32ub, Int16ub), (5, 2), "00000005 0002"),
     "error offset": (wire.ERROR_OFFSET, Sequence(Int64ub), (0x1200,), "0000000000001200"),
