@@ -15,7 +15,6 @@ suite=trixie
 packages=qemu-utils,qemu-system-common,libnbd-bin,python3-libnbd,nbdkit,fio,python3
 programs='qemu-img qemu-io qemu-nbd qemu-storage-daemon nbdinfo nbdcopy nbddump nbdkit fio'
 tree=${PYNBD_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/pynbd/trixie}
-
 tree=$(realpath -m "$tree")
 
 say() { echo "rootfs.sh: $*" >&2; }

@@ -1,0 +1,1 @@
+"""Other people's programs against pynbd. One behaviour per file, ``test_<tool>_<behaviour>.py``."""
