@@ -1,0 +1,49 @@
+# `make serve` and `make test` are all that a fresh machine needs: git, make, python3 with venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+IMAGE ?=
+QUICK ?=
+# More arguments: make serve ARGS='-p 0', make test ARGS='-k qcow2'
+ARGS ?=
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: .venv/installed ## Serve IMAGE=disk.qcow2, or a demo chain where none is named
+ifeq ($(IMAGE),)
+	@image=$$($(BIN)/python -m pynbd.cli.demo .venv/demo) && exec $(BIN)/pynbd serve $(ARGS) "$$image"
+else
+	@exec $(BIN)/pynbd serve $(ARGS) '$(IMAGE)'
+endif
+
+test: check ## Run every check and every test, real peers included
+	@$(MAKE) --no-print-directory peers || [ "$$CI" != true ]
+	@$(BIN)/pytest -q -n auto $(ARGS)
+
+check: .venv/tested ## Lint, formatting, types, layers
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q tests/test_layers.py
+
+bench: .venv/tested peers ## Compare the speed with qemu-nbd and nbdkit; QUICK=1 takes two minutes
+	@$(BIN)/python -m interop.bench $(if $(QUICK),--quick) $(ARGS)
+
+peers: .venv/tested ## Find the peers of the interop tests, or build their tree in ~/.cache/pynbd
+	@$(BIN)/python -m interop.peers --host || interop/rootfs.sh
+
+clean: ## Remove the virtual environment and every cache in the checkout
+	rm -rf .venv build dist bench.json .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find pynbd tests interop -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+.PHONY: help serve test check bench peers clean
