@@ -1,13 +1,15 @@
 """The structures of a qcow2 file, as docs/interop/qcow2.rst of QEMU lays them out (pure).
 
-Structures that are read once for an image are declared with construct. L1 and L2 entries, which are read by the
-million, are masks here and arithmetic in `entries`. All numbers on disk are big endian; all offsets and
-lengths are bytes. The limits are those of QEMU where the specification names none: an image beyond
-them was never written by a real tool, and memory must not be given away on a header's word.
+Structures that are read once for an image are declared with construct. L1 and L2 entries, which are
+read by the million, are masks here and arithmetic in `entries`. All numbers on disk are big endian;
+all offsets and lengths are bytes. The limits are those of QEMU where the specification names none:
+an image beyond them was never written by a real tool, and memory is not given away on a header's
+word.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum, IntFlag
 
 from construct import Bytes, Const, Int8ub, Int16ub, Int32ub, Int64ub, Struct
@@ -109,7 +111,7 @@ class FeatureType(IntEnum):
 
 
 # The names that QEMU writes into its feature name tables, by (type, bit).
-FEATURE_NAMES: dict[tuple[int, int], str] = {
+FEATURE_NAMES: Mapping[tuple[int, int], str] = {
     (FeatureType.INCOMPATIBLE, 0): "dirty bit",
     (FeatureType.INCOMPATIBLE, 1): "corrupt bit",
     (FeatureType.INCOMPATIBLE, 2): "external data file",
@@ -121,16 +123,16 @@ FEATURE_NAMES: dict[tuple[int, int], str] = {
 }
 
 
-def set_bits(mask: int) -> list[int]:
-    """The numbers of the bits that are set in ``mask``, ascending."""
-    return [bit for bit in range(mask.bit_length()) if mask >> bit & 1]
-
-
 def feature_names(
-    feature_type: FeatureType, mask: int, table: dict[tuple[int, int], str] = FEATURE_NAMES
+    feature_type: FeatureType, mask: int, table: Mapping[tuple[int, int], str] = FEATURE_NAMES
 ) -> str:
-    """The features set in ``mask`` for a person: their names in ``table``, their numbers where it has none."""
-    return ", ".join(table.get((feature_type, bit), f"bit {bit}") for bit in set_bits(mask))
+    """The features set in ``mask``: their names in ``table``, or their numbers where it has none.
+
+    Names are printable, whatever an image's table says.
+    """
+    bits = (bit for bit in range(mask.bit_length()) if mask >> bit & 1)
+    names = ", ".join(table.get((feature_type, bit)) or f"bit {bit}" for bit in bits)
+    return "".join(sign if sign.isprintable() else "?" for sign in names)
 
 
 # --- Header extensions --------------------------------------------------------------------------

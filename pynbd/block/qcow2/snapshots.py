@@ -5,34 +5,119 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pynbd.block.qcow2.format import (
+    L1E_SIZE,
+    MAX_OFFSET,
+    MAX_SNAPSHOT_EXTRA,
+    MAX_SNAPSHOT_L1_BYTES,
+    MAX_SNAPSHOT_TABLE_BYTES,
+    SNAPSHOT_ENTRY,
+    SNAPSHOT_EXTRA,
+)
 from pynbd.block.qcow2.header import Header
+from pynbd.errors import CorruptImage, UsageError
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One internal snapshot. Sizes in bytes, ``date`` and ``vm_clock`` in nanoseconds."""
+    """One internal snapshot. Sizes in bytes, times in nanoseconds."""
 
     id: str
     name: str
     l1_table_offset: int
     l1_size: int  # entries
-    disk_size: int  # virtual disk size when it was taken
+    disk_size: int  # virtual size when it was taken; the image's if the table does not say
     vm_state_size: int
     date: int  # since the Epoch
-    vm_clock: int
+    vm_clock: int  # time that the guest had been running
     icount: int | None
-    extra: bytes  # as stored, known fields included
+    extra: bytes  # extra data as stored, known fields included
+
+    def check(self, header: Header, *, name: str) -> None:
+        """Raise `CorruptImage` if its L1 table is misplaced or too large.
+
+        Apart from `parse`, because a bad snapshot is no reason not to open the others.
+        """
+        if self.l1_table_offset % header.cluster_size:
+            problem = f"is at {self.l1_table_offset:#x}, which is not aligned to a cluster"
+        elif self.l1_size * L1E_SIZE > MAX_SNAPSHOT_L1_BYTES:
+            problem = f"has {self.l1_size} entries; {MAX_SNAPSHOT_L1_BYTES // L1E_SIZE} are allowed"
+        elif self.l1_table_offset + self.l1_size * L1E_SIZE > MAX_OFFSET:
+            problem = f"is at {self.l1_table_offset:#x}, and would end beyond 2^63 - 1"
+        else:
+            return
+        raise CorruptImage(f"{name}: the L1 table of the snapshot {self.id!r} {problem}")
 
 
 def parse(data: bytes, header: Header, *, name: str) -> list[Snapshot]:
-    """The ``header.nb_snapshots`` snapshots in ``data``, which begins at ``header.snapshots_offset`` of image ``name``.
+    """The ``header.nb_snapshots`` snapshots in ``data``, the bytes from
+    ``header.snapshots_offset`` on.
 
-    ``data`` may be longer than the table, and need not be longer than MAX_SNAPSHOT_TABLE_BYTES. Raises `CorruptImage`.
+    ``data`` may go on beyond the table, and needs no more than MAX_SNAPSHOT_TABLE_BYTES. ``name``
+    is the image file's. Raises `CorruptImage`.
     """
-    raise NotImplementedError
+    snapshots, at = [], 0
+    for index in range(header.nb_snapshots):
+        fields_end = at + SNAPSHOT_ENTRY.sizeof()
+        place = f"{name}: snapshot table entry {index} at {header.snapshots_offset + at:#x}"
+        if fields_end > len(data):
+            raise CorruptImage(f"{place}: the table is cut short")
+        entry = SNAPSHOT_ENTRY.parse(data[at:fields_end])
+        if entry.extra_data_size > MAX_SNAPSHOT_EXTRA:
+            raise CorruptImage(
+                f"{place}: extra_data_size is {entry.extra_data_size}; "
+                f"{MAX_SNAPSHOT_EXTRA} at most is allowed"
+            )
+        extra_end = fields_end + entry.extra_data_size
+        id_end = extra_end + entry.id_size
+        name_end = id_end + entry.name_size
+        if name_end > MAX_SNAPSHOT_TABLE_BYTES:
+            raise CorruptImage(f"{place}: the table exceeds {MAX_SNAPSHOT_TABLE_BYTES} bytes")
+        if name_end > len(data):
+            raise CorruptImage(f"{place}: the table is cut short")
+        extra = data[fields_end:extra_end]
+        # Fields that are not there read as zero below, and are not asked for then.
+        known = SNAPSHOT_EXTRA.parse(extra.ljust(SNAPSHOT_EXTRA.sizeof(), b"\0"))
+        snapshots.append(
+            Snapshot(
+                id=data[extra_end:id_end].decode("utf-8", "surrogateescape"),
+                name=data[id_end:name_end].decode("utf-8", "surrogateescape"),
+                l1_table_offset=entry.l1_table_offset,
+                l1_size=entry.l1_size,
+                disk_size=known.disk_size if len(extra) >= 16 else header.virtual_size,
+                vm_state_size=known.vm_state_size if len(extra) >= 8 else entry.vm_state_size,
+                date=entry.date_sec * 10**9 + entry.date_nsec,
+                vm_clock=entry.vm_clock_nsec,
+                icount=known.icount if len(extra) >= 24 and known.icount != 2**64 - 1 else None,
+                extra=extra,
+            )
+        )
+        at = -(-name_end // 8) * 8
+    return snapshots
 
 
 def find(snapshots: Sequence[Snapshot], wanted: str) -> Snapshot | None:
-    """The snapshot that qemu-nbd's -l means: "snapshot.id=ID", "snapshot.name=NAME" (or both, with a comma), else an ID
-    or, if there is none like it, a name."""
-    raise NotImplementedError
+    """The snapshot that qemu-nbd's --load-snapshot would mean by ``wanted``; None if there is none.
+
+    Either "snapshot.id=ID" and "snapshot.name=NAME", one of them or both with a comma between; or
+    an ID or, where no ID is like it, a name. Raises `UsageError` for another key.
+    """
+    if not wanted.startswith("snapshot."):
+        by_id = (snapshot for snapshot in snapshots if snapshot.id == wanted)
+        by_name = (snapshot for snapshot in snapshots if snapshot.name == wanted)
+        return next(by_id, None) or next(by_name, None)
+    # A comma within a value is written twice.
+    options = [part.replace("\0", ",") for part in wanted.replace(",,", "\0").split(",")]
+    keys = dict(option.partition("=")[::2] for option in options)
+    unknown = keys.keys() - {"snapshot.id", "snapshot.name"}
+    if unknown:
+        raise UsageError(
+            f"{', '.join(sorted(unknown))}: choose by snapshot.id=ID or snapshot.name=NAME"
+        )
+    for snapshot in snapshots:
+        if (
+            keys.get("snapshot.id", snapshot.id) == snapshot.id
+            and keys.get("snapshot.name", snapshot.name) == snapshot.name
+        ):
+            return snapshot
+    return None
