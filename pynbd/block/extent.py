@@ -91,6 +91,16 @@ class Runs:
         ends[-1] = end
         return Runs(self.offset, ends, self.kind[:count], self.host[:count], self.depth[:count])
 
+    def since(self, start: int) -> Runs:
+        """The part from guest offset ``start`` on, which lies inside."""
+        if start == self.offset:
+            return self
+        first = int(np.searchsorted(self.ends, start, "right"))
+        _, host, _ = self.at(np.array([start], np.int64))
+        hosts = self.host[first:].copy()
+        hosts[0] = host[0]
+        return Runs(start, self.ends[first:], self.kind[first:], hosts, self.depth[first:])
+
     def at(self, starts: Int64s) -> tuple[UInt8s, Int64s, Int16s]:
         """Kind, host offset and depth at each of the ascending guest offsets ``starts``."""
         rows = np.searchsorted(self.ends, starts, "right")
@@ -132,10 +142,13 @@ class Runs:
         compressed = self.kind == COMPRESSED
         same &= ~compressed[1:]
         # Parts of one compressed cluster, cut by another layer's edges, keep one descriptor.
-        same |= compressed[1:] & compressed[:-1] & (self.host[1:] == self.host[:-1])
+        parts = compressed[1:] & compressed[:-1] & (self.host[1:] == self.host[:-1])
+        same |= parts & (self.depth[1:] == self.depth[:-1])
         last = np.concatenate((~same, np.array([True])))
         first = np.concatenate((np.array([True]), ~same))
-        return Runs(self.offset, self.ends[last], self.kind[first], self.host[first], self.depth[first])
+        return Runs(
+            self.offset, self.ends[last], self.kind[first], self.host[first], self.depth[first]
+        )
 
 
 def concatenate(pieces: list[Runs]) -> Runs:

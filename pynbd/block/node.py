@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from pynbd.block.bitmap import DirtyBitmap
-from pynbd.block.engine import Buffer, HostFile
+from pynbd.block.engine import Buffer, Engine, HostFile
 from pynbd.block.extent import (
     COMPRESSED,
     CORRUPT,
@@ -48,6 +48,7 @@ class BlockNode(ABC):
     file: HostFile
     read_only: bool
     backing: BlockNode | None = None
+    own_engine: Engine | None = None  # an engine that was made for this chain, and ends with it
     window: int = RESOLVE_WINDOW
 
     def __init__(self) -> None:
@@ -78,6 +79,14 @@ class BlockNode(ABC):
         """The persistent dirty bitmaps of this layer that can be used."""
         return ()
 
+    def inconsistent_bitmaps(self) -> Sequence[str]:
+        """The names of this layer's bitmaps that cannot be used: they were not saved when it was last closed."""
+        return ()
+
+    def files(self) -> Sequence[HostFile]:
+        """The files that this node, without those below it, keeps open."""
+        return (self.file,)
+
     # Reading
 
     async def map(self, offset: int, length: int, *, want_zero: bool = True) -> Runs:
@@ -102,7 +111,9 @@ class BlockNode(ABC):
             below = _joined(below, Runs.single(last, own.end - last, DATA))
         return own.over(below)
 
-    async def _map_backing(self, backing: BlockNode, first: int, last: int, want_zero: bool) -> Runs:
+    async def _map_backing(
+        self, backing: BlockNode, first: int, last: int, want_zero: bool
+    ) -> Runs:
         if first >= backing.size:
             return Runs.single(first, last - first, ZERO)
         below = await backing.map(first, min(last, backing.size) - first, want_zero=want_zero)
@@ -155,7 +166,9 @@ class BlockNode(ABC):
                 done += count
         else:
             assert extent.kind == CORRUPT
-            raise OSError(errno.EIO, f"corrupt metadata at guest offset {offset:#x}", extent.node.name)
+            raise OSError(
+                errno.EIO, f"corrupt metadata at guest offset {offset:#x}", extent.node.name
+            )
 
     async def fetch_plain(self, file: HostFile, host_offset: int, view: memoryview) -> None:
         """Read plain data of this layer. Past the end of a qcow2 file there are zeroes; see `RawNode`."""
@@ -208,7 +221,10 @@ class BlockNode(ABC):
     async def close(self) -> None:
         """Close every file of the chain."""
         for node in self.chain():
-            node.file.close()
+            for file in node.files():
+                file.close()
+        if self.own_engine is not None:
+            self.own_engine.close()
 
     def _read_only(self) -> OSError:
         return OSError(errno.EROFS, "the image is read-only", self.name)
@@ -225,7 +241,9 @@ def _joined(left: Runs, right: Runs) -> Runs:
     return concatenate([left, from_right])
 
 
-def _extent(layers: list[BlockNode], start: int, end: int, kind: int, host: int, depth: int) -> Extent:
+def _extent(
+    layers: list[BlockNode], start: int, end: int, kind: int, host: int, depth: int
+) -> Extent:
     node = layers[max(depth, 1) - 1]
     if kind & DATA and kind != COMPRESSED:
         return Extent(start, end, kind, depth, host, node, node.file, host - start)

@@ -1,0 +1,210 @@
+"""Qcow2Node: an open qcow2 image, one layer of a chain (docs/interop/qcow2.rst).
+
+It owns the image's file, its data file where there is one, and the parts that read its structures.
+Damaged metadata that a request does not touch does not trouble it; a cluster that cannot be
+decompressed is EIO for those who ask for it, and a line in the log.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Sequence
+
+from pynbd.block.bitmap import DirtyBitmap
+from pynbd.block.engine import HostFile
+from pynbd.block.extent import DATA, ZERO, Runs
+from pynbd.block.node import BlockNode
+from pynbd.block.qcow2 import bitmaps, snapshots
+from pynbd.block.qcow2 import header as headers
+from pynbd.block.qcow2.bitmaps import PersistentBitmaps
+from pynbd.block.qcow2.cache import SharedReads, read_table
+from pynbd.block.qcow2.compression import decompress
+from pynbd.block.qcow2.entries import compressed_range
+from pynbd.block.qcow2.format import (
+    MAX_CLUSTER_BITS,
+    MAX_SNAPSHOT_EXTRA,
+    MAX_SNAPSHOT_TABLE_BYTES,
+    SECTOR,
+    SNAPSHOT_ENTRY,
+    Incompatible,
+)
+from pynbd.block.qcow2.header import Header
+from pynbd.block.qcow2.mapping import Mapping
+from pynbd.block.qcow2.refcounts import Refcounts
+from pynbd.block.qcow2.snapshots import Snapshot
+from pynbd.errors import CorruptImage, ImageError
+
+log = logging.getLogger("pynbd")
+
+# Decompressed clusters that are kept for the next request.
+_CLUSTER_CACHE_BYTES = 16 << 20
+
+# A read resolves this many clusters (or subclusters) around it at once, within these limits.
+_WINDOW_GRANULES = 1024
+_MIN_WINDOW = 1 << 20
+_MAX_WINDOW = 1 << 26
+
+# In an image that is preallocated with holes: data runs whose holes are looked for in one step, and
+# the pieces that each may fall into.
+_REFINED_PER_STEP = 64
+_PIECES_PER_RUN = 1024
+
+_MAX_SNAPSHOT_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
+
+
+class Qcow2Node(BlockNode):
+    """A qcow2 image that is read. Made by `open`; the chain below it is `pynbd.block.chain`'s to
+    open.
+
+    ``metadata_file`` is the image itself; ``file``, where guest clusters are, may be its external
+    data file.
+    """
+
+    format = "qcow2"
+    read_only = True
+
+    def __init__(
+        self,
+        metadata_file: HostFile,
+        data_file: HostFile | None,
+        header: Header,
+        mapping: Mapping,
+        *,
+        size: int,
+        persistent: PersistentBitmaps,
+    ) -> None:
+        super().__init__()
+        self.name = metadata_file.path
+        self.metadata_file = metadata_file
+        self.file = data_file or metadata_file
+        self.header = header
+        self.mapping = mapping
+        self.size = size
+        granules = header.subcluster_size * _WINDOW_GRANULES
+        self.window = min(max(granules, _MIN_WINDOW), _MAX_WINDOW)
+        self._persistent = persistent
+        self._refcounts = Refcounts(metadata_file, header)
+        self._preallocated: bool | None = None
+        self._clusters = SharedReads(
+            self._read_compressed, max(_CLUSTER_CACHE_BYTES // header.cluster_size, 1)
+        )
+
+    @classmethod
+    async def open(
+        cls,
+        file: HostFile,
+        header: Header,
+        *,
+        data_file: HostFile | None = None,
+        snapshot: str | None = None,
+    ) -> Qcow2Node:
+        """Open the image in ``file``, whose header is ``header``, with the data file that the
+        header names.
+
+        ``snapshot``: an internal snapshot to be served in place of the active layer, named as
+        `snapshots.find` takes it. Raises `ImageError`; the files stay open then, as they are the
+        caller's.
+        """
+        if Incompatible.CORRUPT in header.incompatible:
+            log.warning("%s: the image is marked corrupt; it is only read", file.path)
+        table, entries, size = header.l1_table_offset, header.l1_size, header.virtual_size
+        persistent = PersistentBitmaps()
+        known = await read_snapshots(file, header)
+        if snapshot is None:
+            persistent = await bitmaps.load(file, header)
+        else:
+            chosen = _find_snapshot(known, snapshot, file.path)
+            chosen.check(header, name=file.path)
+            table, entries = chosen.l1_table_offset, chosen.l1_size
+            size = chosen.disk_size // SECTOR * SECTOR
+        l1 = await read_table(file, table, entries)
+        mapping = Mapping(file, l1, header.layout, name=file.path)
+        return cls(file, data_file, header, mapping, size=size, persistent=persistent)
+
+    def files(self) -> Sequence[HostFile]:
+        if self.file is self.metadata_file:
+            return (self.file,)
+        return (self.metadata_file, self.file)
+
+    def bitmaps(self) -> Sequence[DirtyBitmap]:
+        return self._persistent.usable
+
+    def inconsistent_bitmaps(self) -> Sequence[str]:
+        return self._persistent.inconsistent
+
+    async def layer(self, offset: int, length: int, *, want_zero: bool) -> Runs:
+        runs = await self.mapping.runs(offset, length)
+        if not want_zero:
+            return runs
+        if self._preallocated is None:
+            self._preallocated = await self._refcounts.metadata_preallocated()
+        return await self._with_holes(runs) if self._preallocated else runs
+
+    async def _with_holes(self, runs: Runs) -> Runs:
+        """Data that is a hole in the file reads as zeroes, although it is data. Perhaps fewer
+        runs."""
+        rows: list[tuple[int, int, int]] = []
+        refined = 0
+        for start, end, kind, host, _ in runs:
+            if kind != DATA:
+                rows.append((end - start, kind, host))
+                continue
+            if refined == _REFINED_PER_STEP:
+                break
+            refined += 1
+            at = host
+            for length, is_data in await self.file.data_runs(host, end - start, _PIECES_PER_RUN):
+                rows.append((length, DATA if is_data else DATA | ZERO, at))
+                at += length
+            if at < host + end - start:
+                break
+        return Runs.of(runs.offset, rows).coalesced()
+
+    async def fetch_compressed(self, host: int, guest_offset: int) -> memoryview:
+        try:
+            return await self._clusters.load(host)
+        except CorruptImage as error:
+            place = f"guest offset {guest_offset - guest_offset % self.header.cluster_size:#x}"
+            log.error("%s: %s: %s", self.name, place, error)
+            raise OSError(
+                errno.EIO, f"the compressed cluster at {place} is damaged", self.name
+            ) from error
+
+    async def _read_compressed(self, descriptor: int) -> memoryview:
+        header = self.header
+        host_offset, length = compressed_range(descriptor, header.cluster_bits)
+        # The last sector may reach past the end of the file.
+        data = bytearray(length)
+        await self.metadata_file.read(memoryview(data), host_offset)
+        cluster = await self.metadata_file.engine.run(
+            decompress, header.compression_type, bytes(data), header.cluster_size
+        )
+        return memoryview(cluster)
+
+
+async def read_header(file: HostFile) -> Header:
+    """The header of the image in ``file``. Raises `ImageError`."""
+    data = await file.read_bytes(1 << MAX_CLUSTER_BITS, 0)
+    return headers.parse(data, name=file.path, file_size=file.size())
+
+
+async def read_snapshots(file: HostFile, header: Header) -> list[Snapshot]:
+    """The internal snapshots of the image in ``file``. Raises `CorruptImage`."""
+    if not header.nb_snapshots:
+        return []
+    length = min(header.nb_snapshots * _MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_BYTES)
+    length = max(min(length, file.size() - header.snapshots_offset), 0)
+    data = await file.read_bytes(length, header.snapshots_offset)
+    return snapshots.parse(data, header, name=file.path)
+
+
+def _find_snapshot(known: Sequence[Snapshot], wanted: str, path: str) -> Snapshot:
+    found = snapshots.find(known, wanted)
+    if found is None:
+        there = ", ".join(f"{one.name!r} (ID {one.id})" for one in known)
+        raise ImageError(
+            f"{path}: there is no snapshot {wanted!r}; "
+            + (f"there are {there}" if there else "it has none")
+        )
+    return found

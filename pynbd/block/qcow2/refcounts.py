@@ -1,0 +1,81 @@
+"""Reference counts of host clusters (docs/interop/qcow2.rst, "Host cluster management"), the
+reading side.
+
+Refcount blocks are one cluster long and hold ``1 << refcount_order`` bits for each host cluster:
+those of less than a byte fill it from its least significant bit, longer ones are big endian.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pynbd.block.engine import HostFile
+from pynbd.block.qcow2.cache import read_table
+from pynbd.block.qcow2.format import REFT_OFFSET_MASK
+from pynbd.block.qcow2.header import Header
+from pynbd.errors import CorruptImage
+
+
+def decode_block(block: bytes | bytearray, refcount_order: int) -> npt.NDArray[np.unsignedinteger]:
+    """The refcounts of a block, one element for each host cluster."""
+    width = 1 << refcount_order
+    if width >= 8:
+        return np.frombuffer(block, f">u{width // 8}")
+    bits = np.unpackbits(np.frombuffer(block, np.uint8), bitorder="little").reshape(-1, width)
+    return np.packbits(bits, axis=1, bitorder="little").ravel()
+
+
+class Refcounts:
+    """The refcount table and blocks of the image in ``file``."""
+
+    def __init__(self, file: HostFile, header: Header) -> None:
+        self._file = file
+        self._header = header
+
+    async def count_in_use(self, clusters: int, threshold: int) -> int:
+        """How many of the first ``clusters`` host clusters are in use. Counting ends soon after
+        ``threshold``.
+
+        Raises `CorruptImage` if a refcount block is misplaced.
+        """
+        header = self._header
+        in_block = header.cluster_size * 8 // header.refcount_bits
+        blocks = -(-clusters // in_block)
+        entries = min(blocks, header.refcount_table_clusters * header.cluster_size // 8)
+        table = await read_table(self._file, header.refcount_table_offset, entries)
+        found = 0
+        for index in np.flatnonzero(table & np.uint64(REFT_OFFSET_MASK)).tolist():
+            host_offset = int(table[index]) & REFT_OFFSET_MASK
+            if host_offset % header.cluster_size:
+                raise CorruptImage(
+                    f"{self._file.path}: refcount block {index} is at {host_offset:#x}, "
+                    "not aligned to a cluster"
+                )
+            block = bytearray(header.cluster_size)
+            await self._file.read(memoryview(block), host_offset)
+            rest = clusters - index * in_block
+            found += await self._file.engine.run(_count, block, header.refcount_order, rest)
+            if found >= threshold:
+                break
+        return found
+
+    async def metadata_preallocated(self) -> bool:
+        """Whether the image seems to be preallocated with holes: more clusters in use than the host
+        has allocated.
+
+        It is the guess that QEMU makes (``qcow2_detect_metadata_preallocation``), with its
+        tolerance of a ninth, or two clusters, for other holes. Then holes in the file are worth
+        looking for.
+        """
+        size = self._header.cluster_size
+        allocated = self._file.allocated_size() // size
+        threshold = max(allocated * 10 // 9, allocated + 2)
+        try:
+            return await self.count_in_use(-(-self._file.size() // size), threshold) >= threshold
+        except CorruptImage:
+            return False
+
+
+def _count(block: bytearray, refcount_order: int, clusters: int) -> int:
+    return int(np.count_nonzero(decode_block(block, refcount_order)[:clusters]))
