@@ -97,7 +97,7 @@ class _Entries:
 
     @classmethod
     def of(cls, words: UInt64s, bitmaps: UInt64s | None, guest: Int64s, layout: Layout) -> _Entries:
-        offset = words & L2E_OFFSET_MASK
+        offset = words & np.uint64(L2E_OFFSET_MASK)
         compressed = words & COMPRESSED != 0
         standard = ~compressed
         zero = np.zeros_like(compressed) if layout.extended else (words & ZERO != 0) & standard
