@@ -33,8 +33,7 @@ _WORDS_PER_STEP = 1 << 14
 
 @dataclass(slots=True, eq=False)
 class DirtyRuns:
-    """Alternately clean and dirty runs from guest offset ``offset``: exclusive ``ends``; ``dirty``
-    is 0 or 1."""
+    """Runs from guest offset ``offset``, clean and dirty by turns; ``ends`` are exclusive."""
 
     offset: int
     ends: Int64s
@@ -95,15 +94,13 @@ class DirtyBitmap:
         return self._bits
 
     def mark(self, offset: int, length: int) -> None:
-        """Guest bytes [offset, offset + length) are dirty, and so is all that shares a granule with
-        them."""
+        """A guest range is dirty, and so is all that shares a granule with it."""
         if length:
             last = -(-(offset + length) // self.granularity)
             self.bits[offset // self.granularity : min(last, self._granules)] = 1
 
     def clear(self, offset: int, length: int) -> None:
-        """Guest bytes [offset, offset + length) are clean; a granule that is covered in part stays
-        as it was."""
+        """A guest range is clean; a granule that is covered only in part stays as it was."""
         end = offset + length
         last = self._granules if end >= self.size else end // self.granularity
         first = -(-offset // self.granularity)
@@ -111,8 +108,7 @@ class DirtyBitmap:
             self.bits[first:last] = 0
 
     def merge(self, other: DirtyBitmap) -> None:
-        """What is dirty in ``other``, a loaded bitmap of a disk of the same size, is dirty here
-        too."""
+        """What is dirty in ``other``, loaded and of the same size, is dirty here too."""
         if other.granularity == self.granularity:
             self.bits[:] |= other.bits
             return
@@ -155,8 +151,7 @@ class DirtyBitmap:
 
 
 def _edges(bits: bitarray, first: int, last: int) -> tuple[Int64s, int]:
-    """The bits in (first, last) that differ from the one before them, and how far was looked, at
-    most ``last``."""
+    """The bits in (first, last) that differ from the bit before, and where looking ended."""
     start = first // _WORD_BITS
     words = np.frombuffer(memoryview(bits), "<u8")[start : -(-last // _WORD_BITS)]
     changes = (words != _ALL_CLEAN) & (words != _ALL_DIRTY)

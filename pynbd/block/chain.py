@@ -85,8 +85,9 @@ class _Opening:
         format_name = overlay.header.backing_format
         if format_name is None and not self._probe_backing:
             raise ImageError(
-                f"{overlay.name}: the format of its backing file {name!r} is not recorded, and"
-                " guessing is not safe (--probe-backing guesses, qemu-img rebase -u -F FORMAT records it)"
+                f"{overlay.name}: the format of its backing file {name!r} is not recorded,"
+                " and guessing is not safe (--probe-backing guesses, qemu-img rebase -u -F FORMAT"
+                " records it)"
             )
         file = self._open_named(overlay.name, name, "backing file")
         return await self._node(file, format_name)
@@ -149,8 +150,7 @@ async def _probe(file: HostFile) -> str:
 
 
 async def _refuse_writing(engine: Engine, path: str, format_name: str | None) -> None:
-    """Told before the image is locked for writing, so that a caller can go on to read it beside
-    others."""
+    """Told before the image is locked: the caller may want to read it, as others do."""
     if format_name is None:
         try:
             file = HostFile.open(engine, path, writable=False)

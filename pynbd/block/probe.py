@@ -30,8 +30,7 @@ _VMDK_DESCRIPTOR = b"# Disk DescriptorFile"
 
 
 def probe_format(data: bytes) -> str:
-    """The format that a file beginning with ``data`` (512 bytes, or all of it) looks like, or
-    "raw"."""
+    """What a file that begins with ``data`` (512 bytes, or all of it) looks like; else "raw"."""
     if is_qcow2(data):
         return "qcow" if data[4:8] == b"\0\0\0\1" else "qcow2"
     for offset, signature, name in _SIGNATURES:
@@ -41,8 +40,7 @@ def probe_format(data: bytes) -> str:
 
 
 def _is_vmdk_descriptor(data: bytes) -> bool:
-    """A VMDK descriptor is a text: perhaps comments and blank lines before its signature or its
-    version."""
+    """It is a text: perhaps comments and blank lines, then its signature or its version."""
     for line in data.splitlines():
         if line.startswith(_VMDK_DESCRIPTOR) or line.replace(b" ", b"").startswith(b"version="):
             return True

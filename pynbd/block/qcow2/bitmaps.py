@@ -84,8 +84,7 @@ async def load(file: HostFile, header: Header) -> PersistentBitmaps:
 def _entries(
     directory: bytes, extension: BitmapsExtension, path: str
 ) -> Iterator[tuple[Container, str]]:
-    """(fields, name) of each directory entry. The directory must hold exactly as many as the
-    extension says."""
+    """(fields, name) of each entry; there must be exactly as many as the extension says."""
     at, size = 0, BITMAP_DIRECTORY_ENTRY.sizeof()
     for index in range(extension.nb_bitmaps):
         place = f"{path}: bitmap directory entry {index} at {extension.directory_offset + at:#x}"

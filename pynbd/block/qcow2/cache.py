@@ -67,8 +67,7 @@ class SharedReads(Generic[T]):
 
 
 class TableCache(SharedReads[UInt64s]):
-    """Tables of 64-bit entries by their host offset, in native byte order. What lies past the end
-    of file is zero."""
+    """Tables of ``table_bytes`` by their host offset, as `read_table` reads them."""
 
     def __init__(
         self, file: HostFile, table_bytes: int, limit_bytes: int = TABLE_CACHE_BYTES
@@ -80,8 +79,7 @@ class TableCache(SharedReads[UInt64s]):
 
 
 async def read_table(file: HostFile, host_offset: int, entries: int) -> UInt64s:
-    """Read ``entries`` big-endian 64-bit entries, in native byte order. What lies past the end of
-    file is zero."""
+    """Read 64-bit entries, into native byte order. Past the end of the file they are zero."""
     data = bytearray(entries * 8)
     await file.read(memoryview(data), host_offset)
     return np.frombuffer(data, ">u8").astype(np.uint64)

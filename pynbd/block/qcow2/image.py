@@ -142,8 +142,7 @@ class Qcow2Node(BlockNode):
         return await self._with_holes(runs) if self._preallocated else runs
 
     async def _with_holes(self, runs: Runs) -> Runs:
-        """Data that is a hole in the file reads as zeroes, although it is data. Perhaps fewer
-        runs."""
+        """Data that is a hole in the file is data that reads as zeroes. Perhaps fewer runs."""
         rows: list[tuple[int, int, int]] = []
         refined = 0
         for start, end, kind, host, _ in runs:

@@ -42,8 +42,7 @@ class Mapping:
         self._told: set[int] = set()
 
     async def runs(self, offset: int, length: int) -> Runs:
-        """The runs of guest bytes [offset, offset + length), or of a shorter range, never of
-        none."""
+        """The runs of ``length`` guest bytes (> 0), or of fewer."""
         end = offset + length
         first = offset // self._span
         last = min(-(-end // self._span), first + L1_ENTRIES_PER_STEP)
@@ -72,8 +71,7 @@ class Mapping:
         return concatenate(pieces)
 
     async def _table_runs(self, index: int, start: int, stop: int, clusters: int) -> Runs:
-        """Runs of guest bytes [start, stop), which one L2 table maps, or of the first ``clusters``
-        of them."""
+        """Runs of [start, stop), all of one L2 table, or of the first ``clusters`` of them."""
         base = index * self._span
         try:
             host_offset = entries.l2_table_offset(int(self.l1[index]), self.layout)
