@@ -111,6 +111,14 @@ def test_flags_are_joined_and_unknown_bits_print_as_hexadecimal() -> None:
     assert str(CommandFlag(0)) == "0"
 
 
+def test_a_complement_holds_the_unknown_bits() -> None:
+    legal = CommandFlag.FUA | CommandFlag.DF
+    assert CommandFlag(0x8005) & ~legal == 0x8000
+    assert 0x8005 & ~legal == 0x8000
+    assert legal & ~CommandFlag.FUA == CommandFlag.DF
+    assert ClientFlag(0x80000001) & ~ClientFlag.FIXED_NEWSTYLE == 0x80000000
+
+
 def test_error_bits() -> None:
     assert [reply.is_error for reply in OptionReply] == [False] * 4 + [True] * 10
     assert [chunk.is_error for chunk in ReplyType] == [False] * 5 + [True] * 2
