@@ -23,6 +23,7 @@ from pynbd.block.qcow2.builder_bitmaps import Bitmap, write_bitmaps
 from pynbd.block.qcow2.builder_host import HostClusters
 from pynbd.block.qcow2.compression import compress
 from pynbd.block.qcow2.entries import Layout, compressed_entry, compressed_range
+from pynbd.block.qcow2.extensions import Extension
 from pynbd.block.qcow2.format import (
     COMPRESSED,
     COPIED,
@@ -36,7 +37,7 @@ from pynbd.block.qcow2.format import (
     CompressionType,
     Incompatible,
 )
-from pynbd.block.qcow2.header import Extension, Header, encode
+from pynbd.block.qcow2.header import Header, encode
 from pynbd.errors import UsageError
 
 __all__ = [
@@ -100,7 +101,7 @@ Cluster = Data | Zero | Compressed | Subclusters
 
 @dataclass(frozen=True, slots=True)
 class InternalSnapshot:
-    """An internal snapshot. Cluster objects that other layers have at the same offset are shared."""
+    """An internal snapshot; it shares the cluster objects that other layers have at its offsets."""
 
     name: str
     clusters: Mapping[int, Cluster]
@@ -303,8 +304,7 @@ class _GuestClusters:
     def write_tables(
         self, clusters: Mapping[int, Cluster], size: int
     ) -> tuple[int, int, dict[int, int]]:
-        """Write the tables of a layer: (entries of the L1 table, its offset, L2 tables by
-        index)."""
+        """Write the tables of a layer: (size of its L1 in entries, offset, L2 tables by index)."""
         layout = self.layout
         tables: dict[int, np.ndarray[tuple[int], np.dtype[np.uint64]]] = {}
         for guest_offset, cluster in clusters.items():
@@ -336,8 +336,7 @@ def _write_snapshots(
     guest: _GuestClusters,
     host: HostClusters,
 ) -> int:
-    """Write the L1 and L2 tables of ``snapshots`` and the snapshot table; returns its offset, or
-    0."""
+    """Write the tables of ``snapshots``, and the snapshot table: returns its offset, or 0."""
     table = b""
     for number, snapshot in enumerate(snapshots, 1):
         size = header.size if snapshot.size is None else snapshot.size

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pynbd.block.qcow2.builder_host import HostClusters
+from pynbd.block.qcow2.extensions import BitmapsExtension
 from pynbd.block.qcow2.format import (
     BITMAP_DIRECTORY_ENTRY,
     BITMAP_TABLE_ALL_ONES,
     BITMAP_TYPE_DIRTY_TRACKING,
     BitmapFlags,
 )
-from pynbd.block.qcow2.header import BitmapsExtension
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,16 +130,17 @@ def _violations(entries: _Entries, layout: Layout) -> Iterator[tuple[Bools, str]
 
 
 def explain(entry: int, bitmap: int, layout: Layout, guest_offset: int) -> str:
-    """What is wrong with the L2 entry of the cluster at ``guest_offset``: a line for the log.
+    """What is wrong with the L2 entry of the cluster at ``guest_offset``, "" if nothing is.
 
-    ``bitmap``: the entry's second word with extended L2, else 0. An empty text if nothing is wrong.
+    A line for the log, which does not repeat the offset. ``bitmap``: the entry's second word with
+    extended L2, else 0.
     """
     words = np.array([entry], np.uint64)
     bitmaps = np.array([bitmap], np.uint64) if layout.extended else None
     entries = _Entries.of(words, bitmaps, np.array([guest_offset], np.int64), layout)
     for broken, rule in _violations(entries, layout):
         if broken[0]:
-            return f"L2 entry {entry:#018x} of guest offset {guest_offset:#x}: {rule}"
+            return f"L2 entry {entry:#018x}: {rule}"
     return ""
 
 

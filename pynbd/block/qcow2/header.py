@@ -1,9 +1,9 @@
-"""The header of a qcow2 file and its extensions (pure).
+"""The header of a qcow2 file (pure).
 
-docs/interop/qcow2.rst, "Header" to "Full disk encryption header pointer". `parse` refuses what the
-specification or QEMU's limits forbid, with one line that names the file, the field, its value and
-what is allowed. What it lets through can be trusted: tables are aligned, bounded, and end below
-2^63. `encode` is the way back; it keeps what it does not know.
+docs/interop/qcow2.rst, "Header" to "Header padding". `parse` refuses what the specification or
+QEMU's limits forbid, with one line that names the file, the field, its value and what is allowed.
+What it lets through can be trusted: tables are aligned, bounded, and end below 2^63. `encode` is the
+way back; it keeps what it does not know.
 """
 
 from __future__ import annotations
@@ -14,10 +14,22 @@ from dataclasses import dataclass, field
 from construct import Container, StreamError
 
 from pynbd.block.qcow2.entries import Layout
+from pynbd.block.qcow2.extensions import (
+    BitmapsExtension,
+    Extension,
+    build_bitmaps,
+    build_extension,
+    build_feature_names,
+    check,
+    check_place,
+    cut,
+    read_bitmaps,
+    read_extensions,
+    read_feature_names,
+    to_bytes,
+    to_text,
+)
 from pynbd.block.qcow2.format import (
-    BITMAPS_EXTENSION,
-    EXTENSION,
-    FEATURE_NAME,
     HEADER_LENGTH_V2,
     HEADER_LENGTH_V3,
     HEADER_V2,
@@ -26,11 +38,8 @@ from pynbd.block.qcow2.format import (
     MAGIC,
     MAX_BACKING_FORMAT,
     MAX_BACKING_NAME,
-    MAX_BITMAP_DIRECTORY_BYTES,
-    MAX_BITMAPS,
     MAX_CLUSTER_BITS,
     MAX_L1_BYTES,
-    MAX_OFFSET,
     MAX_REFCOUNT_ORDER,
     MAX_REFCOUNT_TABLE_BYTES,
     MAX_SNAPSHOTS,
@@ -51,6 +60,8 @@ from pynbd.block.qcow2.format import (
 from pynbd.block.qcow2.format import feature_names as format_features
 from pynbd.errors import CorruptImage, UnsupportedFeature, UsageError
 
+__all__ = ["PROBE", "BitmapsExtension", "Extension", "Header", "encode", "is_qcow2", "parse"]
+
 PROBE = MAGIC
 _KNOWN_INCOMPATIBLE = sum(Incompatible)
 
@@ -58,23 +69,6 @@ _KNOWN_INCOMPATIBLE = sum(Incompatible)
 def is_qcow2(first_bytes: bytes) -> bool:
     """Whether a file that begins with ``first_bytes`` (4 or more) says that it is qcow2."""
     return first_bytes[:4] == PROBE
-
-
-@dataclass(frozen=True, slots=True)
-class BitmapsExtension:
-    """Where the bitmap directory is: its offset and size in bytes, and its number of entries."""
-
-    nb_bitmaps: int
-    directory_size: int
-    directory_offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Extension:
-    """A header extension as stored: its type and its data without padding."""
-
-    type: int
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +94,10 @@ class Header:
     refcount_order: int = 4
     compression_type: CompressionType = CompressionType.ZLIB
     data_file: str | None = None
-    bitmaps: BitmapsExtension | None = None
+    bitmaps: BitmapsExtension | None = None  # to be believed only with Autoclear.BITMAPS
     feature_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
     # What no field above speaks of, kept for rewriting: additional fields behind compression_type,
-    # and extensions. A bitmaps extension that is not marked as consistent is one of them.
+    # and extensions.
     additional_fields: bytes = b""
     extensions: tuple[Extension, ...] = ()
 
@@ -174,12 +168,12 @@ def parse(data: bytes, *, name: str, file_size: int) -> Header:
 
 
 def _parse(data: bytes) -> Header:
-    _check(is_qcow2(data), "this is not a qcow2 image: it does not begin with QFI\\xfb")
+    check(is_qcow2(data), "this is not a qcow2 image: it does not begin with QFI\\xfb")
     fields = HEADER_V2.parse(data)
     version, cluster_bits = fields.version, fields.cluster_bits
     if version not in (2, 3):
         raise UnsupportedFeature(f"qcow2 version {version}; 2 and 3 are supported")
-    _check(
+    check(
         MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS,
         f"cluster_bits is {cluster_bits}; {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS} are allowed",
     )
@@ -191,44 +185,47 @@ def _parse(data: bytes) -> Header:
     if fields.backing_file_offset:
         end = fields.backing_file_offset
         length, room = fields.backing_file_size, min(MAX_BACKING_NAME, cluster_size - end)
-        _check(
+        check(
             end <= cluster_size,
             f"backing_file_offset is {end:#x}; the first cluster ends at {cluster_size:#x}",
         )
-        _check(length <= room, f"backing_file_size is {length}; {room} bytes at most are allowed")
-        backing_file = _text(_slice(data, end, length)) or None
+        check(length <= room, f"backing_file_size is {length}; {room} bytes at most are allowed")
+        backing_file = to_text(cut(data, end, length)) or None
 
-    known, others = _extensions(data[:cluster_size], v3.header_length, end)
-    feature_names = _feature_names(known.pop(ExtensionType.FEATURE_NAME_TABLE, b""))
+    known, others = read_extensions(data[:cluster_size], v3.header_length, end)
+    feature_names = read_feature_names(known.get(ExtensionType.FEATURE_NAME_TABLE, b""))
     incompatible, compression_type = _incompatible(v3, additional, feature_names)
     if fields.crypt_method != CryptMethod.NONE:
         raise UnsupportedFeature(f"it is encrypted ({_crypt_name(fields.crypt_method)})")
-    _check(
+    check(
         ExtensionType.FULL_DISK_ENCRYPTION not in known,
         "it has a full disk encryption header, but crypt_method is 0",
     )
 
     autoclear = Autoclear(v3.autoclear_features)
     bitmaps = None
-    if Autoclear.BITMAPS in autoclear:
-        _check(
-            ExtensionType.BITMAPS in known,
-            "autoclear bit 0 (bitmaps) is set, but the bitmaps extension is missing",
-        )
-        bitmaps = _bitmaps(known.pop(ExtensionType.BITMAPS), cluster_size)
-    elif ExtensionType.BITMAPS in known:
-        others.append(Extension(ExtensionType.BITMAPS, known.pop(ExtensionType.BITMAPS)))
+    if ExtensionType.BITMAPS in known:
+        try:
+            bitmaps = read_bitmaps(known[ExtensionType.BITMAPS], cluster_size)
+        except CorruptImage:
+            if Autoclear.BITMAPS in autoclear:
+                raise
+            others.append(Extension(ExtensionType.BITMAPS, known[ExtensionType.BITMAPS]))
+    check(
+        Autoclear.BITMAPS not in autoclear or bitmaps is not None,
+        "autoclear bit 0 (bitmaps) is set, but the bitmaps extension is missing",
+    )
     if Autoclear.RAW_EXTERNAL_DATA in autoclear:
-        _check(
+        check(
             Incompatible.EXTERNAL_DATA_FILE in incompatible,
             "autoclear bit 1 (raw external data) is set, but the image has no external data file",
         )
-        _check(
+        check(
             backing_file is None, "a raw external data file and a backing file exclude each other"
         )
 
     backing_format = known.get(ExtensionType.BACKING_FORMAT)
-    _check(
+    check(
         len(backing_format or b"") <= MAX_BACKING_FORMAT,
         f"the backing format's name is longer than {MAX_BACKING_FORMAT} bytes",
     )
@@ -243,7 +240,7 @@ def _parse(data: bytes) -> Header:
         refcount_table_clusters=fields.refcount_table_clusters,
         header_length=v3.header_length,
         backing_file=backing_file,
-        backing_format=None if backing_format is None else _text(backing_format),
+        backing_format=None if backing_format is None else to_text(backing_format),
         crypt_method=fields.crypt_method,
         nb_snapshots=fields.nb_snapshots,
         snapshots_offset=fields.snapshots_offset,
@@ -252,7 +249,7 @@ def _parse(data: bytes) -> Header:
         autoclear=autoclear,
         refcount_order=v3.refcount_order,
         compression_type=compression_type,
-        data_file=None if data_file is None else _text(data_file),
+        data_file=None if data_file is None else to_text(data_file),
         bitmaps=bitmaps,
         feature_names=feature_names,
         additional_fields=additional[1:],
@@ -275,16 +272,16 @@ def _version_3_fields(data: bytes, version: int, cluster_size: int) -> tuple[Con
         return absent, b""
     v3 = HEADER_V3_FIELDS.parse(data[HEADER_LENGTH_V2:])
     length = v3.header_length
-    _check(
+    check(
         HEADER_LENGTH_V3 <= length <= cluster_size and length % 8 == 0,
         f"header_length is {length}; "
         f"multiples of 8 from {HEADER_LENGTH_V3} to {cluster_size} are allowed",
     )
-    _check(
+    check(
         v3.refcount_order <= MAX_REFCOUNT_ORDER,
         f"refcount_order is {v3.refcount_order}; {MAX_REFCOUNT_ORDER} at most is allowed",
     )
-    return v3, _slice(data, HEADER_LENGTH_V3, length - HEADER_LENGTH_V3)
+    return v3, cut(data, HEADER_LENGTH_V3, length - HEADER_LENGTH_V3)
 
 
 def _incompatible(
@@ -297,7 +294,7 @@ def _incompatible(
         raise UnsupportedFeature(f"it needs unknown incompatible features: {listed}")
     incompatible = Incompatible(v3.incompatible_features)
     number = additional[0] if additional else 0
-    _check(
+    check(
         (Incompatible.COMPRESSION_TYPE in incompatible) == (number != 0),
         f"compression_type is {number}, and the compression type bit (incompatible bit 3) "
         f"{'says otherwise' if number else 'demands another one'}",
@@ -307,134 +304,42 @@ def _incompatible(
     return incompatible, CompressionType(number)
 
 
-def _extensions(data: bytes, offset: int, end: int) -> tuple[dict[int, bytes], list[Extension]]:
-    """The extensions between ``offset`` and ``end``: known ones by type, the others in order."""
-    known: dict[int, bytes] = {}
-    others: list[Extension] = []
-    while offset + EXTENSION.sizeof() <= end:
-        head = EXTENSION.parse(data[offset:])
-        if head.type == ExtensionType.END:
-            break
-        offset += EXTENSION.sizeof()
-        _check(
-            head.length <= end - offset,
-            f"the header extension {head.type:#010x} at {offset - 8:#x} is {head.length} bytes "
-            f"long; there is room for {end - offset}",
-        )
-        body = _slice(data, offset, head.length)
-        if head.type in list(ExtensionType):
-            _check(
-                head.type not in known,
-                f"the header extension {head.type:#010x} appears more than once",
-            )
-            known[head.type] = body
-        else:
-            others.append(Extension(head.type, body))
-        offset += -(-head.length // 8) * 8
-    return known, others
-
-
-def _feature_names(table: bytes) -> dict[tuple[int, int], str]:
-    size = FEATURE_NAME.sizeof()
-    whole = len(table) - len(table) % size
-    entries = (FEATURE_NAME.parse(table[at : at + size]) for at in range(0, whole, size))
-    return {(entry.type, entry.bit): _text(entry.name.split(b"\0")[0]) for entry in entries}
-
-
-def _bitmaps(data: bytes, cluster_size: int) -> BitmapsExtension:
-    size = BITMAPS_EXTENSION.sizeof()
-    _check(len(data) == size, f"the bitmaps extension is {len(data)} bytes long, not {size}")
-    fields = BITMAPS_EXTENSION.parse(data)
-    _check(fields.reserved == 0, "the reserved field of the bitmaps extension is not 0")
-    _check(
-        1 <= fields.nb_bitmaps <= MAX_BITMAPS,
-        f"nb_bitmaps is {fields.nb_bitmaps}; 1 to {MAX_BITMAPS} are allowed",
-    )
-    _check(
-        fields.bitmap_directory_size <= MAX_BITMAP_DIRECTORY_BYTES,
-        f"bitmap_directory_size is {fields.bitmap_directory_size}; "
-        f"{MAX_BITMAP_DIRECTORY_BYTES} at most are allowed",
-    )
-    _check_place(
-        "bitmap_directory_offset",
-        fields.bitmap_directory_offset,
-        fields.bitmap_directory_size,
-        cluster_size,
-    )
-    return BitmapsExtension(
-        fields.nb_bitmaps, fields.bitmap_directory_size, fields.bitmap_directory_offset
-    )
-
-
 def _check_tables(header: Header) -> None:
     """Every table that the header names: its size against the limits, its place, its alignment."""
     cluster_size = header.cluster_size
     if header.extended_l2:
-        _check(
+        check(
             header.cluster_bits >= MIN_CLUSTER_BITS_EXTENDED,
             f"cluster_bits is {header.cluster_bits}; extended L2 entries need "
             f"{MIN_CLUSTER_BITS_EXTENDED} or more",
         )
     clusters = header.refcount_table_clusters
     most = MAX_REFCOUNT_TABLE_BYTES // cluster_size
-    _check(1 <= clusters <= most, f"refcount_table_clusters is {clusters}; 1 to {most} are allowed")
-    _check_place(
+    check(1 <= clusters <= most, f"refcount_table_clusters is {clusters}; 1 to {most} are allowed")
+    check_place(
         "refcount_table_offset", header.refcount_table_offset, clusters * cluster_size, cluster_size
     )
-    _check(
+    check(
         header.nb_snapshots <= MAX_SNAPSHOTS,
         f"nb_snapshots is {header.nb_snapshots}; {MAX_SNAPSHOTS} at most are allowed",
     )
-    _check_place(
+    check_place(
         "snapshots_offset",
         header.snapshots_offset,
         header.nb_snapshots * SNAPSHOT_ENTRY.sizeof(),
         cluster_size,
     )
     l1_bytes = header.l1_size * L1E_SIZE
-    _check(
+    check(
         l1_bytes <= MAX_L1_BYTES,
         f"l1_size is {header.l1_size}; {MAX_L1_BYTES // L1E_SIZE} at most are allowed",
     )
     needed = -(-header.size >> (header.cluster_bits + header.l2_bits))
-    _check(
+    check(
         header.l1_size >= needed,
         f"l1_size is {header.l1_size}; a size of {header.size} bytes needs {needed} or more",
     )
-    _check_place("l1_table_offset", header.l1_table_offset, l1_bytes, cluster_size)
-
-
-def _check_place(field_name: str, offset: int, length: int, cluster_size: int) -> None:
-    _check(
-        offset % cluster_size == 0,
-        f"{field_name} is {offset:#x}; multiples of the cluster size {cluster_size} are allowed",
-    )
-    _check(
-        offset + length <= MAX_OFFSET,
-        f"{field_name} is {offset:#x}; with {length} bytes it would end beyond 2^63 - 1",
-    )
-
-
-def _check(allowed: bool, otherwise: str) -> None:
-    if not allowed:
-        raise CorruptImage(otherwise)
-
-
-def _slice(data: bytes, offset: int, length: int) -> bytes:
-    """Like a slice, but raises `StreamError` if it is cut short, as construct does for fields."""
-    piece = data[offset : offset + length]
-    if len(piece) < length:
-        raise StreamError
-    return piece
-
-
-def _text(raw: bytes) -> str:
-    """A name from the image. Bytes that are not UTF-8 survive the way there and back."""
-    return raw.decode("utf-8", "surrogateescape")
-
-
-def _raw(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+    check_place("l1_table_offset", header.l1_table_offset, l1_bytes, cluster_size)
 
 
 def _crypt_name(crypt_method: int) -> str:
@@ -455,11 +360,8 @@ def encode(header: Header) -> bytes:
             additional = b""
         additional += bytes(-len(additional) % 8)
         fixed = HEADER_LENGTH_V3 + len(additional)
-    area = b"".join(
-        EXTENSION.build({"type": kind, "length": len(body)}) + body + bytes(-len(body) % 8)
-        for kind, body in _encoded_extensions(header)
-    )
-    backing_file = _raw(header.backing_file or "")
+    area = b"".join(_extensions(header)) + build_extension(ExtensionType.END, b"")
+    backing_file = to_bytes(header.backing_file or "")
     backing_file_offset = fixed + len(area) if backing_file else 0
     used = fixed + len(area) + len(backing_file)
     if used > header.cluster_size:
@@ -497,31 +399,15 @@ def encode(header: Header) -> bytes:
     return bytes((cluster + area + backing_file).ljust(header.cluster_size, b"\0"))
 
 
-def _encoded_extensions(header: Header) -> Iterator[tuple[int, bytes]]:
+def _extensions(header: Header) -> Iterator[bytes]:
+    """All header extensions but the final one."""
     if header.backing_format is not None:
-        yield ExtensionType.BACKING_FORMAT, _raw(header.backing_format)
+        yield build_extension(ExtensionType.BACKING_FORMAT, to_bytes(header.backing_format))
     if header.data_file is not None:
-        yield ExtensionType.DATA_FILE, _raw(header.data_file)
+        yield build_extension(ExtensionType.DATA_FILE, to_bytes(header.data_file))
     if header.feature_names:
-        yield (
-            ExtensionType.FEATURE_NAME_TABLE,
-            b"".join(
-                FEATURE_NAME.build({"type": kind, "bit": bit, "name": _raw(text).ljust(46, b"\0")})
-                for (kind, bit), text in header.feature_names.items()
-            ),
-        )
+        yield build_feature_names(header.feature_names)
     if header.bitmaps is not None:
-        yield (
-            ExtensionType.BITMAPS,
-            BITMAPS_EXTENSION.build(
-                {
-                    "nb_bitmaps": header.bitmaps.nb_bitmaps,
-                    "reserved": 0,
-                    "bitmap_directory_size": header.bitmaps.directory_size,
-                    "bitmap_directory_offset": header.bitmaps.directory_offset,
-                }
-            ),
-        )
+        yield build_bitmaps(header.bitmaps)
     for extension in header.extensions:
-        yield extension.type, extension.data
-    yield ExtensionType.END, b""
+        yield build_extension(extension.type, extension.data)
