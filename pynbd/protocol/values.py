@@ -78,13 +78,14 @@ class _Named(_Prefixed, IntEnum):
 class _NamedFlag(_Prefixed, IntFlag):
     """A set of bits whose members print as the specification names them."""
 
-    def __invert__(self) -> Self:
-        """Return all other bits of 32, the widest field, whether they have a name or not.
-
-        IntFlag's own complement knows named bits only, and ``flags & ~legal`` would overlook
-        the unknown ones, which are what a server has to refuse.
-        """
-        return type(self)(int(self) ^ 0xFFFFFFFF)
+    @classmethod
+    def _missing_(cls, value: object) -> object:
+        # A negative value is a complement. IntFlag's own holds named bits only, and
+        # ``flags & ~legal`` would overlook the others, which are what a server has to refuse;
+        # here it holds all bits of the widest field.
+        if isinstance(value, int) and value < 0:
+            value &= 0xFFFFFFFF
+        return super()._missing_(value)
 
     def __str__(self) -> str:
         names = [f"{self._prefix}{flag.name}" for flag in self]
