@@ -21,14 +21,12 @@ from bitarray.util import intervals, zeros
 from pynbd.block.extent import Int64s, UInt8s
 
 _WORD_BITS = 64
-_ALL_CLEAN = np.uint64(0)
-_ALL_DIRTY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _LAST_BIT = np.uint64(_WORD_BITS - 1)
-_FIRST_BIT = np.uint64(1)
+_ONE = np.uint64(1)
 
 # What one call looks at: about a millisecond's worth, be the bits all alike or all different.
 _BITS_PER_STEP = 1 << 23
-_WORDS_PER_STEP = 1 << 14
+_WORDS_PER_STEP = 1 << 11
 
 
 @dataclass(slots=True, eq=False)
@@ -154,18 +152,13 @@ def _edges(bits: bitarray, first: int, last: int) -> tuple[Int64s, int]:
     """The bits in (first, last) that differ from the bit before, and where looking ended."""
     start = first // _WORD_BITS
     words = np.frombuffer(memoryview(bits), "<u8")[start : -(-last // _WORD_BITS)]
-    changes = (words != _ALL_CLEAN) & (words != _ALL_DIRTY)
-    changes[1:] |= (words[1:] & _FIRST_BIT) != (words[:-1] >> _LAST_BIT)
+    # Each bit against the one before it, which for the least significant is in the word before.
+    changes = words ^ words << _ONE
+    changes[1:] ^= words[:-1] >> _LAST_BIT
     rows = np.flatnonzero(changes)
     if len(rows) > _WORDS_PER_STEP:
         last = (start + int(rows[_WORDS_PER_STEP])) * _WORD_BITS
         rows = rows[:_WORDS_PER_STEP]
-    # A column in front of each row of 64 bits: the last bit of the word before it.
-    unpacked = np.empty((len(rows), _WORD_BITS + 1), np.uint8)
-    unpacked[:, 1:] = np.unpackbits(words[rows].view(np.uint8), bitorder="little").reshape(
-        -1, _WORD_BITS
-    )
-    unpacked[:, 0] = words[rows - 1] >> _LAST_BIT
-    row, column = np.nonzero(unpacked[:, 1:] != unpacked[:, :-1])
-    edges = (rows[row] + start) * _WORD_BITS + column
-    return edges[(edges > first) & (edges < last)].astype(np.int64), last
+    found = np.flatnonzero(np.unpackbits(changes[rows].view(np.uint8), bitorder="little"))
+    edges = (rows[found // _WORD_BITS] + start) * _WORD_BITS + found % _WORD_BITS
+    return edges[np.searchsorted(edges, first, "right") : np.searchsorted(edges, last)], last

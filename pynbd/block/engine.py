@@ -80,6 +80,10 @@ class HostFile:
         self.fd = fd
         self.writable = writable
         self.sync_failed = False
+        # Whether send-file may lend this file's pages to a socket: a page that is overwritten before the
+        # peer has taken it reaches the peer with the new bytes. True for files that nothing here writes,
+        # and for raw exports, where only overlapping requests can meet.
+        self.lends_pages = True
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
         self.is_device = stat.S_ISBLK(status.st_mode)
@@ -134,6 +138,11 @@ class HostFile:
             return done
         return done + await self.engine.run(_read_fully, self.fd, view[done:], offset + done)
 
+    async def is_hole(self, offset: int, length: int) -> bool:
+        """Whether the file has no data in a range (SEEK_DATA)."""
+        (first, *rest) = await self.data_runs(offset, length, 2)
+        return not rest and not first[1]
+
     async def read_bytes(self, length: int, offset: int) -> bytes:
         """Up to ``length`` bytes from ``offset``, fewer only at the end of the file."""
         data = bytearray(length)
@@ -161,7 +170,9 @@ class HostFile:
 
     # Writing
 
-    async def write_batch(self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False) -> list[OSError | None]:
+    async def write_batch(
+        self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
+    ) -> list[OSError | None]:
         """Write each (buffer, offset) in one hop; what went wrong with each. ``fua``: on stable storage."""
         if self.sync_failed:
             return [self._lost() for _ in pieces]
@@ -202,7 +213,9 @@ class HostFile:
 
     def lock_byte(self, position: int) -> None:
         """Take a shared open-file-description lock on one byte. ``OSError`` if somebody forbids it."""
-        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, position, 1, 0))
+        fcntl.fcntl(
+            self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, position, 1, 0)
+        )
 
     def byte_is_locked(self, position: int) -> bool:
         """Whether another open file description holds any lock on that byte."""

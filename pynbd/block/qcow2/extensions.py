@@ -1,8 +1,8 @@
 """Header extensions (pure).
 
-docs/interop/qcow2.rst, "Header extensions" to "Bitmaps extension". Each one that is known appears at
-most once, fits into what is left of the first cluster, and obeys its own rules; others are kept as
-they are. Errors are `CorruptImage`; it is `header` that adds the file's name to them.
+docs/interop/qcow2.rst, "Header extensions" to "Bitmaps extension". Each known one appears at most
+once, fits into what is left of the first cluster, and obeys its own rules; others are kept as they
+are. Errors are `CorruptImage`; it is `header` that adds the file's name to them.
 """
 
 from __future__ import annotations

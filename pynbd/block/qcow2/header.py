@@ -2,8 +2,8 @@
 
 docs/interop/qcow2.rst, "Header" to "Header padding". `parse` refuses what the specification or
 QEMU's limits forbid, with one line that names the file, the field, its value and what is allowed.
-What it lets through can be trusted: tables are aligned, bounded, and end below 2^63. `encode` is the
-way back; it keeps what it does not know.
+What it lets through can be trusted: tables are aligned, bounded, and end below 2^63. `encode` is
+the way back; it keeps what it does not know.
 """
 
 from __future__ import annotations

@@ -1,0 +1,129 @@
+"""Image files on the host: opened with QEMU's locks, zeroed and discarded by the best way the host has.
+
+Locks (``block/file-posix.c`` of QEMU is their definition): a permission that is used holds a shared lock on
+byte 100 + bit, one that is not shared with others a shared lock on byte 200 + bit. After taking its own, each
+opener looks whether somebody forbids what it uses, or uses what it forbids.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from enum import IntEnum
+
+from pynbd.block.engine import (
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+    FALLOC_ZERO_RANGE,
+    Engine,
+    HostFile,
+)
+from pynbd.errors import ImageError, ImageLocked
+
+log = logging.getLogger("pynbd")
+
+LOCK_USED = 100
+LOCK_UNSHARED = 200
+
+# Zeroes that have to be written go out in pieces of this size.
+_ZERO_PIECE = bytes(1 << 20)
+
+
+class Permission(IntEnum):
+    """Bits of QEMU's block permissions that concern an image file."""
+
+    CONSISTENT_READ = 0
+    WRITE = 1
+    RESIZE = 3
+
+
+def open_host_file(
+    engine: Engine, path: str, *, writable: bool, force_share: bool = False
+) -> HostFile:
+    """Open an image file or device and lock it as QEMU does.
+
+    ``force_share`` opens a file for reading although others may write it, with a warning when one does.
+    Raises `ImageError` naming the file, `ImageLocked` if another process holds a conflicting lock.
+    """
+    try:
+        file = HostFile.open(engine, path, writable=writable)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
+    try:
+        _lock(file, force_share=force_share)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _lock(file: HostFile, *, force_share: bool) -> None:
+    uses = {Permission.CONSISTENT_READ}
+    if file.writable:
+        uses |= {Permission.WRITE, Permission.RESIZE}
+    if force_share:
+        if any(
+            file.byte_is_locked(LOCK_USED + bit) for bit in (Permission.WRITE, Permission.RESIZE)
+        ):
+            log.warning(
+                "%s: another process writes this image; what is read may be inconsistent", file.path
+            )
+        return
+    forbids = {Permission.WRITE, Permission.RESIZE}
+    try:
+        for bit in uses:
+            file.lock_byte(LOCK_USED + bit)
+        for bit in forbids:
+            file.lock_byte(LOCK_UNSHARED + bit)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP):
+            log.warning("%s: the file system has no locks: %s", file.path, error.strerror)
+            return
+        raise ImageLocked(f"{file.path}: is locked by another process") from None
+    for bit in uses:
+        if file.byte_is_locked(LOCK_UNSHARED + bit):
+            raise ImageLocked(
+                f"{file.path}: another process forbids others to {_VERB[bit]} it"
+                + ("" if file.writable else " (--force-share reads it all the same)")
+            )
+    for bit in forbids:
+        if file.byte_is_locked(LOCK_USED + bit):
+            raise ImageLocked(
+                f"{file.path}: another process has it open to {_VERB[bit]} it"
+                + ("" if file.writable else " (--force-share reads it all the same)")
+            )
+
+
+_VERB = {
+    Permission.CONSISTENT_READ: "read",
+    Permission.WRITE: "write",
+    Permission.RESIZE: "resize",
+}
+
+
+async def write_zeroes(
+    file: HostFile, offset: int, length: int, *, may_unmap: bool, fast: bool
+) -> None:
+    """Make a range of the file read as zeroes, by the first way that the file has.
+
+    A hole where ``may_unmap``, else an allocated range of zeroes, else written zeroes; if ``fast``, these
+    last are refused with ENOTSUP before anything was touched.
+    """
+    ways = [FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE]
+    if may_unmap:
+        ways.insert(0, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE)
+    for mode in ways:
+        if await file.fallocate(mode, offset, length):
+            return
+    if fast:
+        raise OSError(errno.EOPNOTSUPP, "zeroes would have to be written", file.path)
+    end = offset + length
+    while offset < end:
+        count = min(len(_ZERO_PIECE), end - offset)
+        await file.write(memoryview(_ZERO_PIECE)[:count], offset)
+        offset += count
+
+
+async def discard(file: HostFile, offset: int, length: int) -> None:
+    """Give a range of the file back to the host, if it takes it; then it reads as zeroes."""
+    await file.fallocate(FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)

@@ -1,0 +1,311 @@
+"""The commands of the transmission phase ("Request types" in the NBD specification).
+
+`CommandRule` says in one row what a command may carry; `Commands.validate` is the one place that enforces it.
+Each command is a coroutine that returns the pieces of its whole reply, and suspends only where the disk
+does. A write is served together with the other writes of its batch.
+
+The order of the checks: is the command known, may it be done at all (EPERM), are its flags legal, does it lie
+inside the export.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pynbd.block.extent import ZERO, Extent
+from pynbd.errors import RequestError
+from pynbd.protocol.handshake import Session
+from pynbd.protocol.metadata import decode_filter
+from pynbd.protocol.transmission import Dialect, Request
+from pynbd.protocol.values import MAX_PAYLOAD, Command, CommandFlag, Error
+from pynbd.server.contexts import block_status
+from pynbd.server.export import Export
+from pynbd.server.stream import FilePiece, Piece, ReplyEnd
+
+log = logging.getLogger("pynbd")
+
+# From this length on the kernel is asked to send file bytes itself, instead of copying them through us.
+SEND_FILE_MIN = 1 << 16
+
+_DF = int(CommandFlag.DF)
+_FUA = int(CommandFlag.FUA)
+_NO_HOLE = int(CommandFlag.NO_HOLE)
+_REQ_ONE = int(CommandFlag.REQ_ONE)
+_FAST_ZERO = int(CommandFlag.FAST_ZERO)
+_PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRule:
+    """What a command may carry. ``flags``: legal in every dialect; ``structured``, ``extended``: there too.
+
+    ``beyond_end``: the error of a request that leaves the export. ``limited``: its length is a payload's.
+    """
+
+    flags: int = _FUA
+    structured: int = 0
+    extended: int = 0
+    writes: bool = False
+    beyond_end: Error = Error.EINVAL
+    limited: bool = False
+
+
+RULES = {
+    Command.READ: CommandRule(structured=_DF, limited=True),
+    Command.WRITE: CommandRule(
+        extended=_PAYLOAD_LEN, writes=True, beyond_end=Error.ENOSPC, limited=True
+    ),
+    Command.FLUSH: CommandRule(),
+    Command.TRIM: CommandRule(writes=True),
+    Command.CACHE: CommandRule(),
+    Command.WRITE_ZEROES: CommandRule(
+        flags=_FUA | _NO_HOLE | _FAST_ZERO, writes=True, beyond_end=Error.ENOSPC
+    ),
+    Command.BLOCK_STATUS: CommandRule(flags=_FUA | _REQ_ONE, extended=_PAYLOAD_LEN),
+}
+
+_ERROR_OF_ERRNO = {
+    errno.EPERM: Error.EPERM,
+    errno.EACCES: Error.EPERM,
+    errno.EROFS: Error.EPERM,
+    errno.EIO: Error.EIO,
+    errno.ENOMEM: Error.ENOMEM,
+    errno.ENOSPC: Error.ENOSPC,
+    errno.EDQUOT: Error.ENOSPC,
+    errno.EFBIG: Error.ENOSPC,
+    errno.EOPNOTSUPP: Error.ENOTSUP,
+    errno.ESHUTDOWN: Error.ESHUTDOWN,
+}
+
+
+def nbd_error(error: OSError) -> Error:
+    """The NBD error of a host error: one of the eight that the specification defines ("Error values")."""
+    return _ERROR_OF_ERRNO.get(error.errno or 0, Error.EINVAL)
+
+
+class Commands:
+    """Serves the requests of one session on one export."""
+
+    def __init__(self, export: Export, session: Session, dialect: Dialect) -> None:
+        self._export = export
+        self._node = export.node
+        self._size = export.node.size
+        self._dialect = dialect
+        self._contexts = {
+            number: export.contexts[name] for number, name in session.contexts.items()
+        }
+        self._legal_flags = {
+            int(command): rule.flags
+            | (rule.structured if dialect.structured else 0)
+            | (rule.extended if dialect.extended else 0)
+            for command, rule in RULES.items()
+        }
+        self._rules = {int(command): rule for command, rule in RULES.items()}
+        self.stopping = False
+        """The server goes down: every request gets NBD_ESHUTDOWN."""
+
+    @property
+    def max_filter(self) -> int:
+        """Bytes of the longest legal BLOCK_STATUS payload: an effect length and every context's id."""
+        return 8 + 4 * len(self._contexts)
+
+    def validate(self, request: Request) -> None:
+        """Raise `RequestError` unless the request's header is one that can be served."""
+        flags, command, _, offset, length, _ = request
+        if self.stopping:
+            raise RequestError(Error.ESHUTDOWN, "the server is shutting down")
+        rule = self._rules.get(command)
+        if rule is None:
+            raise RequestError(Error.EINVAL, f"unknown command {command}")
+        if rule.writes and self._export.read_only:
+            raise RequestError(Error.EPERM, f"{Command(command)} on a read-only export")
+        if illegal := flags & ~self._legal_flags[command]:
+            raise RequestError(
+                Error.EINVAL, f"{Command(command)} does not take the flags {illegal:#x} here"
+            )
+        if command == Command.FLUSH:
+            if offset or length:
+                raise RequestError(Error.EINVAL, "NBD_CMD_FLUSH takes no offset and no length")
+        elif command == Command.BLOCK_STATUS and flags & _PAYLOAD_LEN:
+            # The length is that of the payload: the effect length is inside, and checked with it.
+            if not self._contexts or length > self.max_filter:
+                raise RequestError(
+                    Error.EINVAL, f"a filter of {length} bytes for {len(self._contexts)} contexts"
+                )
+        else:
+            self._check_range(command, rule, offset, length)
+
+    def _check_range(self, command: int, rule: CommandRule, offset: int, length: int) -> None:
+        if offset + length > self._size:
+            error = rule.beyond_end if length else Error.EINVAL
+            raise RequestError(
+                error,
+                f"{Command(command)} of {offset}+{length} leaves the export of {self._size} bytes",
+            )
+        if rule.limited and length > MAX_PAYLOAD:
+            raise RequestError(
+                Error.EINVAL, f"{Command(command)} of {length} bytes; at most {MAX_PAYLOAD} at once"
+            )
+        if command == Command.BLOCK_STATUS and not length:
+            raise RequestError(Error.EINVAL, "NBD_CMD_BLOCK_STATUS of no bytes")
+
+    async def serve(self, request: Request) -> Sequence[Piece]:
+        """The whole reply to any request but a WRITE, errors included."""
+        try:
+            self.validate(request)
+            return await self._serve[request.command](self, request)
+        except (RequestError, OSError) as error:
+            return (self.refusal(request, error),)
+        except Exception:
+            log.exception("a defect in pynbd, while serving %s", request)
+            return (self.refusal(request, OSError(errno.EIO, "internal error")),)
+
+    async def write_batch(self, requests: Sequence[Request]) -> Sequence[Piece]:
+        """The replies to WRITE requests that were validated, with or without FUA alike."""
+        fua = any(request.flags & _FUA for request in requests)
+        pieces = [(request.offset, request.payload) for request in requests if request.payload]
+        try:
+            errors = iter(await self._node.pwrite_batch(pieces, fua=fua))
+        except OSError as error:
+            return [self.refusal(request, error) for request in requests]
+        except Exception:
+            log.exception("a defect in pynbd, while writing")
+            failure = OSError(errno.EIO, "internal error")
+            return [self.refusal(request, failure) for request in requests]
+        replies: list[Piece] = []
+        for request in requests:
+            failed = next(errors) if request.payload else None
+            replies.append(
+                self.refusal(request, failed)
+                if failed
+                else self._dialect.done(request.cookie, request.offset)
+            )
+        return replies
+
+    def refusal(self, request: Request, error: RequestError | OSError) -> bytes:
+        """The reply to a request that failed."""
+        if isinstance(error, RequestError):
+            code, text = Error(error.error), error.message
+        else:
+            code, text = nbd_error(error), error.strerror or str(error)
+            if code == Error.ENOTSUP and not request.flags & _FAST_ZERO:
+                code = Error.EINVAL  # the specification keeps ENOTSUP for FAST_ZERO
+            if code not in (Error.ENOTSUP, Error.EPERM):
+                log.error("%s: %s: %s", error.filename or self._node.name, request, text)
+        return self._dialect.error(request.cookie, request.offset, code, text)
+
+    # Reading
+
+    async def _read(self, request: Request) -> Sequence[Piece]:
+        dialect, cookie, offset = self._dialect, request.cookie, request.offset
+        if not request.length:
+            return (dialect.done(cookie, offset),)
+        if request.flags & _FUA and not self._export.read_only:
+            await self._node.flush()
+        end = offset + request.length
+        extents = await self._node.resolve(offset, end)
+        sparse = dialect.structured and not request.flags & _DF
+        failed = None
+        if dialect.structured:
+            failed = dialect.error(cookie, offset, Error.EIO, "the file became shorter")
+        reply_end = ReplyEnd(dialect.done(cookie, offset) if dialect.structured else b"", failed)
+        pieces: list[Piece] = []
+        # One content chunk for each stretch of holes and each stretch of anything else.
+        start = offset
+        content: list[Piece] = []
+        for extent in extents:
+            first, last = max(extent.offset, offset), min(extent.end, end)
+            content_of = await self._content(extent, first, last, reply_end, sparse=sparse)
+            if content_of is not None:
+                content.append(content_of)
+                continue
+            if start < first:
+                pieces += (dialect.data(cookie, offset, start, first - start), *content)
+                content = []
+            pieces.append(dialect.hole(cookie, offset, first, last - first))
+            start = last
+        if start < end:
+            pieces += (dialect.data(cookie, offset, start, end - start), *content)
+        pieces.append(reply_end)
+        return pieces
+
+    async def _content(
+        self, extent: Extent, first: int, last: int, reply: ReplyEnd, *, sparse: bool
+    ) -> Piece | None:
+        """What to send for guest bytes [first, last) of an extent; None for a hole."""
+        length = last - first
+        if extent.kind == ZERO:
+            return None if sparse else bytes(length)
+        file = extent.file
+        if file is not None and length >= SEND_FILE_MIN:
+            host_offset = first + extent.shift
+            if file.lends_pages and file.resident(host_offset, length):
+                return FilePiece(file.fd, host_offset, length, reply)
+            if sparse and await file.is_hole(host_offset, length):
+                return None
+        data = bytearray(length)
+        await self._node.fetch(extent, first, memoryview(data))
+        return data
+
+    # Everything else
+
+    async def _flush(self, request: Request) -> Sequence[Piece]:
+        await self._node.flush()
+        return self._done(request)
+
+    async def _trim(self, request: Request) -> Sequence[Piece]:
+        if request.length:
+            fua = bool(request.flags & _FUA)
+            await self._node.discard(request.offset, request.length, fua=fua)
+        return self._done(request)
+
+    async def _cache(self, request: Request) -> Sequence[Piece]:
+        if request.length:
+            await self._node.prefetch(request.offset, request.length)
+        return self._done(request)
+
+    async def _write_zeroes(self, request: Request) -> Sequence[Piece]:
+        if request.length:
+            await self._node.write_zeroes(
+                request.offset,
+                request.length,
+                may_unmap=not request.flags & _NO_HOLE,
+                fast=bool(request.flags & _FAST_ZERO),
+                fua=bool(request.flags & _FUA),
+            )
+        return self._done(request)
+
+    async def _block_status(self, request: Request) -> Sequence[Piece]:
+        if not self._contexts:
+            raise RequestError(Error.EINVAL, "no metadata context was negotiated")
+        contexts, length = self._contexts, request.length
+        if request.payload is not None:
+            length, chosen = decode_filter(request.payload, contexts)
+            contexts = {number: contexts[number] for number in chosen}
+            rule = self._rules[request.command]
+            self._check_range(request.command, rule, request.offset, length)
+        answers = await block_status(
+            self._node, contexts, request.offset, length, one=bool(request.flags & _REQ_ONE)
+        )
+        last = max(answers)
+        return [
+            self._dialect.status(
+                request.cookie, request.offset, number, *answers[number], last=number == last
+            )
+            for number in sorted(answers)
+        ]
+
+    def _done(self, request: Request) -> Sequence[Piece]:
+        return (self._dialect.done(request.cookie, request.offset),)
+
+    _serve = {
+        int(Command.READ): _read,
+        int(Command.FLUSH): _flush,
+        int(Command.TRIM): _trim,
+        int(Command.CACHE): _cache,
+        int(Command.WRITE_ZEROES): _write_zeroes,
+        int(Command.BLOCK_STATUS): _block_status,
+    }

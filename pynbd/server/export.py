@@ -1,0 +1,80 @@
+"""Exports: an image under a name, with what clients are told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pynbd.block.node import BlockNode
+from pynbd.protocol.handshake import ExportInfo
+from pynbd.protocol.values import MAX_PAYLOAD, TransmissionFlag
+from pynbd.server.contexts import Context
+
+_ALWAYS = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_CACHE
+)
+_WRITABLE = (
+    TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_FAST_ZERO
+)
+PREFERRED_BLOCK_SIZE = 4096
+
+
+class Export:
+    """A node that clients may open under ``name``.
+
+    ``contexts``: the metadata contexts on offer, by name, in the order of their ids. ``multi_conn``: whether a
+    second connection sees what the first one wrote; one process with one node always grants that, but it
+    is pointless where only one connection is allowed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        node: BlockNode,
+        *,
+        description: str = "",
+        contexts: Mapping[str, Context],
+        multi_conn: bool = True,
+    ) -> None:
+        self.name = name
+        self.node = node
+        self.contexts = contexts
+        self.read_only = node.read_only
+        flags = _ALWAYS | (TransmissionFlag.READ_ONLY if node.read_only else _WRITABLE)
+        if multi_conn:
+            flags |= TransmissionFlag.CAN_MULTI_CONN
+        self.info = ExportInfo(
+            name=name,
+            description=description,
+            size=node.size,
+            flags=flags,
+            block_size=(1, PREFERRED_BLOCK_SIZE, MAX_PAYLOAD),
+            contexts=tuple(contexts),
+        )
+
+
+class ExportTable:
+    """The exports of a server, as the negotiation sees them. The first one is the default export."""
+
+    def __init__(self, exports: Iterable[Export]) -> None:
+        self._exports = {export.name: export for export in exports}
+        self.stopping = False
+
+    def __iter__(self) -> Iterable[Export]:
+        return iter(self._exports.values())
+
+    def __getitem__(self, name: str) -> Export:
+        return self._exports[name]
+
+    def find(self, name: str) -> ExportInfo | None:
+        export = self._exports.get(name)
+        if export is None and not name:
+            export = next(iter(self._exports.values()), None)
+        return export.info if export else None
+
+    def listing(self) -> Iterable[ExportInfo]:
+        return [export.info for export in self._exports.values()]

@@ -1,0 +1,157 @@
+"""The server: listeners, connections, and an end in good order.
+
+Ending (`Server.stop`): requests under way have `GRACE` seconds, new ones get NBD_ESHUTDOWN, clients that still
+negotiate are dropped; then the rest is dropped unacknowledged. The images are closed by their owner, after the
+system calls under way have returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Sequence
+
+from pynbd.server.connection import HANDSHAKE_LIMIT, Connection
+from pynbd.server.export import ExportTable
+
+log = logging.getLogger("pynbd")
+
+# Seconds that requests under way have when the server ends.
+GRACE = 2.0
+# Seconds to wait before accepting again when there are no descriptors left.
+_ACCEPT_PAUSE = 0.1
+BACKLOG = 128
+
+
+def listen_tcp(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets on every address of ``host``, all on one port; port 0 takes a free one."""
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if sockets[1:]:
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            sock.bind(address)
+            sock.listen(BACKLOG)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def listen_unix(path: str) -> socket.socket:
+    """A listening unix socket. A socket that nobody listens on any more is replaced."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            os.unlink(path)
+            sock.bind(path)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_stale(path: str) -> bool:
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == errno.ECONNREFUSED
+
+
+class Server:
+    """Serves exports on listening sockets.
+
+    ``max_clients``: more than these wait in the backlog; 0 is no limit. ``until_idle``: end when the last
+    client that had negotiated has left (a probe of the port does not count).
+    """
+
+    def __init__(
+        self,
+        exports: ExportTable,
+        sockets: Sequence[socket.socket],
+        *,
+        max_clients: int = 0,
+        until_idle: bool = False,
+        handshake_limit: float = HANDSHAKE_LIMIT,
+    ) -> None:
+        self._exports = exports
+        self._sockets = sockets
+        self._max_clients = max_clients
+        self._until_idle = until_idle
+        self._handshake_limit = handshake_limit
+        self._connections: dict[asyncio.Task[None], Connection] = {}
+        self._place_free = asyncio.Event()
+        self._listeners: list[asyncio.Task[None]] = []
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Accept and serve until `stop` is called, or the last client has left with ``until_idle``."""
+        self._listeners = [asyncio.create_task(self._accept(sock)) for sock in self._sockets]
+        try:
+            await self._stop.wait()
+        finally:
+            await self._end()
+
+    def stop(self) -> None:
+        """End in good order; `run` returns when it is done."""
+        self._stop.set()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        while True:
+            while self._max_clients and len(self._connections) >= self._max_clients:
+                self._place_free.clear()
+                await self._place_free.wait()
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                log.warning("a connection could not be accepted: %s", error.strerror)
+                await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            connection = Connection(sock, self._exports, handshake_limit=self._handshake_limit)
+            task = loop.create_task(connection.run())
+            self._connections[task] = connection
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        connection = self._connections.pop(task)
+        self._place_free.set()
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a defect in pynbd ended a connection", exc_info=error)
+        if self._until_idle and connection.negotiated and not self._connections:
+            self._stop.set()
+
+    async def _end(self) -> None:
+        self._exports.stopping = True
+        for listener in self._listeners:
+            listener.cancel()
+        await asyncio.gather(*self._listeners, return_exceptions=True)
+        for sock in self._sockets:
+            sock.close()
+        for task, connection in self._connections.items():
+            if not connection.stop():
+                task.cancel()
+        if self._connections:
+            _, late = await asyncio.wait(self._connections, timeout=GRACE)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)

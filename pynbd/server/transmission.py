@@ -1,0 +1,402 @@
+"""The transmission phase of one connection: a batch of requests in, a batch of replies out.
+
+The unit of work is what one receive brought. All requests whose data are at hand are served in one go, and
+their replies leave in one send; the loop, a Task and a system call are paid once a batch. Its rules:
+
+1. A read of plain bytes that are in the page cache is served in the loop of `_serve_batch` itself: one
+   bisect, one system call, no coroutine.
+2. Everything else is a coroutine whose first step is taken by hand. If it ends there, no Task was made;
+   if it waits for a disk, a Task adopts it, and its reply leaves when it is ready.
+3. The writes of a batch share one hop into the pool.
+4. Requests and bytes in flight have a budget. Past it, or while the peer takes no replies, nothing more
+   is received.
+5. A buffer that holds the payload of a write under way is lent to it, and not received into.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Coroutine, Generator, Sequence
+from dataclasses import dataclass
+from types import coroutine
+from typing import Any
+
+from pynbd.errors import ProtocolError, RequestError
+from pynbd.protocol.handshake import Session
+from pynbd.protocol.transmission import Request, dialect
+from pynbd.protocol.values import MAX_PAYLOAD, Command
+from pynbd.server.commands import SEND_FILE_MIN, Commands
+from pynbd.server.export import Export
+from pynbd.server.stream import Piece, PlainStream
+
+_READ = int(Command.READ)
+_WRITE = int(Command.WRITE)
+_DISC = int(Command.DISC)
+
+# What one receive may bring. A payload longer than half of it gets a buffer of its own.
+RECEIVE_SIZE = 1 << 18
+# Replies that are built in place before they have to leave.
+INLINE_SIZE = 1 << 19
+# Receives in a row before the loop gets its turn.
+ROUNDS = 16
+# Writes that share one hop into the pool, in bytes: longer batches are spread over its threads.
+WRITE_HOP = 1 << 18
+
+Serving = Coroutine[Any, Any, Sequence[Piece]]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much one connection may have under way before reading stops."""
+
+    requests: int = 256
+    received_bytes: int = 128 << 20
+    queued_bytes: int = 64 << 20
+
+
+class Transmission:
+    """Serves one session until the peer disconnects."""
+
+    def __init__(
+        self, stream: PlainStream, export: Export, session: Session, budget: Budget | None = None
+    ) -> None:
+        self._stream = stream
+        self._loop = asyncio.get_running_loop()
+        self._node = export.node
+        self._size = export.node.size
+        self._dialect = dialect(structured=session.structured, extended=session.extended)
+        self.commands = Commands(export, session, self._dialect)
+        self._budget = budget or Budget()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bytes_in_flight = 0
+        self._closing = False  # no more requests are taken
+        # Receiving: unparsed bytes are view[at:have]; or a payload or skipped bytes come in.
+        self._buffer = bytearray(RECEIVE_SIZE)
+        self._view = memoryview(self._buffer)
+        self._at = self._have = 0
+        self._payload: memoryview | None = None
+        self._payload_of: Request | None = None
+        self._filled = 0
+        self._skipping = 0
+        self._after_skip: bytes = b""
+        self._writes: list[Request] = []
+        self._lent = False
+        # Sending: replies built in place, and the pieces of the others.
+        self._inline = bytearray(INLINE_SIZE)
+        self._inline_view = memoryview(self._inline)
+        self._inline_used = 0
+        self._replies: list[Piece] = []
+        self._sending_soon = False
+        # The longest read that is served in place; -1 when every request is refused.
+        self._inline_max = SEND_FILE_MIN - 1
+
+    async def run(self) -> None:
+        """Serve until the session ends. Raises `ProtocolError` if the peer broke a rule."""
+        self._stream.on_readable = self._on_readable
+        self._stream.on_drained = self._resume
+        self._stream.on_lost = self._lost
+        self._stream.resume_reading()
+        try:
+            await self._ended
+        finally:
+            self._closing = True
+            self._stream.pause_reading()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+
+    def stop(self) -> None:
+        """Refuse every further request with NBD_ESHUTDOWN, and end once those under way are answered."""
+        self.commands.stopping = True
+        self._inline_max = -1
+        if not self._tasks:
+            self._finish()
+
+    # Receiving
+
+    def _on_readable(self) -> None:
+        try:
+            for _ in range(ROUNDS):
+                count = self._stream.receive_into(self._room())
+                if count is None:
+                    return
+                if not count:
+                    self._close()
+                    return
+                self._received(count)
+                self._flush()
+                if self._closing or self._saturated():
+                    return
+        except ProtocolError as error:
+            self._flush()
+            self._fail(error)
+        except OSError:
+            self._lost()
+
+    def _room(self) -> memoryview:
+        """Where the next bytes belong."""
+        if self._payload is not None:
+            return self._payload[self._filled :]
+        if self._skipping:
+            return self._view[: min(self._skipping, RECEIVE_SIZE)]
+        return self._view[self._have :]
+
+    def _received(self, count: int) -> None:
+        if self._payload is not None:
+            self._filled += count
+            if self._filled < len(self._payload):
+                return
+            assert self._payload_of is not None
+            self._accept(self._payload_of, self._payload)
+            self._payload = self._payload_of = None
+            self._start_writes()
+        elif self._skipping:
+            self._skipping -= count
+            if not self._skipping:
+                self._replies.append(self._after_skip)
+        else:
+            self._have += count
+            self._serve_batch()
+
+    def _serve_batch(self) -> None:
+        """Serve every request that is complete in the buffer."""
+        buffer, at, have = self._buffer, self._at, self._have
+        inline, inline_view = self._inline, self._inline_view
+        used = self._inline_used
+        request_size, unpack_from = self._dialect.request.size, self._dialect.request.unpack_from
+        head, put_data_head = self._dialect.data_head_size, self._dialect.put_data_head
+        magic_expected, size = self._dialect.magic, self._size
+        starts, extents = self._node.resolved.starts, self._node.resolved.extents
+        while have - at >= request_size:
+            magic, flags, command, cookie, offset, length = unpack_from(buffer, at)
+            if command == _READ and 0 < length <= self._inline_max and not flags:
+                # Rule 1. What does not fit goes the way of all others, below.
+                row = bisect_right(starts, offset) - 1
+                if row >= 0 and offset + length <= size and magic == magic_expected:
+                    extent = extents[row]
+                    file = extent.file
+                    if file is not None and offset + length <= extent.end:
+                        if used + head + length > INLINE_SIZE:
+                            self._inline_used = used
+                            self._flush()
+                            used = 0
+                        data = used + head
+                        target = inline_view[data : data + length]
+                        if file.read_now(target, offset + extent.shift) == length:
+                            put_data_head(inline, used, cookie, offset, length)
+                            used = data + length
+                            at += request_size
+                            continue
+            if magic != magic_expected:
+                raise ProtocolError(f"request with magic {magic:#x}")
+            self._at = at + request_size
+            self._inline_used = used
+            served = self._serve_one(Request(flags, command, cookie, offset, length))
+            used = self._inline_used
+            if not served:  # its payload is not all here yet: it is read again as a whole
+                break
+            at, have = self._at, self._have
+            if self._closing or self._saturated():
+                break
+        self._at = at
+        self._inline_used = used
+        self._start_writes()
+        self._make_room()
+
+    def _serve_one(self, request: Request) -> bool:
+        """Serve the request whose header ends at ``_at``, and go past its payload. False: come again."""
+        flags, command, _, _, length, _ = request
+        if command == _DISC:
+            self._close()
+            return True
+        payload_length = self._dialect.payload_length(flags, command, length)
+        if not payload_length:
+            if command == _WRITE:
+                self._accept(request, memoryview(b""))
+            else:
+                self._start(self.commands.serve(request), length)
+            return True
+        if payload_length > MAX_PAYLOAD:
+            raise ProtocolError(f"a payload of {payload_length} bytes; at most {MAX_PAYLOAD}")
+        here = self._have - self._at
+        try:
+            self.commands.validate(request)
+        except RequestError as error:
+            refusal = self.commands.refusal(request, error)
+            if here >= payload_length:
+                self._at += payload_length
+                self._replies.append(refusal)
+            else:
+                self._skipping, self._after_skip = payload_length - here, refusal
+                self._at = self._have
+            return True
+        if here >= payload_length:
+            payload = self._view[self._at : self._at + payload_length]
+            self._at += payload_length
+            self._lent = True
+            self._accept(request, payload)
+        elif payload_length > RECEIVE_SIZE // 2:
+            self._payload = memoryview(bytearray(payload_length))
+            self._payload[:here] = self._view[self._at : self._have]
+            self._payload_of, self._filled = request, here
+            self._at = self._have
+        else:
+            return False
+        return True
+
+    def _accept(self, request: Request, payload: memoryview) -> None:
+        """Take a request whose payload is complete."""
+        request = request._replace(payload=payload)
+        if request.command != _WRITE:
+            self._start(self.commands.serve(request), len(payload))
+            return
+        try:
+            self.commands.validate(request)
+        except RequestError as error:
+            self._replies.append(self.commands.refusal(request, error))
+        else:
+            self._writes.append(request)
+
+    def _make_room(self) -> None:
+        """Move what is left of the buffer to its front, or into a fresh one if a write still needs it."""
+        at, have = self._at, self._have
+        rest = have - at
+        if self._lent:
+            fresh = bytearray(RECEIVE_SIZE)
+            fresh[:rest] = self._view[at:have]
+            self._buffer, self._view = fresh, memoryview(fresh)
+            self._lent = False
+        elif at and rest:
+            self._buffer[:rest] = self._buffer[at:have]
+        self._at, self._have = 0, rest
+
+    def _saturated(self) -> bool:
+        """Whether reading has to stop; then it goes on at `_resume`."""
+        budget = self._budget
+        if (
+            len(self._tasks) < budget.requests
+            and self._bytes_in_flight < budget.received_bytes
+            and self._stream.queued < budget.queued_bytes
+        ):
+            return False
+        self._stream.pause_reading()
+        return True
+
+    def _resume(self) -> None:
+        if self._closing or self._ended.done() or self._saturated():
+            return
+        if self._have and self._payload is None and not self._skipping:
+            try:
+                self._serve_batch()
+            except ProtocolError as error:
+                self._fail(error)
+            self._flush()
+            if self._closing or self._saturated():
+                return
+        self._stream.resume_reading()
+
+    # Serving
+
+    def _start_writes(self) -> None:
+        """Start the writes of this batch, as many hops as their bytes are worth."""
+        writes, self._writes = self._writes, []
+        while writes:
+            count = total = 0
+            while count < len(writes) and (not count or total + writes[count].length <= WRITE_HOP):
+                total += writes[count].length
+                count += 1
+            self._start(self.commands.write_batch(writes[:count]), total)
+            del writes[:count]
+
+    def _start(self, serving: Serving, length: int) -> None:
+        """Take the first step of ``serving`` by hand; adopt it if it has to wait."""
+        try:
+            waiting = serving.send(None)
+        except StopIteration as stop:
+            self._replies += stop.value
+            return
+        task = self._loop.create_task(self._finish_serving(_continued(serving, waiting), length))
+        self._bytes_in_flight += length
+        self._tasks.add(task)
+        task.add_done_callback(self._served)
+
+    async def _finish_serving(self, serving: Any, length: int) -> None:
+        try:
+            self._replies += await serving
+        finally:
+            self._bytes_in_flight -= length
+            if not self._sending_soon:
+                # Replies that become ready in the same turn of the loop leave together.
+                self._sending_soon = True
+                self._loop.call_soon(self._send_soon)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self._fail(error)
+
+    def _send_soon(self) -> None:
+        self._sending_soon = False
+        self._flush()
+        if not self._stream.reading:
+            self._resume()
+        if not self._tasks and (self._closing or self.commands.stopping):
+            self._finish()
+
+    # Sending and ending
+
+    def _flush(self) -> None:
+        """Send the replies that are ready."""
+        if self._inline_used:
+            used, self._inline_used = self._inline_used, 0
+            self._stream.send_view(self._inline_view[:used])
+        if self._replies:
+            replies, self._replies = self._replies, []
+            self._stream.send(replies)
+
+    def _close(self) -> None:
+        """The peer sends nothing more: answer what is under way, then end."""
+        self._closing = True
+        self._stream.pause_reading()
+        self._start_writes()
+        self._flush()
+        if not self._tasks:
+            self._finish()
+
+    def _finish(self) -> None:
+        """End once every reply has left."""
+        self._closing = True
+        if self._stream.queued:
+            self._stream.on_drained = self._end
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def _lost(self) -> None:
+        self._closing = True
+        self._end()
+
+    def _fail(self, error: BaseException) -> None:
+        self._closing = True
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+
+@coroutine
+def _continued(serving: Serving, waiting: Any) -> Generator[Any, Any, Sequence[Piece]]:
+    """Go on with a coroutine whose first step was taken by hand and yielded ``waiting``."""
+    while True:
+        try:
+            try:
+                value = yield waiting
+            except BaseException as error:
+                waiting = serving.throw(error)
+            else:
+                waiting = serving.send(value)
+        except StopIteration as stop:
+            replies: Sequence[Piece] = stop.value
+            return replies
