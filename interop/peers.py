@@ -91,12 +91,17 @@ def require(*names: str) -> None:
 
 
 def run(
-    name: str, *args: str | Path, check: bool = True, stdin: str = "", timeout: float = 60
+    name: str,
+    *args: str | Path,
+    check: bool = True,
+    cwd: Path | None = None,
+    stdin: str = "",
+    timeout: float = 60,
 ) -> subprocess.CompletedProcess[str]:
     """Run a peer to its end; an AssertionError shows what it said, if ``check`` and it failed."""
     line = [*command(name), *map(str, args)]
     done = subprocess.run(
-        line, check=False, input=stdin, capture_output=True, text=True, timeout=timeout
+        line, check=False, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=timeout
     )
     if check and done.returncode:
         shown = " ".join([name, *line[1:]])

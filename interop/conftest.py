@@ -1,0 +1,50 @@
+"""pynbd as its users start it: a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from interop import peers
+
+PynbdServe = Callable[..., str]
+
+
+@contextmanager
+def serving(image: str | Path, *args: str) -> Iterator[str]:
+    """``pynbd serve`` on a unix socket of its own; the URI that it prints.
+
+    At the end SIGTERM: it must leave with status 0 and must have said nothing on standard error.
+    """
+    with peers.socket_path() as socket, tempfile.TemporaryFile() as errors:
+        line = [sys.executable, "-m", "pynbd", "serve", "-k", str(socket), *args, str(image)]
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            try:
+                uri = process.stdout.readline().strip()
+                if uri:
+                    yield uri
+            finally:
+                process.terminate()
+                try:
+                    status = process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    raise
+        errors.seek(0)
+        said = errors.read().decode()
+        assert uri, f"{line} does not start: {said}"
+        assert (status, said) == (0, "")
+
+
+@pytest.fixture
+def pynbd_serve() -> Iterator[PynbdServe]:
+    """``pynbd_serve(image, *args) -> uri``; the servers end with the test."""
+    with ExitStack() as stack:
+        yield lambda image, *args: stack.enter_context(serving(image, *args))
