@@ -26,6 +26,7 @@ from pynbd.errors import ProtocolError, RequestError
 from pynbd.protocol.handshake import Session
 from pynbd.protocol.transmission import Request, dialect
 from pynbd.protocol.values import MAX_PAYLOAD, Command
+from pynbd.server.buffers import BufferPool
 from pynbd.server.commands import SEND_FILE_MIN, Commands
 from pynbd.server.export import Export
 from pynbd.server.stream import Piece, PlainStream
@@ -55,6 +56,23 @@ class Budget:
     queued_bytes: int = 64 << 20
 
 
+class _Lease:
+    """A receive buffer in the hands of ``users`` write batches."""
+
+    __slots__ = ("_buffer", "_pool", "_users")
+
+    def __init__(self, buffer: bytearray | None, users: int, pool: BufferPool) -> None:
+        self._buffer = buffer
+        self._users = users
+        self._pool = pool
+
+    def end(self) -> None:
+        """One of the users is done."""
+        self._users -= 1
+        if not self._users and self._buffer is not None:
+            self._pool.give(self._buffer)
+
+
 class Transmission:
     """Serves one session until the peer disconnects."""
 
@@ -72,17 +90,19 @@ class Transmission:
         self._tasks: set[asyncio.Task[None]] = set()
         self._bytes_in_flight = 0
         self._closing = False  # no more requests are taken
+        self._violation: ProtocolError | None = None  # why, if the peer broke a rule
         # Receiving: unparsed bytes are view[at:have]; or a payload or skipped bytes come in.
-        self._buffer = bytearray(RECEIVE_SIZE)
+        self._pool = BufferPool()
+        self._buffer = self._pool.take(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
         self._at = self._have = 0
         self._payload: memoryview | None = None
+        self._payload_buffer: bytearray | None = None
         self._payload_of: Request | None = None
         self._filled = 0
         self._skipping = 0
         self._after_skip: bytes = b""
         self._writes: list[Request] = []
-        self._lent = False
         # Sending: replies built in place, and the pieces of the others.
         self._inline = bytearray(INLINE_SIZE)
         self._inline_view = memoryview(self._inline)
@@ -116,23 +136,24 @@ class Transmission:
     # Receiving
 
     def _on_readable(self) -> None:
-        try:
-            for _ in range(ROUNDS):
+        for _ in range(ROUNDS):
+            try:
                 count = self._stream.receive_into(self._room())
-                if count is None:
-                    return
-                if not count:
-                    self._close()
-                    return
+            except OSError:
+                self._lost()
+                return
+            if count is None:
+                return
+            if count:
                 self._received(count)
                 self._flush()
-                if self._closing or self._saturated():
-                    return
-        except ProtocolError as error:
-            self._flush()
-            self._fail(error)
-        except OSError:
-            self._lost()
+            else:
+                self._closing = True
+            if self._closing:
+                self._close()
+                return
+            if self._saturated():
+                return
 
     def _room(self) -> memoryview:
         """Where the next bytes belong."""
@@ -150,7 +171,8 @@ class Transmission:
             assert self._payload_of is not None
             self._accept(self._payload_of, self._payload)
             self._payload = self._payload_of = None
-            self._start_writes()
+            buffer, self._payload_buffer = self._payload_buffer, None
+            self._start_writes(buffer)
         elif self._skipping:
             self._skipping -= count
             if not self._skipping:
@@ -189,7 +211,9 @@ class Transmission:
                             at += request_size
                             continue
             if magic != magic_expected:
-                raise ProtocolError(f"request with magic {magic:#x}")
+                self._violation = ProtocolError(f"a request with magic {magic:#x}")
+                self._closing = True
+                break
             self._at = at + request_size
             self._inline_used = used
             served = self._serve_one(Request(flags, command, cookie, offset, length))
@@ -201,14 +225,13 @@ class Transmission:
                 break
         self._at = at
         self._inline_used = used
-        self._start_writes()
         self._make_room()
 
     def _serve_one(self, request: Request) -> bool:
         """Serve the request whose header ends at ``_at``, and go past its payload. False: come again."""
         flags, command, _, _, length, _ = request
         if command == _DISC:
-            self._close()
+            self._closing = True
             return True
         payload_length = self._dialect.payload_length(flags, command, length)
         if not payload_length:
@@ -218,7 +241,9 @@ class Transmission:
                 self._start(self.commands.serve(request), length)
             return True
         if payload_length > MAX_PAYLOAD:
-            raise ProtocolError(f"a payload of {payload_length} bytes; at most {MAX_PAYLOAD}")
+            self._violation = ProtocolError(f"{request} has more payload than {MAX_PAYLOAD}")
+            self._closing = True
+            return True
         here = self._have - self._at
         try:
             self.commands.validate(request)
@@ -234,10 +259,10 @@ class Transmission:
         if here >= payload_length:
             payload = self._view[self._at : self._at + payload_length]
             self._at += payload_length
-            self._lent = True
             self._accept(request, payload)
         elif payload_length > RECEIVE_SIZE // 2:
-            self._payload = memoryview(bytearray(payload_length))
+            self._payload_buffer = self._pool.take(payload_length)
+            self._payload = memoryview(self._payload_buffer)[:payload_length]
             self._payload[:here] = self._view[self._at : self._have]
             self._payload_of, self._filled = request, here
             self._at = self._have
@@ -249,6 +274,8 @@ class Transmission:
         """Take a request whose payload is complete."""
         request = request._replace(payload=payload)
         if request.command != _WRITE:
+            # A filter is short, and the buffer is received into again before it is answered.
+            request = request._replace(payload=memoryview(bytes(payload)))
             self._start(self.commands.serve(request), len(payload))
             return
         try:
@@ -262,11 +289,12 @@ class Transmission:
         """Move what is left of the buffer to its front, or into a fresh one if a write still needs it."""
         at, have = self._at, self._have
         rest = have - at
-        if self._lent:
-            fresh = bytearray(RECEIVE_SIZE)
-            fresh[:rest] = self._view[at:have]
-            self._buffer, self._view = fresh, memoryview(fresh)
-            self._lent = False
+        if self._writes:
+            lent = self._buffer
+            self._buffer = self._pool.take(RECEIVE_SIZE)
+            self._buffer[:rest] = self._view[at:have]
+            self._view = memoryview(self._buffer)
+            self._start_writes(lent)
         elif at and rest:
             self._buffer[:rest] = self._buffer[at:have]
         self._at, self._have = 0, rest
@@ -284,30 +312,43 @@ class Transmission:
         return True
 
     def _resume(self) -> None:
-        if self._closing or self._ended.done() or self._saturated():
+        if self._closing or self._saturated():
             return
         if self._have and self._payload is None and not self._skipping:
-            try:
-                self._serve_batch()
-            except ProtocolError as error:
-                self._fail(error)
+            self._serve_batch()
             self._flush()
-            if self._closing or self._saturated():
+            if self._closing:
+                self._close()
+                return
+            if self._saturated():
                 return
         self._stream.resume_reading()
 
     # Serving
 
-    def _start_writes(self) -> None:
-        """Start the writes of this batch, as many hops as their bytes are worth."""
+    def _start_writes(self, buffer: bytearray | None) -> None:
+        """Start the writes of this batch, as many hops as their bytes are worth.
+
+        ``buffer`` holds their payloads and goes back to the pool after the last of them.
+        """
         writes, self._writes = self._writes, []
-        while writes:
-            count = total = 0
-            while count < len(writes) and (not count or total + writes[count].length <= WRITE_HOP):
-                total += writes[count].length
-                count += 1
-            self._start(self.commands.write_batch(writes[:count]), total)
-            del writes[:count]
+        hops: list[list[Request]] = []
+        total = WRITE_HOP
+        for request in writes:
+            if total + request.length > WRITE_HOP:
+                hops.append([])
+                total = 0
+            hops[-1].append(request)
+            total += request.length
+        lease = _Lease(buffer, len(hops), self._pool)
+        for hop in hops:
+            self._start(self._write(hop, lease), sum(request.length for request in hop))
+
+    async def _write(self, requests: list[Request], lease: _Lease) -> Sequence[Piece]:
+        try:
+            return await self.commands.write_batch(requests)
+        finally:
+            lease.end()
 
     def _start(self, serving: Serving, length: int) -> None:
         """Take the first step of ``serving`` by hand; adopt it if it has to wait."""
@@ -323,7 +364,8 @@ class Transmission:
 
     async def _finish_serving(self, serving: Any, length: int) -> None:
         try:
-            self._replies += await serving
+            replies = await serving
+            self._replies += replies
         finally:
             self._bytes_in_flight -= length
             if not self._sending_soon:
@@ -334,7 +376,7 @@ class Transmission:
     def _served(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            self._fail(error)
+            raise error  # commands answer every error that is not a defect: the loop logs it
 
     def _send_soon(self) -> None:
         self._sending_soon = False
@@ -356,11 +398,8 @@ class Transmission:
             self._stream.send(replies)
 
     def _close(self) -> None:
-        """The peer sends nothing more: answer what is under way, then end."""
-        self._closing = True
+        """No more requests are taken: answer those under way, then end."""
         self._stream.pause_reading()
-        self._start_writes()
-        self._flush()
         if not self._tasks:
             self._finish()
 
@@ -373,17 +412,16 @@ class Transmission:
             self._end()
 
     def _end(self) -> None:
-        if not self._ended.done():
+        if self._ended.done():
+            return
+        if self._violation:
+            self._ended.set_exception(self._violation)
+        else:
             self._ended.set_result(None)
 
     def _lost(self) -> None:
         self._closing = True
         self._end()
-
-    def _fail(self, error: BaseException) -> None:
-        self._closing = True
-        if not self._ended.done():
-            self._ended.set_exception(error)
 
 
 @coroutine
