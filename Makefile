@@ -25,7 +25,7 @@ check: .venv/tested ## Lint, formatting, types, layers
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q tests/test_layers.py
+	@$(BIN)/pytest -qq tests/test_layers.py
 
 bench: .venv/tested peers ## Compare the speed with qemu-nbd and nbdkit; QUICK=1 takes two minutes
 	@$(BIN)/python -m interop.bench $(if $(QUICK),--quick) $(ARGS)

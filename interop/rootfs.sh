@@ -23,8 +23,9 @@ die() { say "$*"; exit 1; }
 mirror() {
     [ -z "${PYNBD_MIRROR:-}" ] || { echo "$PYNBD_MIRROR"; return; }
     . /etc/os-release
-    apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Identifier: Packages' \
-        2>/dev/null | awk -v release="${VERSION_CODENAME:-}" '$1 == release && $2 == "main" { print $3; exit }'
+    [ "${ID:-}" != debian ] || apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' \
+        'Identifier: Packages' 2> /dev/null | awk -v name="${VERSION_CODENAME:-stable}" \
+        '($1 == name || $1 ~ /^(old)?stable$/) && $2 == "main" { print $3; exit }'
 }
 
 # A launcher needs no environment, so that what its program starts finds the world unchanged.
