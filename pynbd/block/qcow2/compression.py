@@ -29,6 +29,8 @@ except ImportError:
 # limit.
 _WRITE_WINDOW = -12
 _READ_WINDOW = -15
+# Known writers make one; a cluster full of empty frames would take seconds.
+_MAX_FRAMES = 1024
 
 
 def decompress(compression_type: CompressionType, data: bytes, cluster_size: int) -> bytes:
@@ -57,6 +59,8 @@ def _unzstd(data: bytes, cluster_size: int) -> bytes:
     """One or more frames, until the cluster is full; the last one has to be complete."""
     view, pieces, room = memoryview(data), [], cluster_size
     while room and view:
+        if len(pieces) == _MAX_FRAMES:
+            raise CorruptImage(f"the zstd stream has more than {_MAX_FRAMES} frames")
         # To look for the frame's end first demands that it is complete, and spares copies of the
         # rest: a cluster may hold very many frames.
         size = zstd.get_frame_size(view)

@@ -148,8 +148,8 @@ def decode(table: UInt64s, first: int, count: int, layout: Layout, guest_offset:
     """The runs of ``count`` clusters (1 or more) from entry ``first`` of an L2 table.
 
     ``table``: the whole table in native byte order. ``guest_offset``: where the first of the
-    clusters begins. A preallocated ZERO run has its host offset; neighbours are merged as
-    `Runs.coalesced` does.
+    clusters begins. A preallocated ZERO run has its host offset. Neighbours are merged as
+    `Runs.coalesced` does, so a COMPRESSED run is one cluster, or several with the same data each.
     """
     words = table[first * layout.entry_words : (first + count) * layout.entry_words]
     bitmaps = None

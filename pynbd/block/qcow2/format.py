@@ -211,9 +211,7 @@ ZERO = 1 << 0
 L1E_OFFSET_MASK = 0x00FFFFFFFFFFFE00  # bits 9-55
 L1E_RESERVED_MASK = 0x7F000000000001FF  # bits 0-8 and 56-62
 L2E_OFFSET_MASK = 0x00FFFFFFFFFFFE00  # bits 9-55
-L2E_STD_RESERVED_MASK = (
-    0x3F000000000001FE  # bits 1-8 and 56-61; bit 0 too with extended L2 or version 2
-)
+L2E_RESERVED_MASK = 0x3F000000000001FE  # bits 1-8, 56-61; bit 0 too in version 2 and extended L2
 L2E_DESCRIPTOR_MASK = COMPRESSED - 1  # bits 0-61
 REFT_OFFSET_MASK = 0xFFFFFFFFFFFFFE00  # bits 9-63
 REFT_RESERVED_MASK = 0x1FF
@@ -235,23 +233,21 @@ MAX_OFFSET = (1 << 63) - 1  # a file offset is a signed 64-bit number
 MAX_BACKING_NAME = 1023
 MAX_BACKING_FORMAT = 15  # QEMU keeps it in 16 bytes with the final zero
 
-MAX_L1_BYTES = (
-    32 << 20
-)  # 4 Mi entries: 2 EiB with 2 MiB clusters (4 Mi x 256 Ki x 2 MiB = 2^61), 128 GiB with 512 B
-MAX_REFCOUNT_TABLE_BYTES = (
-    8 << 20
-)  # 1 Mi blocks: 2^20 x 2^20 x 2 MiB = 2^61 with 2 MiB clusters and 16 bits
+# 2^22 entries. With 2 MiB clusters 2^22 x 2^18 x 2^21 = 2^61 bytes (2 EiB), with 512-byte clusters
+# 2^22 x 2^6 x 2^9 = 2^37 (128 GiB).
+MAX_L1_BYTES = 32 << 20
+# 2^20 blocks. With 2 MiB clusters and 16-bit refcounts 2^20 x 2^20 x 2^21 = 2^61 bytes.
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 
 MAX_SNAPSHOTS = 65536
 MAX_SNAPSHOT_EXTRA = 1024
-# Bounds the memory of a full table: 65536 x (40 + 1024 + ID + name) would be 70 MiB and more.
+# Bounds the memory of a full table: 65536 x (40 + 1024 + ID + name) bytes are 66 MiB and more.
 MAX_SNAPSHOT_TABLE_BYTES = 64 << 20
 MAX_SNAPSHOT_L1_BYTES = MAX_L1_BYTES
 
 MAX_BITMAPS = 65535
-MAX_BITMAP_DIRECTORY_BYTES = (
-    1024 * MAX_BITMAPS
-)  # 64 MiB - 1 KiB: 24 bytes, and a name of up to 1000
+# 64 MiB - 1 KiB: 24 bytes and a name of 1000 for each.
+MAX_BITMAP_DIRECTORY_BYTES = 1024 * MAX_BITMAPS
 MAX_BITMAP_TABLE_ENTRIES = 0x8000000  # 2^27 entries of 8 bytes = 1 GiB
 MAX_BITMAP_BYTES = 512 << 20  # of bitmap data: 2^32 bits, 256 TiB with 64 KiB granularity
 MIN_BITMAP_GRANULARITY_BITS = 9
