@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.engine import HostFile
-from pynbd.block.extent import DATA, ZERO, Runs
+from pynbd.block.extent import Runs
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2 import bitmaps, snapshots
 from pynbd.block.qcow2 import header as headers
@@ -30,6 +30,7 @@ from pynbd.block.qcow2.format import (
     Incompatible,
 )
 from pynbd.block.qcow2.header import Header
+from pynbd.block.qcow2.holes import with_holes
 from pynbd.block.qcow2.mapping import Mapping
 from pynbd.block.qcow2.refcounts import Refcounts
 from pynbd.block.qcow2.snapshots import Snapshot
@@ -44,11 +45,6 @@ _CLUSTER_CACHE_BYTES = 16 << 20
 _WINDOW_GRANULES = 1024
 _MIN_WINDOW = 1 << 20
 _MAX_WINDOW = 1 << 26
-
-# In an image that is preallocated with holes: data runs whose holes are looked for in one step, and
-# the pieces that each may fall into.
-_REFINED_PER_STEP = 64
-_PIECES_PER_RUN = 1024
 
 _MAX_SNAPSHOT_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
 
@@ -139,26 +135,7 @@ class Qcow2Node(BlockNode):
             return runs
         if self._preallocated is None:
             self._preallocated = await self._refcounts.metadata_preallocated()
-        return await self._with_holes(runs) if self._preallocated else runs
-
-    async def _with_holes(self, runs: Runs) -> Runs:
-        """Data that is a hole in the file is data that reads as zeroes. Perhaps fewer runs."""
-        rows: list[tuple[int, int, int]] = []
-        refined = 0
-        for start, end, kind, host, _ in runs:
-            if kind != DATA:
-                rows.append((end - start, kind, host))
-                continue
-            if refined == _REFINED_PER_STEP:
-                break
-            refined += 1
-            at = host
-            for length, is_data in await self.file.data_runs(host, end - start, _PIECES_PER_RUN):
-                rows.append((length, DATA if is_data else DATA | ZERO, at))
-                at += length
-            if at < host + end - start:
-                break
-        return Runs.of(runs.offset, rows).coalesced()
+        return await with_holes(self.file, runs) if self._preallocated else runs
 
     async def fetch_compressed(self, host: int, guest_offset: int) -> memoryview:
         try:

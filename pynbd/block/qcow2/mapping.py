@@ -21,9 +21,11 @@ from pynbd.errors import CorruptImage
 
 log = logging.getLogger("pynbd")
 
+# One step ends soon after the first of these: about two milliseconds' worth. A granule is a
+# cluster, or a subcluster with extended L2 entries.
 TABLES_PER_STEP = 32
-# Clusters, or subclusters of extended L2 entries: about two milliseconds' worth.
-GRANULES_PER_STEP = 1 << 18
+GRANULES_PER_STEP = 1 << 17
+RUNS_PER_STEP = 1 << 15
 L1_ENTRIES_PER_STEP = 1 << 16
 # Damaged places are told once each, and not more of them than this.
 _CORRUPT_PLACES_TOLD = 100
@@ -38,7 +40,9 @@ class Mapping:
         self.tables = TableCache(file, layout.cluster_size)
         self._name = name
         self._span = layout.cluster_size * layout.l2_entries  # guest bytes of one L2 table
-        self._clusters_per_step = GRANULES_PER_STEP // (SUBCLUSTERS if layout.extended else 1)
+        granules = SUBCLUSTERS if layout.extended else 1
+        self._clusters_at_once = RUNS_PER_STEP // granules
+        self._reach = GRANULES_PER_STEP // granules << layout.cluster_bits
         self._told: set[int] = set()
 
     async def runs(self, offset: int, length: int) -> Runs:
@@ -49,29 +53,26 @@ class Mapping:
         # An index past the end of the L1 table is unallocated, as an entry of zero is.
         named = np.flatnonzero(self.l1[first:last] & np.uint64(L1E_OFFSET_MASK)) + first
         pieces: list[Runs] = []
-        at = offset
-        clusters = self._clusters_per_step
+        at, found, enough = offset, 0, offset + self._reach
         for index in named[:TABLES_PER_STEP].tolist():
-            start = max(index * self._span, at)
-            if start > at:
-                pieces.append(Runs.single(at, start - at, UNALLOCATED))
+            if index * self._span > at:
+                pieces.append(Runs.single(at, index * self._span - at, UNALLOCATED))
+                at = index * self._span
             stop = min((index + 1) * self._span, end)
-            piece = await self._table_runs(index, start, stop, clusters)
-            pieces.append(piece)
-            at = piece.end
-            clusters -= (at - start) >> self.layout.cluster_bits
-            if at < stop or clusters <= 0:
-                break
-        else:
-            if len(named) > TABLES_PER_STEP:
-                end = int(named[TABLES_PER_STEP]) * self._span
-            end = min(end, last * self._span)
-            if at < end:
-                pieces.append(Runs.single(at, end - at, UNALLOCATED))
+            while at < stop:
+                if found >= RUNS_PER_STEP or at >= enough:
+                    return concatenate(pieces)
+                piece = await self._table_runs(index, at, stop)
+                pieces.append(piece)
+                at, found = piece.end, found + len(piece)
+        unnamed = named[TABLES_PER_STEP] if len(named) > TABLES_PER_STEP else last
+        end = min(int(unnamed) * self._span, end)
+        if at < end:
+            pieces.append(Runs.single(at, end - at, UNALLOCATED))
         return concatenate(pieces)
 
-    async def _table_runs(self, index: int, start: int, stop: int, clusters: int) -> Runs:
-        """Runs of [start, stop), all of one L2 table, or of the first ``clusters`` of them."""
+    async def _table_runs(self, index: int, start: int, stop: int) -> Runs:
+        """Runs of [start, stop), all of one L2 table, or of the first of them."""
         base = index * self._span
         try:
             host_offset = entries.l2_table_offset(int(self.l1[index]), self.layout)
@@ -81,7 +82,7 @@ class Mapping:
         table = await self.tables.load(host_offset)
         bits = self.layout.cluster_bits
         first = (start - base) >> bits
-        count = min(((stop - base - 1) >> bits) + 1 - first, clusters)
+        count = min(((stop - base - 1) >> bits) + 1 - first, self._clusters_at_once)
         runs = entries.decode(table, first, count, self.layout, base + (first << bits))
         for guest_offset in runs.starts[runs.kind == CORRUPT].tolist():
             row = ((guest_offset - base) >> bits) * self.layout.entry_words
