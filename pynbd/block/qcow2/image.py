@@ -82,7 +82,7 @@ class Qcow2Node(BlockNode):
         self._persistent = persistent
         self._refcounts = Refcounts(metadata_file, header)
         self._preallocated: bool | None = None
-        self._clusters = SharedReads(
+        self.clusters = SharedReads(
             self._read_compressed, max(_CLUSTER_CACHE_BYTES // header.cluster_size, 1)
         )
 
@@ -139,7 +139,7 @@ class Qcow2Node(BlockNode):
 
     async def fetch_compressed(self, host: int, guest_offset: int) -> memoryview:
         try:
-            return await self._clusters.load(host)
+            return await self.clusters.load(host)
         except CorruptImage as error:
             place = f"guest offset {guest_offset - guest_offset % self.header.cluster_size:#x}"
             log.error("%s: %s: %s", self.name, place, error)
