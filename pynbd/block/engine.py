@@ -2,13 +2,13 @@
 
 Its rules:
 
-1. A page-cache hit never leaves the event loop. ``preadv2(RWF_NOWAIT)`` answers a hit in a few microseconds,
-   where one hop through a thread pool costs fifty; only a miss goes to the pool.
-2. Everything else that can wait for a disk runs in the pool, in calls that release the GIL; the writes of a
-   batch share one hop.
+1. A page-cache hit never leaves the event loop. ``preadv2(RWF_NOWAIT)`` answers a hit in a few
+   microseconds, where one hop through a thread pool costs fifty; only a miss goes to the pool.
+2. Everything else that can wait for a disk runs in the pool, in calls that release the GIL; the
+   writes of a batch share one hop.
 3. What a file or its file system cannot do is found out once and remembered in the `HostFile`.
-4. After a failed fsync Linux may report success the next time although pages were lost. A file remembers the
-   failure: from then on flushes and writes fail, until the image is opened again.
+4. After a failed fsync Linux may report success the next time although pages were lost. A file
+   remembers the failure: from then on flushes and writes fail, until the image is opened again.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class HostFile:
         self.fd = fd
         self.writable = writable
         self.sync_failed = False
-        # Whether send-file may lend this file's pages to a socket: a page that is overwritten before the
-        # peer has taken it reaches the peer with the new bytes. True for files that nothing here writes,
-        # and for raw exports, where only overlapping requests can meet.
+        # Whether send-file may lend this file's pages to a socket: a page that is overwritten
+        # before the peer has taken it reaches the peer with the new bytes. True for files that
+        # nothing here writes, and for raw exports, where only overlapping requests can meet.
         self.lends_pages = True
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
@@ -93,7 +93,9 @@ class HostFile:
 
     @classmethod
     def open(cls, engine: Engine, path: str, *, writable: bool) -> HostFile:
-        """Open a regular file or a block device; anything else is refused, without ever waiting on it."""
+        """Open a regular file or a block device; anything else is refused, without ever waiting on
+        it.
+        """
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(path, flags)
         mode = os.fstat(fd).st_mode
@@ -119,7 +121,9 @@ class HostFile:
     # Reading
 
     def read_now(self, view: Buffer, offset: int) -> int:
-        """Read from the page cache; how many bytes it had. Fewer than asked for: a miss, or the end."""
+        """Read from the page cache; how many bytes it had. Fewer than asked for: a miss, or the
+        end.
+        """
         if not self._nowait or len(view) > NOWAIT_MAX:
             return 0
         try:
@@ -150,7 +154,9 @@ class HostFile:
         return bytes(data[:count])
 
     def resident(self, offset: int, length: int) -> bool:
-        """Whether the page cache holds all of a range, as far as the kernel can tell (Linux 6.5)."""
+        """Whether the page cache holds all of a range, as far as the kernel can tell (Linux
+        6.5).
+        """
         if not self._cachestat:
             return False
         asked = (ctypes.c_uint64 * 2)(offset, length)
@@ -162,7 +168,8 @@ class HostFile:
         return answer[0] >= pages
 
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
-        """(length, is data) of consecutive pieces from ``offset``, at most ``limit`` of them (SEEK_DATA).
+        """(length, is data) of consecutive pieces from ``offset``, at most ``limit`` of them
+        (SEEK_DATA).
 
         Past the end of the file is no data. A file system without SEEK_DATA says that all is data.
         """
@@ -173,7 +180,9 @@ class HostFile:
     async def write_batch(
         self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
     ) -> list[OSError | None]:
-        """Write each (buffer, offset) in one hop; what went wrong with each. ``fua``: on stable storage."""
+        """Write each (buffer, offset) in one hop; what went wrong with each. ``fua``: on stable
+        storage.
+        """
         if self.sync_failed:
             return [self._lost() for _ in pieces]
         return await self.engine.run(self._write_batch, pieces, fua)
@@ -192,7 +201,9 @@ class HostFile:
             await self.engine.run(self._sync)
 
     async def fallocate(self, mode: int, offset: int, length: int) -> bool:
-        """fallocate(2); False if this file or its file system does not do ``mode``, and nothing happened."""
+        """fallocate(2); False if this file or its file system does not do ``mode``, and nothing
+        happened.
+        """
         if mode in self._fallocate_refused:
             return False
         if self.sync_failed:
@@ -212,7 +223,9 @@ class HostFile:
     # Locks
 
     def lock_byte(self, position: int) -> None:
-        """Take a shared open-file-description lock on one byte. ``OSError`` if somebody forbids it."""
+        """Take a shared open-file-description lock on one byte. ``OSError`` if somebody forbids
+        it.
+        """
         fcntl.fcntl(
             self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, position, 1, 0)
         )

@@ -1,11 +1,13 @@
 """Extents: what a range of a disk is made of (pure values, no I/O).
 
-`Runs` is the answer of one layer or of a whole chain about a guest range, held as numpy columns, because
-a map of 1 TiB may have millions of runs. `Extent` is one resolved piece of guest range, ready for I/O, and
-`ResolvedExtents` remembers those that were looked up, so that a read that hits never walks a table.
+`Runs` is the answer of one layer or of a whole chain about a guest range, held as numpy columns,
+because a map of 1 TiB may have millions of runs. `Extent` is one resolved piece of guest range,
+ready for I/O, and `ResolvedExtents` remembers those that were looked up, so that a read that hits
+never walks a table.
 
-Laws of `Runs`: ascending, contiguous from `offset`, every run at least one byte long, ``ends`` exclusive.
-A `Runs` may be shorter than what was asked for (never empty unless nothing was asked), never longer.
+Laws of `Runs`: ascending, contiguous from `offset`, every run at least one byte long, ``ends``
+exclusive. A `Runs` may be shorter than what was asked for (never empty unless nothing was asked),
+never longer.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ Int64s = npt.NDArray[np.int64]
 UInt8s = npt.NDArray[np.uint8]
 Int16s = npt.NDArray[np.int16]
 
-# What a run is made of. DATA, ZERO and COMPRESSED say that the layer decides these bytes; UNALLOCATED defers
-# to the backing node. ZERO | DATA is data known to read as zeroes (a hole in a preallocated file).
+# What a run is made of. DATA, ZERO and COMPRESSED say that the layer decides these bytes;
+# UNALLOCATED defers to the backing node. ZERO | DATA is data known to read as zeroes (a hole in a
+# preallocated file).
 UNALLOCATED = 0
 DATA = 1
 ZERO = 2
@@ -37,10 +40,11 @@ NO_HOST = -1  # in the column of host offsets: the run has no bytes of its own a
 class Runs:
     """Consecutive runs of a guest range, as columns of equal length.
 
-    ``ends``: exclusive guest end of each run. ``kind``: UNALLOCATED, DATA, ZERO, COMPRESSED or CORRUPT.
-    ``host``: host offset of the first byte of a DATA run, the L2 descriptor of a COMPRESSED one, else
-    `NO_HOST`. ``depth``: which layer decides, 1 for the node that was asked, n for the n-th below it, 0 for
-    none; a single layer's answer has 1 for everything but UNALLOCATED.
+    ``ends``: exclusive guest end of each run. ``kind``: UNALLOCATED, DATA, ZERO, COMPRESSED or
+    CORRUPT.
+    ``host``: host offset of the first byte of a DATA run, the L2 descriptor of a COMPRESSED one,
+    else `NO_HOST`. ``depth``: which layer decides, 1 for the node that was asked, n for the n-th
+    below it, 0 for none; a single layer's answer has 1 for everything but UNALLOCATED.
     """
 
     offset: int
@@ -168,9 +172,9 @@ def concatenate(pieces: list[Runs]) -> Runs:
 class Extent:
     """One resolved piece of guest range, for I/O: guest bytes [offset, end).
 
-    ``file`` (a `HostFile`) and ``shift`` (host offset - guest offset) are set for plain data only, which may be
-    read and sent straight from the file. ``node`` is the layer that owns the bytes; it fetches what is
-    not plain. ``host`` as in `Runs`.
+    ``file`` (a `HostFile`) and ``shift`` (host offset - guest offset) are set for plain data only,
+    which may be read and sent straight from the file. ``node`` is the layer that owns the bytes; it
+    fetches what is not plain. ``host`` as in `Runs`.
     """
 
     offset: int
@@ -184,7 +188,9 @@ class Extent:
 
 
 class ResolvedExtents:
-    """Extents that were looked up before, ascending and without overlap, with gaps, bounded in number."""
+    """Extents that were looked up before, ascending and without overlap, with gaps, bounded in
+    number.
+    """
 
     __slots__ = ("extents", "limit", "starts")
 

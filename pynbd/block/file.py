@@ -1,8 +1,9 @@
-"""Image files on the host: opened with QEMU's locks, zeroed and discarded by the best way the host has.
+"""Image files on the host: opened with QEMU's locks, zeroed and discarded by the best way the host
+has.
 
-Locks (``block/file-posix.c`` of QEMU is their definition): a permission that is used holds a shared lock on
-byte 100 + bit, one that is not shared with others a shared lock on byte 200 + bit. After taking its own, each
-opener looks whether somebody forbids what it uses, or uses what it forbids.
+Locks (``block/file-posix.c`` of QEMU is their definition): a permission that is used holds a shared
+lock on byte 100 + bit, one that is not shared with others a shared lock on byte 200 + bit. After
+taking its own, each opener looks whether somebody forbids what it uses, or uses what it forbids.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def open_host_file(
 ) -> HostFile:
     """Open an image file or device and lock it as QEMU does.
 
-    ``force_share`` opens a file for reading although others may write it, with a warning when one does.
-    Raises `ImageError` naming the file, `ImageLocked` if another process holds a conflicting lock.
+    ``force_share`` opens a file for reading although others may write it, with a warning when one
+    does. Raises `ImageError` naming the file, `ImageLocked` if another process holds a conflicting
+    lock.
     """
     try:
         file = HostFile.open(engine, path, writable=writable)
@@ -106,8 +108,8 @@ async def write_zeroes(
 ) -> None:
     """Make a range of the file read as zeroes, by the first way that the file has.
 
-    A hole where ``may_unmap``, else an allocated range of zeroes, else written zeroes; if ``fast``, these
-    last are refused with ENOTSUP before anything was touched.
+    A hole where ``may_unmap``, else an allocated range of zeroes, else written zeroes; if ``fast``,
+    these last are refused with ENOTSUP before anything was touched.
     """
     ways = [FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE]
     if may_unmap:

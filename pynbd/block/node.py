@@ -1,11 +1,11 @@
 """BlockNode: one image of a chain, and the chain below it.
 
-A format answers one question, `BlockNode.layer`: what do you yourself say about this guest range? Everything
-that concerns the chain is here, once for all formats:
+A format answers one question, `BlockNode.layer`: what do you yourself say about this guest range?
+Everything that concerns the chain is here, once for all formats:
 
 * `map` merges the answers of all layers, whole tables at a time; it serves BLOCK_STATUS.
-* `resolve` turns a map into extents for I/O and remembers them, so that a read that was mapped once costs one
-  bisect, through however many layers.
+* `resolve` turns a map into extents for I/O and remembers them, so that a read that was mapped once
+  costs one bisect, through however many layers.
 * `fetch` brings the bytes of an extent.
 
 Depth as in ``qemu-img map`` plus one: 1 is this node, n the n-th below, 0 nobody.
@@ -38,8 +38,8 @@ RESOLVE_WINDOW = 1 << 26
 class BlockNode(ABC):
     """An open image: guest bytes 0..size at guest offsets, with ``backing`` below it or None.
 
-    ``name`` is the file name as it is told to people, ``format`` "raw" or "qcow2", ``file`` the host file
-    that holds guest data. ``window``: guest bytes that are resolved at once.
+    ``name`` is the file name as it is told to people, ``format`` "raw" or "qcow2", ``file`` the
+    host file that holds guest data. ``window``: guest bytes that are resolved at once.
     """
 
     name: str
@@ -67,8 +67,8 @@ class BlockNode(ABC):
     async def layer(self, offset: int, length: int, *, want_zero: bool) -> Runs:
         """What this layer alone says about guest bytes [offset, offset + length), inside its size.
 
-        The answer may be shorter (one step's worth of work), never empty. Without ``want_zero`` nobody asks
-        whether data reads as zeroes, and nothing is spent on finding out.
+        The answer may be shorter (one step's worth of work), never empty. Without ``want_zero``
+        nobody asks whether data reads as zeroes, and nothing is spent on finding out.
         """
 
     async def fetch_compressed(self, host: int, guest_offset: int) -> memoryview:
@@ -80,7 +80,9 @@ class BlockNode(ABC):
         return ()
 
     def inconsistent_bitmaps(self) -> Sequence[str]:
-        """The names of this layer's bitmaps that cannot be used: they were not saved when it was last closed."""
+        """The names of this layer's bitmaps that cannot be used: they were not saved when it was
+        last closed.
+        """
         return ()
 
     def files(self) -> Sequence[HostFile]:
@@ -92,8 +94,9 @@ class BlockNode(ABC):
     async def map(self, offset: int, length: int, *, want_zero: bool = True) -> Runs:
         """What the chain says about a guest range; perhaps a shorter one, never empty.
 
-        No layer says UNALLOCATED in the answer: bytes that no layer holds are ZERO at depth 0. Bytes beyond
-        the end of a short backing node read as zeroes, and it is that node that decides so.
+        No layer says UNALLOCATED in the answer: bytes that no layer holds are ZERO at depth 0.
+        Bytes beyond the end of a short backing node read as zeroes, and it is that node that
+        decides so.
         """
         own = await self.layer(offset, length, want_zero=want_zero)
         holes = own.kind == UNALLOCATED
@@ -171,7 +174,9 @@ class BlockNode(ABC):
             )
 
     async def fetch_plain(self, file: HostFile, host_offset: int, view: memoryview) -> None:
-        """Read plain data of this layer. Past the end of a qcow2 file there are zeroes; see `RawNode`."""
+        """Read plain data of this layer. Past the end of a qcow2 file there are zeroes; see
+        `RawNode`.
+        """
         count = await file.read(view, host_offset)
         if count < len(view):
             view[count:] = bytes(len(view) - count)
@@ -191,17 +196,23 @@ class BlockNode(ABC):
     async def pwrite_batch(
         self, pieces: Sequence[tuple[int, Buffer]], *, fua: bool = False
     ) -> list[OSError | None]:
-        """Write each (guest offset, data); what went wrong with each. ``fua``: onto stable storage."""
+        """Write each (guest offset, data); what went wrong with each. ``fua``: onto stable
+        storage.
+        """
         return [self._read_only() for _ in pieces]
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
     ) -> None:
-        """Make guest bytes read as zeroes. ``fast``: OSError ENOTSUP, untouched, if that means writing them."""
+        """Make guest bytes read as zeroes. ``fast``: OSError ENOTSUP, untouched, if that means
+        writing them.
+        """
         raise self._read_only()
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
-        """Guest bytes that nobody needs any more; what they read as is open, the backing never shows."""
+        """Guest bytes that nobody needs any more; what they read as is open, the backing never
+        shows.
+        """
         raise self._read_only()
 
     async def flush(self) -> None:

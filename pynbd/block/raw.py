@@ -1,8 +1,8 @@
 """Raw images: the guest offset is the host offset.
 
-A raw image whose format was guessed is guarded: its first 512 bytes may not become the beginning of another
-format, because the next to guess would take the guest's bytes for metadata, with the names of host files in
-it. QEMU guards them in the same way.
+A raw image whose format was guessed is guarded: its first 512 bytes may not become the beginning of
+another format, because the next to guess would take the guest's bytes for metadata, with the names
+of host files in it. QEMU guards them in the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _RUNS_PER_STEP = 4096
 
 
 class RawNode(BlockNode):
-    """A raw file or device. ``guard``: what format a first sector looks like, for a guessed format."""
+    """A raw file or device. ``guard``: what format a first sector looks like, for a guessed
+    format.
+    """
 
     format = "raw"
 
@@ -105,6 +107,6 @@ class RawNode(BlockNode):
         if looks_like != "raw":
             raise OSError(
                 errno.EPERM,
-                f"the image's format was guessed; this would make it look like {looks_like} (give -f raw)",
+                f"its format was guessed, and this would make it look like {looks_like} (give -f raw)",
                 self.name,
             )

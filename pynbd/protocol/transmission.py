@@ -1,8 +1,9 @@
 """The transmission phase: requests in, replies out ("Transmission" in the NBD specification).
 
-Three dialects, fixed by the negotiation: compact requests with simple replies, compact requests with structured
-replies, extended requests with extended replies. `dialect` gives the one of a session. All three have one
-shape, so that nothing above this module asks which it is, save where the specification itself does.
+Three dialects, fixed by the negotiation: compact requests with simple replies, compact requests
+with structured replies, extended requests with extended replies. `dialect` gives the one of a
+session. All three have one shape, so that nothing above this module asks which it is, save where
+the specification itself does.
 
 Rules:
 
@@ -89,11 +90,15 @@ class Dialect(ABC):
     def put_data_head(
         self, buffer: bytearray, at: int, cookie: int, offset: int, length: int
     ) -> None:
-        """Write the head of a complete, successful READ reply; ``length`` bytes of data follow it."""
+        """Write the head of a complete, successful READ reply; ``length`` bytes of data follow
+        it.
+        """
 
     @abstractmethod
     def data(self, cookie: int, offset: int, at: int, length: int) -> bytes:
-        """The head of ``length`` bytes of data from guest offset ``at``; more of the reply follows."""
+        """The head of ``length`` bytes of data from guest offset ``at``; more of the reply
+        follows.
+        """
 
     @abstractmethod
     def hole(self, cookie: int, offset: int, at: int, length: int) -> bytes:
@@ -118,7 +123,9 @@ class Dialect(ABC):
         *,
         last: bool,
     ) -> bytes:
-        """One context's descriptors: extent lengths in bytes and status flags, both arrays of a size."""
+        """One context's descriptors: extent lengths in bytes and status flags, both arrays of a
+        size.
+        """
 
 
 class SimpleReplies(Dialect):

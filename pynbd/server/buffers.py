@@ -1,7 +1,7 @@
 """Receive buffers that are used again.
 
-A fresh buffer costs a page fault for every 4 KiB, many times what receiving into it costs. Buffers whose bytes have
-been written to disk come back here.
+A fresh buffer costs a page fault for every 4 KiB, many times what receiving into it costs. Buffers
+whose bytes have been written to disk come back here.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The commands of the transmission phase ("Request types" in the NBD specification).
 
-`CommandRule` says in one row what a command may carry; `Commands.validate` is the one place that enforces it.
-Each command is a coroutine that returns the pieces of its whole reply, and suspends only where the disk
-does. A write is served together with the other writes of its batch.
+`CommandRule` says in one row what a command may carry; `Commands.validate` is the one place that
+enforces it. Each command is a coroutine that returns the pieces of its whole reply, and suspends
+only where the disk does. A write is served together with the other writes of its batch.
 
-The order of the checks: is the command known, may it be done at all (EPERM), are its flags legal, does it lie
-inside the export.
+The order of the checks: is the command known, may it be done at all (EPERM), are its flags legal,
+does it lie inside the export.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pynbd.block.extent import ZERO, Extent
 from pynbd.errors import RequestError
@@ -27,7 +28,8 @@ from pynbd.server.stream import FilePiece, Piece, ReplyEnd
 
 log = logging.getLogger("pynbd")
 
-# From this length on the kernel is asked to send file bytes itself, instead of copying them through us.
+# From this length on the kernel is asked to send file bytes itself, instead of copying them through
+# us.
 SEND_FILE_MIN = 1 << 16
 
 _DF = int(CommandFlag.DF)
@@ -40,9 +42,11 @@ _PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
 
 @dataclass(frozen=True, slots=True)
 class CommandRule:
-    """What a command may carry. ``flags``: legal in every dialect; ``structured``, ``extended``: there too.
+    """What a command may carry. ``flags``: legal in every dialect; ``structured``, ``extended``:
+    there too.
 
-    ``beyond_end``: the error of a request that leaves the export. ``limited``: its length is a payload's.
+    ``beyond_end``: the error of a request that leaves the export. ``limited``: its length is a
+    payload's.
     """
 
     flags: int = _FUA
@@ -82,7 +86,9 @@ _ERROR_OF_ERRNO = {
 
 
 def nbd_error(error: OSError) -> Error:
-    """The NBD error of a host error: one of the eight that the specification defines ("Error values")."""
+    """The NBD error of a host error: one of the eight that the specification defines ("Error
+    values").
+    """
     return _ERROR_OF_ERRNO.get(error.errno or 0, Error.EINVAL)
 
 
@@ -109,7 +115,9 @@ class Commands:
 
     @property
     def max_filter(self) -> int:
-        """Bytes of the longest legal BLOCK_STATUS payload: an effect length and every context's id."""
+        """Bytes of the longest legal BLOCK_STATUS payload: an effect length and every context's
+        id.
+        """
         return 8 + 4 * len(self._contexts)
 
     def validate(self, request: Request) -> None:
@@ -301,7 +309,7 @@ class Commands:
     def _done(self, request: Request) -> Sequence[Piece]:
         return (self._dialect.done(request.cookie, request.offset),)
 
-    _serve = {
+    _serve: ClassVar = {
         int(Command.READ): _read,
         int(Command.FLUSH): _flush,
         int(Command.TRIM): _trim,

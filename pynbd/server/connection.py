@@ -14,7 +14,8 @@ from pynbd.server.transmission import Transmission
 
 log = logging.getLogger("pynbd")
 
-# Seconds for the whole negotiation, as qemu-nbd has it: who idles here holds a place that others want.
+# Seconds for the whole negotiation, as qemu-nbd has it: who idles here holds a place that others
+# want.
 HANDSHAKE_LIMIT = 10.0
 
 
@@ -31,7 +32,9 @@ class Connection:
         self.negotiated = False
 
     async def run(self) -> None:
-        """Serve until the client leaves, breaks a rule, or `stop` ends it. Always closes the socket."""
+        """Serve until the client leaves, breaks a rule, or `stop` ends it. Always closes the
+        socket.
+        """
         try:
             async with asyncio.timeout(self._handshake_limit or None):
                 session = await self._negotiate()
@@ -52,7 +55,9 @@ class Connection:
             self._stream.close()
 
     def stop(self) -> bool:
-        """Begin to end: requests under way are answered. False if there is no transmission to end."""
+        """Begin to end: requests under way are answered. False if there is no transmission to
+        end.
+        """
         if self._transmission is None:
             return False
         self._transmission.stop()

@@ -1,4 +1,5 @@
-"""Metadata contexts: what BLOCK_STATUS says about an export ("Metadata querying" in the NBD specification).
+"""Metadata contexts: what BLOCK_STATUS says about an export ("Metadata querying" in the NBD
+specification).
 
 * ``base:allocation``: NBD_STATE_HOLE and NBD_STATE_ZERO.
 * ``qemu:allocation-depth``: 0 no layer, 1 the active layer, n the n-th from the top.
@@ -6,11 +7,12 @@
 
 Rules:
 
-1. The image is asked once for all contexts that need its map, and not at all if none does: a context that was
-   filtered out costs nothing. Whether data reads as zeroes is only asked for ``base:allocation``.
+1. The image is asked once for all contexts that need its map, and not at all if none does: a
+   context that was filtered out costs nothing. Whether data reads as zeroes is only asked for
+   ``base:allocation``.
 2. Neighbours of equal status are one extent. No extent ends after the request.
-3. An answer may be shorter than the request; it is never empty. One step's worth of looking up is an answer,
-   unless the client wants one extent only (REQ_ONE): that one is followed to its end.
+3. An answer may be shorter than the request; it is never empty. One step's worth of looking up is
+   an answer, unless the client wants one extent only (REQ_ONE): that one is followed to its end.
 4. Damaged metadata anywhere in the answer fails the request: nobody may take a guess for a map.
 """
 
@@ -118,7 +120,8 @@ async def block_status(
         mapped = [number for number, context in unfinished.items() if context.needs_map]
         runs = None
         if mapped:
-            # Those that still follow their first extent have come equally far: one map serves them all.
+            # Those that still follow their first extent have come equally far: one map serves them
+            # all.
             start = positions[mapped[0]]
             want_zero = any(unfinished[number].needs_zero for number in mapped)
             runs = await node.map(start, end - start, want_zero=want_zero)

@@ -26,9 +26,9 @@ PREFERRED_BLOCK_SIZE = 4096
 class Export:
     """A node that clients may open under ``name``.
 
-    ``contexts``: the metadata contexts on offer, by name, in the order of their ids. ``multi_conn``: whether a
-    second connection sees what the first one wrote; one process with one node always grants that, but it
-    is pointless where only one connection is allowed.
+    ``contexts``: the metadata contexts on offer, by name, in the order of their ids.
+    ``multi_conn``: whether a second connection sees what the first one wrote; one process with one
+    node always grants that, but it is pointless where only one connection is allowed.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class Export:
 
 
 class ExportTable:
-    """The exports of a server, as the negotiation sees them. The first one is the default export."""
+    """The exports of a server, as the negotiation sees them. The first one is the default
+    export.
+    """
 
     def __init__(self, exports: Iterable[Export]) -> None:
         self._exports = {export.name: export for export in exports}

@@ -1,8 +1,8 @@
 """The server: listeners, connections, and an end in good order.
 
-Ending (`Server.stop`): requests under way have `GRACE` seconds, new ones get NBD_ESHUTDOWN, clients that still
-negotiate are dropped; then the rest is dropped unacknowledged. The images are closed by their owner, after the
-system calls under way have returned.
+Ending (`Server.stop`): requests under way have `GRACE` seconds, new ones get NBD_ESHUTDOWN, clients
+that still negotiate are dropped; then the rest is dropped unacknowledged. The images are closed by
+their owner, after the system calls under way have returned.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _is_stale(path: str) -> bool:
 class Server:
     """Serves exports on listening sockets.
 
-    ``max_clients``: more than these wait in the backlog; 0 is no limit. ``until_idle``: end when the last
-    client that had negotiated has left (a probe of the port does not count).
+    ``max_clients``: more than these wait in the backlog; 0 is no limit. ``until_idle``: end when
+    the last client that had negotiated has left (a probe of the port does not count).
     """
 
     def __init__(
@@ -102,7 +102,9 @@ class Server:
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
-        """Accept and serve until `stop` is called, or the last client has left with ``until_idle``."""
+        """Accept and serve until `stop` is called, or the last client has left with
+        ``until_idle``.
+        """
         self._listeners = [asyncio.create_task(self._accept(sock)) for sock in self._sockets]
         try:
             await self._stop.wait()

@@ -1,12 +1,14 @@
 """The socket of one connection.
 
-The connection owns its non-blocking socket instead of a transport: it receives into its own buffer, sends
-gathered buffers, and lets the kernel send long runs of file bytes without copying them. Its rules:
+The connection owns its non-blocking socket instead of a transport: it receives into its own buffer,
+sends gathered buffers, and lets the kernel send long runs of file bytes without copying them. Its
+rules:
 
-1. During the handshake never a byte is read that was not asked for, so that nothing which arrived in clear can
-   be taken for something that came through TLS.
+1. During the handshake never a byte is read that was not asked for, so that nothing which arrived
+   in clear can be taken for something that came through TLS.
 2. Buffers that are handed to `PlainStream.send` belong to the stream until they are sent.
-3. What cannot be sent at once waits in a queue, in order; `on_drained` tells when it is empty again.
+3. What cannot be sent at once waits in a queue, in order; `on_drained` tells when it is empty
+   again.
 """
 
 from __future__ import annotations
@@ -16,20 +18,23 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 # sendmsg takes no more pieces than this in one call (IOV_MAX).
 _IOV_MAX = 1024
 # What is skipped during the handshake goes through a buffer of this size.
 _SKIP_PIECE = 1 << 16
-# Bytes of socket buffer that are asked for, so that a batch of replies leaves in one call; the kernel may give less.
+# Bytes of socket buffer that are asked for, so that a batch of replies leaves in one call; the
+# kernel may give less.
 _SOCKET_BUFFER = 1 << 22
 
 Buffer = bytes | bytearray | memoryview
 
 
 class ReplyEnd:
-    """The end of a reply that has file pieces: ``done``, or ``failed`` once a file was shorter than it should be.
+    """The end of a reply that has file pieces: ``done``, or ``failed`` once a file was shorter than
+    it should be.
 
     ``failed`` is None in a dialect that cannot say so any more: then the connection has to go.
     """
@@ -43,7 +48,9 @@ class ReplyEnd:
 
 
 class FilePiece(NamedTuple):
-    """``length`` bytes at ``offset`` of an open file, in the middle of the reply that ends with ``reply``."""
+    """``length`` bytes at ``offset`` of an open file, in the middle of the reply that ends with
+    ``reply``.
+    """
 
     fd: int
     offset: int
@@ -115,7 +122,9 @@ class PlainStream:
             self._loop.remove_reader(self._fd)
 
     def receive_into(self, view: memoryview) -> int | None:
-        """Receive what is there; how many bytes, 0 at the end of the stream, None if there is nothing now."""
+        """Receive what is there; how many bytes, 0 at the end of the stream, None if there is
+        nothing now.
+        """
         try:
             return self._sock.recv_into(view)
         except (BlockingIOError, InterruptedError):
@@ -160,10 +169,8 @@ class PlainStream:
 
     def finish(self) -> None:
         """Say that nothing more will be sent, so that the peer reads all replies before the end."""
-        try:
+        with suppress(OSError):  # the peer may have gone already
             self._sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the peer has gone already
 
     def _lose(self) -> None:
         """The peer has gone, or a reply cannot be finished: nothing more can be said to it."""

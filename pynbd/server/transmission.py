@@ -1,15 +1,16 @@
 """The transmission phase of one connection: a batch of requests in, a batch of replies out.
 
-The unit of work is what one receive brought. All requests whose data are at hand are served in one go, and
-their replies leave in one send; the loop, a Task and a system call are paid once a batch. Its rules:
+The unit of work is what one receive brought. All requests whose data are at hand are served in one
+go, and their replies leave in one send; the loop, a Task and a system call are paid once a batch.
+Its rules:
 
-1. A read of plain bytes that are in the page cache is served in the loop of `_serve_batch` itself: one
-   bisect, one system call, no coroutine.
-2. Everything else is a coroutine whose first step is taken by hand. If it ends there, no Task was made;
-   if it waits for a disk, a Task adopts it, and its reply leaves when it is ready.
+1. A read of plain bytes that are in the page cache is served in the loop of `_serve_batch` itself:
+   one bisect, one system call, no coroutine.
+2. Everything else is a coroutine whose first step is taken by hand. If it ends there, no Task was
+   made; if it waits for a disk, a Task adopts it, and its reply leaves when it is ready.
 3. The writes of a batch share one hop into the pool.
-4. Requests and bytes in flight have a budget. Past it, or while the peer takes no replies, nothing more
-   is received.
+4. Requests and bytes in flight have a budget. Past it, or while the peer takes no replies, nothing
+   more is received.
 5. A buffer that holds the payload of a write under way is lent to it, and not received into.
 """
 
@@ -127,7 +128,9 @@ class Transmission:
                 await asyncio.wait(self._tasks)
 
     def stop(self) -> None:
-        """Refuse every further request with NBD_ESHUTDOWN, and end once those under way are answered."""
+        """Refuse every further request with NBD_ESHUTDOWN, and end once those under way are
+        answered.
+        """
         self.commands.stopping = True
         self._inline_max = -1
         if not self._tasks:
@@ -228,7 +231,9 @@ class Transmission:
         self._make_room()
 
     def _serve_one(self, request: Request) -> bool:
-        """Serve the request whose header ends at ``_at``, and go past its payload. False: come again."""
+        """Serve the request whose header ends at ``_at``, and go past its payload. False: come
+        again.
+        """
         flags, command, _, _, length, _ = request
         if command == _DISC:
             self._closing = True
@@ -286,7 +291,9 @@ class Transmission:
             self._writes.append(request)
 
     def _make_room(self) -> None:
-        """Move what is left of the buffer to its front, or into a fresh one if a write still needs it."""
+        """Move what is left of the buffer to its front, or into a fresh one if a write still needs
+        it.
+        """
         at, have = self._at, self._have
         rest = have - at
         if self._writes:

@@ -165,7 +165,7 @@ class Image:
             data_file = None
             if self.data_file is not None:
                 data_file = files.enter_context((path.parent / self.data_file).open("wb"))
-            guest = _GuestClusters(header, host, data_file)
+            guest = _GuestClusters(header, host, data_file, layers=len(self.snapshots) + 1)
             # All references first, as the COPIED flags in the tables depend on them.
             for snapshot in self.snapshots:
                 guest.store(snapshot.clusters)
@@ -229,7 +229,9 @@ class Image:
 class _GuestClusters:
     """Guest clusters in their host clusters, each object stored once, whichever layers have it."""
 
-    def __init__(self, header: Header, host: HostClusters, data_file: BinaryIO | None) -> None:
+    def __init__(
+        self, header: Header, host: HostClusters, data_file: BinaryIO | None, layers: int
+    ) -> None:
         self.header = header
         self.layout: Layout = header.layout
         self.host = host
@@ -237,6 +239,8 @@ class _GuestClusters:
         # By guest offset and identity: L2 entry, with COPIED if it names a host cluster, and
         # subcluster bitmap.
         self.entries: dict[tuple[int, int], tuple[int, int]] = {}
+        # Compressed clusters that share a host cluster: if every layer has them all, the refcount fits.
+        self.most_streams = host.most_references // layers
         self.streams_end = 0  # where the last compressed cluster's data end
 
     def store(self, clusters: Mapping[int, Cluster]) -> None:
@@ -286,9 +290,8 @@ class _GuestClusters:
 
     def _store_stream(self, stream: bytes) -> int:
         host, bits = self.host, self.header.cluster_bits
-        most = (1 << (1 << self.header.refcount_order)) - 1  # what a refcount can count to
         in_last_cluster = 0 < host.end - self.streams_end < host.cluster_size
-        if not in_last_cluster or host.references[-1] >= most:
+        if not in_last_cluster or host.references[-1] >= self.most_streams:
             self.streams_end = host.end
         offset = self.streams_end
         entry = compressed_entry(offset, len(stream), bits)

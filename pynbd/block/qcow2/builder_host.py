@@ -10,6 +10,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from pynbd.errors import UsageError
+
 
 class HostClusters:
     """A new image file, cluster by cluster; the first one, the header's, is taken."""
@@ -19,6 +21,7 @@ class HostClusters:
         self.cluster_bits = cluster_bits
         self.cluster_size = 1 << cluster_bits
         self.refcount_order = refcount_order
+        self.most_references = (1 << (1 << refcount_order)) - 1
         self.references = [1]
 
     @property
@@ -53,8 +56,14 @@ class HostClusters:
     def finish(self) -> tuple[int, int]:
         """Write the refcounts of all clusters, their own included, and give the file its length.
 
-        Returns the offset of the refcount table, and its length in clusters.
+        Returns the offset of the refcount table, and its length in clusters. Raises `UsageError` if a
+        refcount is too large.
         """
+        most = max(self.references)
+        if most > self.most_references:
+            raise UsageError(
+                f"a refcount of {most} does not fit into {1 << self.refcount_order} bit"
+            )
         per_block = self.cluster_size * 8 >> self.refcount_order
         blocks = table_clusters = 0
         # Refcount blocks count themselves and the table: grow both until they suffice.

@@ -57,7 +57,8 @@ def _inflate(data: bytes, cluster_size: int) -> bytes:
 
 def _unzstd(data: bytes, cluster_size: int) -> bytes:
     """One or more frames, until the cluster is full; the last one has to be complete."""
-    view, pieces, room = memoryview(data), [], cluster_size
+    view, room = memoryview(data), cluster_size
+    pieces: list[bytes] = []
     while room and view:
         if len(pieces) == _MAX_FRAMES:
             raise CorruptImage(f"the zstd stream has more than {_MAX_FRAMES} frames")

@@ -1,0 +1,6 @@
+"""``python -m pynbd``."""
+
+from pynbd.cli.main import main
+
+if __name__ == "__main__":
+    main()

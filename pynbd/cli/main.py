@@ -1,0 +1,39 @@
+"""``pynbd``: the program and its subcommands.
+
+An error is one line on standard error and exit status 1; arguments that make no sense are exit
+status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+
+import click
+
+from pynbd.cli.serve import serve
+from pynbd.errors import PynbdError, UsageError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("pynbd"), prog_name="pynbd")
+def commands() -> None:
+    """Serve disk images over NBD."""
+
+
+commands.add_command(serve)
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    try:
+        commands(prog_name="pynbd")
+    except UsageError as error:
+        _complain(error, 2)
+    except (PynbdError, OSError) as error:
+        _complain(error, 1)
+
+
+def _complain(error: Exception, status: int) -> None:
+    print(f"pynbd: {error}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,302 @@
+"""``pynbd serve``: an image on a socket, until a signal ends it.
+
+It listens before it prints its URI, the first line of standard output; standard error stays empty
+unless something is wrong. Started by socket activation (LISTEN_FDS) it serves there, prints
+nothing, and ends when the last client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import uvloop
+
+from pynbd.block.bitmap import DirtyBitmap
+from pynbd.block.chain import FORMATS, open_image
+from pynbd.block.node import BlockNode
+from pynbd.errors import ImageError, PynbdError, UnsupportedFeature, UsageError
+from pynbd.protocol.uri import NbdUri, Transport
+from pynbd.protocol.values import DEFAULT_PORT, MAX_STRING
+from pynbd.server.connection import HANDSHAKE_LIMIT
+from pynbd.server.contexts import standard_contexts
+from pynbd.server.export import Export, ExportTable
+from pynbd.server.server import Server, listen_tcp, listen_unix
+
+log = logging.getLogger("pynbd")
+
+# The first descriptor of socket activation (sd_listen_fds(3)).
+_LISTEN_FDS_START = 3
+_LOOPS: dict[str, Callable[[Coroutine[Any, Any, None]], None]] = {
+    "uvloop": uvloop.run,
+    "asyncio": asyncio.run,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What `serve` was asked for; the names are those of its options."""
+
+    image: str
+    socket: str | None
+    bind: str | None
+    port: int | None
+    format: str | None
+    read_only: bool
+    export_name: str
+    description: str
+    load_snapshot: str | None
+    allocation_depth: bool
+    bitmap: tuple[str, ...]
+    shared: int
+    force_share: bool
+    probe_backing: bool
+    handshake_limit: float
+    loop: str
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pynbd serve disk.qcow2
+  pynbd serve -k /run/disk.sock -x disk disk.qcow2
+  pynbd serve -r -B backup-1 disk.qcow2
+  nbdinfo -- [ pynbd serve disk.qcow2 ]
+"""
+)
+@click.argument("image")
+@click.option("-k", "--socket", metavar="PATH", help="Listen on a unix socket.")
+@click.option("-b", "--bind", metavar="ADDR", help="Listen on this address (default: localhost).")
+@click.option(
+    "-p",
+    "--port",
+    type=click.IntRange(0, 65535),
+    help=f"Listen on this port, 0 for any free one (default: {DEFAULT_PORT}).",
+)
+@click.option(
+    "-f",
+    "--format",
+    type=click.Choice(FORMATS),
+    help="The format of IMAGE (default: told by its first bytes).",
+)
+@click.option(
+    "-r", "--read-only", is_flag=True, help="Refuse writes. A qcow2 image is read-only for now."
+)
+@click.option(
+    "-x",
+    "--export-name",
+    metavar="NAME",
+    default="",
+    help="The name of the export (default: empty).",
+)
+@click.option(
+    "-D", "--description", metavar="TEXT", default="", help="What clients are told of it."
+)
+@click.option(
+    "-l",
+    "--load-snapshot",
+    metavar="SNAP",
+    help="Serve an internal snapshot: NAME, ID, snapshot.name=NAME or snapshot.id=ID.",
+)
+@click.option(
+    "-A",
+    "--allocation-depth",
+    is_flag=True,
+    help="Offer qemu:allocation-depth. Without -A and -B it is offered together with every bitmap.",
+)
+@click.option(
+    "-B",
+    "--bitmap",
+    metavar="NAME",
+    multiple=True,
+    help="Offer qemu:dirty-bitmap:NAME; repeatable.",
+)
+@click.option(
+    "-e",
+    "--shared",
+    metavar="NUM",
+    type=click.IntRange(0),
+    default=0,
+    help="Clients at a time; more wait. 0 is any number, the default.",
+)
+@click.option(
+    "--force-share", is_flag=True, help="Read an image that another process may be writing."
+)
+@click.option(
+    "--probe-backing",
+    is_flag=True,
+    help="Guess the format of backing files that have none recorded.",
+)
+@click.option(
+    "--handshake-limit",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=HANDSHAKE_LIMIT,
+    show_default=True,
+    help="Time for the negotiation; 0 is no limit.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Tell of clients that come and go.")
+@click.option("--loop", type=click.Choice(sorted(_LOOPS)), default="uvloop", hidden=True)
+def serve(verbose: bool, **options: Any) -> None:  # the options are ServeOptions, name by name
+    """Serve IMAGE over NBD until a signal ends it (TERM, INT, QUIT).
+
+    Any number of clients, on localhost by default. The first line of output is the URI.
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="pynbd: %(message)s"
+    )
+    wanted = ServeOptions(**options)
+    if len(wanted.export_name.encode(errors="surrogateescape")) > MAX_STRING:
+        raise UsageError(f"--export-name: at most {MAX_STRING} bytes")
+    _LOOPS[wanted.loop](_serve(wanted))
+
+
+async def _serve(wanted: ServeOptions) -> None:
+    sockets = _activated_sockets()
+    activated = bool(sockets)
+    if activated and (wanted.socket, wanted.bind, wanted.port) != (None, None, None):
+        raise UsageError(
+            "--socket, --bind and --port say nothing beside socket activation (LISTEN_FDS)"
+        )
+    if wanted.socket is not None and (wanted.bind, wanted.port) != (None, None):
+        raise UsageError("--socket excludes --bind and --port")
+    node = await _open(wanted)
+    try:
+        export = Export(
+            wanted.export_name,
+            node,
+            description=wanted.description,
+            contexts=standard_contexts(
+                node,
+                depth=wanted.allocation_depth or not wanted.bitmap,
+                bitmaps=_bitmaps(node, wanted),
+            ),
+            multi_conn=wanted.shared != 1,
+        )
+        exports = ExportTable([export])
+        if not activated:
+            sockets = _listen(wanted)
+        server = Server(
+            exports,
+            sockets,
+            max_clients=wanted.shared,
+            until_idle=activated,
+            handshake_limit=wanted.handshake_limit,
+        )
+        _end_on_signals(server)
+        if not activated:
+            print(_uri(sockets[0], wanted), flush=True)
+        try:
+            await server.run()
+        finally:
+            if wanted.socket is not None:
+                os.unlink(wanted.socket)
+    finally:
+        await node.close()
+
+
+async def _open(wanted: ServeOptions) -> BlockNode:
+    async def attempt(*, read_only: bool) -> BlockNode:
+        return await open_image(
+            wanted.image,
+            format=wanted.format,
+            read_only=read_only,
+            snapshot=wanted.load_snapshot,
+            probe_backing=wanted.probe_backing,
+            force_share=wanted.force_share,
+        )
+
+    read_only = wanted.read_only or wanted.force_share or wanted.load_snapshot is not None
+    if not read_only:
+        try:
+            return await attempt(read_only=False)
+        except UnsupportedFeature:
+            pass  # a qcow2 image: it cannot be written yet; what else it may lack shows below
+    return await attempt(read_only=True)
+
+
+def _bitmaps(node: BlockNode, wanted: ServeOptions) -> Sequence[DirtyBitmap]:
+    """The bitmaps on offer: those that were named, or the consistent ones of the active layer."""
+    if wanted.bitmap:
+        if wanted.load_snapshot is not None:
+            raise UsageError("--bitmap: bitmaps describe the active state, not a snapshot (-l)")
+        return [_find_bitmap(node, name) for name in dict.fromkeys(wanted.bitmap)]
+    if wanted.allocation_depth:
+        return ()
+    return node.bitmaps()
+
+
+def _find_bitmap(top: BlockNode, name: str) -> DirtyBitmap:
+    for depth, node in enumerate(top.chain()):
+        for bitmap in node.bitmaps():
+            if bitmap.name == name:
+                if depth:
+                    log.warning(
+                        "bitmap %r is of the backing file %s: it knows nothing of writes above it",
+                        name,
+                        node.name,
+                    )
+                return bitmap
+        if name in node.inconsistent_bitmaps():
+            raise ImageError(
+                f"{node.name}: bitmap {name!r} is inconsistent (it was in use when its last writer"
+                " ended) and cannot be served"
+            )
+    known = ", ".join(repr(bitmap.name) for node in top.chain() for bitmap in node.bitmaps())
+    raise ImageError(f"{top.name}: no bitmap {name!r}; there is {known or 'none'}")
+
+
+def _activated_sockets() -> list[socket.socket]:
+    """The sockets of socket activation; the variables are cleared, so that no child takes them."""
+    names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    pid, count, _ = (os.environ.pop(name, "") for name in names)
+    if pid != str(os.getpid()):
+        return []
+    if not count.isdigit() or not int(count):
+        raise UsageError(f"LISTEN_FDS={count!r}: the number of sockets is expected, 1 or more")
+    sockets = []
+    for fd in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
+        os.set_inheritable(fd, False)
+        sockets.append(socket.socket(fileno=fd))
+    return sockets
+
+
+def _listen(wanted: ServeOptions) -> list[socket.socket]:
+    try:
+        if wanted.socket is not None:
+            return [listen_unix(wanted.socket)]
+        port = DEFAULT_PORT if wanted.port is None else wanted.port
+        return listen_tcp(wanted.bind or "localhost", port)
+    except OSError as error:
+        where = wanted.socket or f"{wanted.bind or 'localhost'}:{wanted.port or DEFAULT_PORT}"
+        raise PynbdError(f"cannot listen on {where}: {error.strerror}") from None
+
+
+def _uri(listener: socket.socket, wanted: ServeOptions) -> NbdUri:
+    if wanted.socket is not None:
+        path = os.path.abspath(wanted.socket)
+        return NbdUri(transport=Transport.UNIX, socket=path, export=wanted.export_name)
+    port = listener.getsockname()[1]
+    return NbdUri(host=wanted.bind or "localhost", port=port, export=wanted.export_name)
+
+
+def _end_on_signals(server: Server) -> None:
+    """TERM, INT and QUIT end in good order; a second one ends at once, with nothing closed."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+    def end() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+            signal.signal(number, lambda *_: os._exit(0))
+        server.stop()
+
+    for number in signals:
+        loop.add_signal_handler(number, end)
