@@ -239,7 +239,7 @@ class _GuestClusters:
         # By guest offset and identity: L2 entry, with COPIED if it names a host cluster, and
         # subcluster bitmap.
         self.entries: dict[tuple[int, int], tuple[int, int]] = {}
-        # Compressed clusters that share a host cluster: if every layer has them all, the refcount fits.
+        # Compressed clusters in one host cluster: the refcount fits even if all layers share them.
         self.most_streams = host.most_references // layers
         self.streams_end = 0  # where the last compressed cluster's data end
 

@@ -56,13 +56,13 @@ class HostClusters:
     def finish(self) -> tuple[int, int]:
         """Write the refcounts of all clusters, their own included, and give the file its length.
 
-        Returns the offset of the refcount table, and its length in clusters. Raises `UsageError` if a
-        refcount is too large.
+        Returns the offset of the refcount table, and its length in clusters. Raises `UsageError`
+        if a refcount is too large.
         """
         most = max(self.references)
         if most > self.most_references:
             raise UsageError(
-                f"a refcount of {most} does not fit into {1 << self.refcount_order} bit"
+                f"a refcount of {most} needs more than {1 << self.refcount_order} bits"
             )
         per_block = self.cluster_size * 8 >> self.refcount_order
         blocks = table_clusters = 0
