@@ -43,7 +43,7 @@ async def rows(node: BlockNode) -> list[Row]:
 
 
 def qemu_rows(path: Path) -> list[Row]:
-    """The whole map, as qemu-img says. Where it finds nothing present, the depth is -1, as ours is."""
+    """The whole map, as qemu-img says it. Where nothing is present the depth is -1, as ours is."""
     said = json.loads(peers.run("qemu-img", "map", "--output=json", path).stdout)
     return merged(
         [

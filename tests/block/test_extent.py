@@ -21,7 +21,7 @@ from pynbd.block.extent import (
 
 Byte = tuple[int, int, int]  # kind, host offset of this byte (or descriptor, or NO_HOST), depth
 
-# Few lengths and host offsets, so that neighbours often are alike or go on where the last one ended.
+# Few lengths and host offsets, so that neighbours often are alike or go on where the last ended.
 rows = st.one_of(
     st.tuples(st.integers(1, 4), st.sampled_from([DATA, DATA | ZERO]), st.integers(0, 12)),
     st.tuples(st.integers(1, 4), st.just(ZERO), st.sampled_from([NO_HOST, 0, 4, 8])),

@@ -6,6 +6,7 @@ import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,7 +55,7 @@ class ModelNode(BlockNode):
 
 def chain(file: HostFile, tables: list[list[Row]], step: int, window: int) -> ModelNode:
     nodes = [ModelNode(file, table, step, window) for table in tables]
-    for node, below in zip(nodes, nodes[1:], strict=False):
+    for node, below in pairwise(nodes):
         node.backing = below
     return nodes[0]
 

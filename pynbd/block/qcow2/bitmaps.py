@@ -37,13 +37,14 @@ from pynbd.block.qcow2.format import (
     Autoclear,
     BitmapFlags,
 )
-from pynbd.block.qcow2.header import BitmapsExtension, Header
+from pynbd.block.qcow2.extensions import BitmapsExtension
+from pynbd.block.qcow2.header import Header
 from pynbd.errors import CorruptImage
 
 log = logging.getLogger("pynbd")
 
 # Of the flags, QEMU does not know extra_data_compatible, nor any extra data.
-_KNOWN_FLAGS = BitmapFlags.IN_USE | BitmapFlags.AUTO
+_KNOWN_FLAGS = int(BitmapFlags.IN_USE | BitmapFlags.AUTO)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Qcow2Node against qemu-img: images that qemu-img and qemu-io made, and odd ones from the builder."""
+"""Qcow2Node against qemu-img: images of qemu-img and qemu-io, and odd ones from the builder."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ async def test_subclusters_of_every_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "window"),
+    "options, window",
     [({}, 64 * MiB), ({"cluster_bits": 9}, MiB), ({"extended_l2": True}, 2 * MiB)],
     ids=["64 KiB", "512 B", "2 KiB"],
 )

@@ -1,0 +1,207 @@
+"""Persistent bitmaps: those of QEMU, as it serves them, and damaged ones, which it refuses too."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from interop import peers
+from pynbd.block.bitmap import DirtyBitmap
+from pynbd.block.chain import open_image
+from pynbd.block.node import BlockNode
+from pynbd.block.qcow2.builder import Bitmap, Image, Written
+from pynbd.block.qcow2.format import BitmapFlags
+from pynbd.errors import CorruptImage
+
+SIZE = 8 << 20
+
+Row = tuple[int, int, int]  # start, length, dirty
+
+
+async def rows(bitmap: DirtyBitmap, size: int, limit: int = 1000) -> list[Row]:
+    found: list[Row] = []
+    at = 0
+    while at < size:
+        runs = await bitmap.runs(at, size - at, limit)
+        for end, dirty in zip(runs.ends.tolist(), runs.dirty.tolist(), strict=True):
+            if found and found[-1][2] == dirty:
+                found[-1] = (found[-1][0], end - found[-1][0], dirty)
+            else:
+                found.append((at, end - at, dirty))
+            at = end
+    return found
+
+
+def served_by_qemu(path: Path, name: str) -> list[Row]:
+    with peers.qemu_nbd(path, "-r", "-f", "qcow2", "-B", name) as uri:
+        said = peers.run("nbdinfo", f"--map=qemu:dirty-bitmap:{name}", "--json", uri).stdout
+    return [(row["offset"], row["length"], row["type"]) for row in json.loads(said)]
+
+
+@pytest.mark.parametrize(
+    "granularity, cluster", [(512, 512), (4096, 512), (65536, 65536), (1 << 20, 4096)]
+)
+async def test_qemus_bitmaps(tmp_path: Path, granularity: int, cluster: int) -> None:
+    peers.require("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo")
+    path = tmp_path / "disk.qcow2"
+    peers.run(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", path, str(SIZE)
+    )
+    peers.run("qemu-img", "bitmap", "--add", "-g", str(granularity), path, "on")
+    peers.run("qemu-img", "bitmap", "--add", "-g", str(granularity), "--disable", path, "off")
+    peers.run("qemu-io", path, "-c", "write 0 512", "-c", "write 1M 3M", "-c", "write 8380416 8k")
+    node = await open_image(path)
+    on, off = node.bitmaps()
+    assert [(one.name, one.granularity, one.size) for one in (on, off)] == [
+        ("on", granularity, SIZE),
+        ("off", granularity, SIZE),
+    ]
+    assert (on.enabled, off.enabled) == (True, False)
+    assert on.persistent
+    assert await rows(on, SIZE) == served_by_qemu(path, "on")
+    assert await rows(off, SIZE) == [(0, SIZE, 0)]
+    await node.close()
+
+
+async def test_a_bitmap_is_read_at_its_first_use(tmp_path: Path) -> None:
+    """What is changed in the file after the image was opened is seen: nothing had been read yet."""
+    path = tmp_path / "disk.qcow2"
+    written = image(path, Bitmap("b", 65536, [(0, 65536)]))
+    node = await open_image(path)
+    table = number(path, directory(written))
+    poke(path, number(path, table), b"\x06")
+    (bitmap,) = node.bitmaps()
+    assert await rows(bitmap, SIZE) == [
+        (0, 65536, 0),
+        (65536, 131072, 1),
+        (196608, SIZE - 196608, 0),
+    ]
+    await node.close()
+
+
+async def test_a_table_entry_of_ones(tmp_path: Path) -> None:
+    """512 bytes of bitmap data are 4096 bits: of 64 KiB granules, 256 MiB."""
+    path = tmp_path / "disk.qcow2"
+    size = (600 << 20) + 512
+    written = image(path, Bitmap("b", 65536, [(0, 65536)]), size=size, cluster_bits=9)
+    table = number(path, directory(written))
+    for index, entry in enumerate([0, 0, 1]):
+        poke(path, table + index * 8, entry.to_bytes(8, "big"))
+    node = await open_image(path)
+    (bitmap,) = node.bitmaps()
+    assert await rows(bitmap, size) == [(0, 512 << 20, 0), (512 << 20, size - (512 << 20), 1)]
+    assert bitmap.dirty_bytes() == size - (512 << 20)
+    await node.close()
+
+
+async def test_in_use_is_named_but_not_usable(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    image(path, Bitmap("open", flags=BitmapFlags.IN_USE | BitmapFlags.AUTO), Bitmap("closed"))
+    node = await open_image(path)
+    assert [bitmap.name for bitmap in node.bitmaps()] == ["closed"]
+    assert list(node.inconsistent_bitmaps()) == ["open"]
+    await node.close()
+
+
+async def test_without_the_autoclear_bit_there_are_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    image(path, Bitmap("b"))
+    poke(path, 88, bytes(8))
+    node = await open_image(path)
+    assert list(node.bitmaps()) == []
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("pynbd", logging.WARNING)
+    assert str(path) in record.getMessage()
+    await node.close()
+
+
+# (offset in the directory entry, bytes, what our line says)
+BAD_ENTRIES = {
+    "no table": (0, bytes(8), "bitmap table at 0x0"),
+    "misaligned table": (0, (0x50200).to_bytes(8, "big"), "not at a cluster"),
+    "empty table": (8, bytes(4), "bitmap_table_size 0"),
+    "huge table": (8, b"\x08\0\0\0", "bitmap_table_size 134217728"),
+    "short table": (8, b"\0\0\0\2", "bitmap_table_size 2"),
+    "unknown flag": (12, b"\0\0\0\x0a", "flags 0xa"),
+    "a flag that QEMU does not know": (12, b"\0\0\0\6", "flags 0x6"),
+    "unknown type": (16, b"\2", "type 2"),
+    "granularity 8": (17, b"\x08", "granularity_bits 8"),
+    "granularity 32": (17, b"\x20", "granularity_bits 32"),
+    "long name": (18, b"\4\0", "name_size is 1024"),
+    "longer name than directory": (18, b"\0\x40", "the directory ends"),
+    "extra data": (20, b"\0\0\0\1", "extra data"),
+    "table entry with reserved bits": (-1, b"\0\0\0\0\0\5\0\2", "entry 0 of its table"),
+    "table entry with offset and ones": (-1, b"\0\0\0\0\0\5\0\1", "entry 0 of its table"),
+    "misaligned table entry": (-1, b"\0\0\0\0\0\5\2\0", "entry 0 of its table"),
+}
+
+
+@pytest.mark.parametrize("offset, data, said", BAD_ENTRIES.values(), ids=BAD_ENTRIES)
+async def test_one_bad_entry_refuses_the_image(
+    tmp_path: Path, offset: int, data: bytes, said: str
+) -> None:
+    peers.require("qemu-io")
+    path = tmp_path / "disk.qcow2"
+    written = image(path, Bitmap("b", 65536))
+    place = directory(written)
+    poke(path, number(path, place) if offset < 0 else place + offset, data)
+    assert await refusal(path) == (True, True)
+    with pytest.raises(CorruptImage) as caught:
+        await open_image(path)
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"\0\0\0\2", b"\0\0\0\1"], ids=["too few", "too many"])
+async def test_the_directory_holds_as_many_as_the_header_says(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "disk.qcow2"
+    bitmaps = [Bitmap("b")] if data[-1] == 2 else [Bitmap("b"), Bitmap("c")]
+    image(path, *bitmaps)
+    first_cluster = path.read_bytes()[:65536]
+    extension = first_cluster.index(bytes.fromhex("23852875"))
+    poke(path, extension + 8, data)
+    assert await refusal(path) == (True, True)
+
+
+async def test_two_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    image(path, Bitmap("same"), Bitmap("same"))
+    assert await refusal(path) == (True, True)
+
+
+def image(path: Path, *bitmaps: Bitmap, size: int = SIZE, cluster_bits: int = 16) -> Written:
+    return Image(size=size, bitmaps=bitmaps, cluster_bits=cluster_bits).write(path)
+
+
+def directory(written: Written) -> int:
+    assert written.header.bitmaps is not None
+    return written.header.bitmaps.directory_offset
+
+
+def number(path: Path, offset: int) -> int:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return int.from_bytes(file.read(8), "big")
+
+
+def poke(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+async def refusal(path: Path) -> tuple[bool, bool]:
+    """Whether we refuse the image, and whether QEMU does."""
+    peers.require("qemu-io")
+    theirs = peers.run("qemu-io", "-r", "-f", "qcow2", path, "-c", "read 0 512", check=False)
+    try:
+        node: BlockNode = await open_image(path)
+    except CorruptImage:
+        return True, theirs.returncode != 0
+    await node.close()
+    return False, theirs.returncode != 0
