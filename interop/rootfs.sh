@@ -70,6 +70,7 @@ if [ "$(cat "$tree/packages" 2>/dev/null)" != "$suite $packages" ]; then
             --no-install-recommends debootstrap; } > /dev/null || die 'apt-get cannot install debootstrap'
     }
     mirror=$(mirror)
+    [ -n "$mirror" ] || { apt-get -qq update > /dev/null; mirror=$(mirror); } # its lists were empty
     [ -n "$mirror" ] || die "apt's configuration names no Debian mirror: set PYNBD_MIRROR to one"
     new=$tree.new.$$
     trap 'rm -rf --one-file-system "$new"' EXIT
