@@ -25,8 +25,7 @@ try:
 except ImportError:
     inflater = zlib
 
-# QEMU deflates with a window of 4 KiB and inflates with no larger one; the specification has no
-# limit.
+# QEMU has a window of 4 KiB both ways; the specification has no limit.
 _WRITE_WINDOW = -12
 _READ_WINDOW = -15
 # Known writers make one; a cluster full of empty frames would take seconds.

@@ -42,9 +42,8 @@ HEADER_V3_FIELDS = Struct(
     "header_length" / Int32ub,
 )
 HEADER_LENGTH_V2 = HEADER_V2.sizeof()  # 72
-HEADER_LENGTH_V3 = HEADER_LENGTH_V2 + HEADER_V3_FIELDS.sizeof()  # 104, without additional fields
-COMPRESSION_TYPE_OFFSET = 104  # the one additional field so far: a byte, then 7 bytes of padding
-HEADER_LENGTH_WITH_COMPRESSION_TYPE = 112
+# 104. Behind it are additional fields: so far the compression type, a byte, padded to 8 bytes.
+HEADER_LENGTH_V3 = HEADER_LENGTH_V2 + HEADER_V3_FIELDS.sizeof()
 
 REFCOUNT_ORDER_V2 = 4  # version 2 always has refcounts of 1 << 4 = 16 bits
 
@@ -200,7 +199,6 @@ SNAPSHOT_ENTRY = Struct(
 )
 # The extra data that is defined. Each field is there if extra_data_size reaches its end.
 SNAPSHOT_EXTRA = Struct("vm_state_size" / Int64ub, "disk_size" / Int64ub, "icount" / Int64ub)
-SNAPSHOT_EXTRA_V3 = 16  # bytes that version 3 demands: up to and with the disk size
 
 # --- L1 and L2 entries, refcount table, bitmap table --------------------------------------------
 
