@@ -120,8 +120,9 @@ class Runs:
         Where this layer is UNALLOCATED, the answer is that of ``below``, one deeper.
         """
         end = min(self.end, below.end)
-        ends = np.union1d(self.ends, below.ends)
-        ends = ends[ends <= end]
+        ends = np.concatenate((self.ends, below.ends))
+        ends.sort(kind="stable")  # which merges two ascending columns in one pass
+        ends = ends[(ends <= end) & np.append(ends[1:] != ends[:-1], True)]
         starts = np.concatenate((np.array([self.offset], np.int64), ends[:-1]))
         kind, host, depth = self.at(starts)
         lower_kind, lower_host, lower_depth = below.at(starts)

@@ -13,6 +13,7 @@ Depth as in ``qemu-img map`` plus one: 1 is this node, n the n-th below, 0 nobod
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -30,9 +31,13 @@ from pynbd.block.extent import (
     Runs,
     concatenate,
 )
+from pynbd.block.pins import Pins
 
 # How much guest range is resolved at once around a read that was not mapped before.
 RESOLVE_WINDOW = 1 << 26
+
+# Runs of one layer that take about a millisecond to look up.
+_LONG_MAP = 1 << 12
 
 
 class BlockNode(ABC):
@@ -50,6 +55,7 @@ class BlockNode(ABC):
     backing: BlockNode | None = None
     own_engine: Engine | None = None  # an engine that was made for this chain, and ends with it
     window: int = RESOLVE_WINDOW
+    pins: Pins | None = None  # a node whose host clusters can be freed while it is served has them
 
     def __init__(self) -> None:
         self.resolved = ResolvedExtents()
@@ -104,6 +110,8 @@ class BlockNode(ABC):
             return own
         if self.backing is None:
             return _zeroed(own)
+        if len(own) > _LONG_MAP:
+            await asyncio.sleep(0)  # each layer has a turn of the loop to itself
         starts, ends = own.starts[holes], own.ends[holes]
         first, last = int(starts[0]), int(ends[-1])
         below = await self._map_backing(self.backing, first, last, want_zero)
@@ -130,24 +138,24 @@ class BlockNode(ABC):
         if found is not None:
             return found
         extents: list[Extent] = []
-        layers = list(self.chain())
         while offset < end:
-            start = offset - offset % self.window
-            if extents or start < offset:
-                known = self.resolved.find(offset, offset + 1)
-                if known:
-                    extents += known
-                    offset = known[0].end
-                    continue
-            runs = await self.map(start, min(self.window, self.size - start), want_zero=False)
-            while runs.end <= offset:  # a short answer that ended before the place that matters
-                start = runs.end
-                runs = await self.map(start, min(self.window, self.size - start), want_zero=False)
-            fresh = [_extent(layers, *run) for run in runs]
-            self.resolved.insert(fresh)
-            extents += [extent for extent in fresh if extent.end > offset and extent.offset < end]
-            offset = runs.end
-        return extents
+            extents += self.resolved.find(offset, offset + 1) or await self._resolve_window(offset)
+            offset = extents[-1].end
+            if offset < end:
+                await asyncio.sleep(0)  # many windows in one step would hold the loop
+        return [extent for extent in extents if extent.offset < end]
+
+    async def _resolve_window(self, offset: int) -> list[Extent]:
+        """Look up and remember the window around a guest offset; its extents from there on."""
+        start = offset - offset % self.window
+        stop = min(start + self.window, self.size)
+        runs = await self.map(start, stop - start, want_zero=False)
+        while runs.end <= offset:  # a short answer, that ended before the place that matters
+            runs = await self.map(runs.end, stop - runs.end, want_zero=False)
+        layers = list(self.chain())
+        extents = [_extent(layers, *run) for run in runs]
+        self.resolved.insert(extents)
+        return [extent for extent in extents if extent.end > offset]
 
     async def fetch(self, extent: Extent, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the guest bytes from ``offset``, all of them inside ``extent``.
@@ -223,11 +231,15 @@ class BlockNode(ABC):
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring guest bytes near (NBD_CMD_CACHE)."""
-        end = offset + length
-        for extent in await self.resolve(offset, end):
-            if extent.file is not None:
-                first, last = max(extent.offset, offset), min(extent.end, end)
-                extent.file.will_need(first + extent.shift, last - first)
+        stop = offset + length
+        while offset < stop:
+            end = min(offset + self.window, stop)
+            for extent in await self.resolve(offset, end):
+                if extent.file is not None:
+                    first, last = max(extent.offset, offset), min(extent.end, end)
+                    extent.file.will_need(first + extent.shift, last - first)
+            offset = end
+            await asyncio.sleep(0)
 
     async def close(self) -> None:
         """Close every file of the chain."""

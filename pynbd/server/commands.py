@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -213,32 +214,40 @@ class Commands:
             return (dialect.done(cookie, offset),)
         if request.flags & _FUA and not self._export.read_only:
             await self._node.flush()
-        end = offset + request.length
-        extents = await self._node.resolve(offset, end)
-        sparse = dialect.structured and not request.flags & _DF
+        extents = await self._node.resolve(offset, offset + request.length)
         failed = None
         if dialect.structured:
             failed = dialect.error(cookie, offset, Error.EIO, "the file became shorter")
         reply_end = ReplyEnd(dialect.done(cookie, offset) if dialect.structured else b"", failed)
+        pins = self._node.pins
+        with pins.hold(extents) if pins else nullcontext():
+            stretches = await self._stretches(request, extents, reply_end)
         pieces: list[Piece] = []
-        # One content chunk for each stretch of holes and each stretch of anything else.
-        start = offset
-        content: list[Piece] = []
-        for extent in extents:
-            first, last = max(extent.offset, offset), min(extent.end, end)
-            content_of = await self._content(extent, first, last, reply_end, sparse=sparse)
-            if content_of is not None:
-                content.append(content_of)
-                continue
-            if start < first:
-                pieces += (dialect.data(cookie, offset, start, first - start), *content)
-                content = []
-            pieces.append(dialect.hole(cookie, offset, first, last - first))
-            start = last
-        if start < end:
-            pieces += (dialect.data(cookie, offset, start, end - start), *content)
+        for first, last, content in stretches:
+            if content:
+                pieces += (dialect.data(cookie, offset, first, last - first), *content)
+            else:
+                pieces.append(dialect.hole(cookie, offset, first, last - first))
         pieces.append(reply_end)
         return pieces
+
+    async def _stretches(
+        self, request: Request, extents: Sequence[Extent], reply: ReplyEnd
+    ) -> Sequence[tuple[int, int, list[Piece]]]:
+        """(start, end, content) of each stretch that makes one chunk; a hole has no content."""
+        sparse = self._dialect.structured and not request.flags & _DF
+        stretches: list[tuple[int, int, list[Piece]]] = []
+        for extent in extents:
+            first = max(extent.offset, request.offset)
+            last = min(extent.end, request.offset + request.length)
+            piece = await self._content(extent, first, last, reply, sparse=sparse)
+            content = [] if piece is None else [piece]
+            if stretches and bool(stretches[-1][2]) == bool(content):
+                start, _, before = stretches.pop()
+                stretches.append((start, last, before + content))
+            else:
+                stretches.append((first, last, content))
+        return stretches
 
     async def _content(
         self, extent: Extent, first: int, last: int, reply: ReplyEnd, *, sparse: bool
