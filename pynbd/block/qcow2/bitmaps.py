@@ -11,6 +11,7 @@ bit 0 is not set the whole extension is out of date, and it is as if there were 
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pynbd.block.bitmap import DirtyBitmap, blank
 from pynbd.block.engine import HostFile
 from pynbd.block.qcow2.cache import read_table
 from pynbd.block.qcow2.entries import UInt64s
+from pynbd.block.qcow2.extensions import BitmapsExtension
 from pynbd.block.qcow2.format import (
     BITMAP_DIRECTORY_ENTRY,
     BITMAP_TABLE_ALL_ONES,
@@ -33,11 +35,11 @@ from pynbd.block.qcow2.format import (
     MAX_BITMAP_BYTES,
     MAX_BITMAP_GRANULARITY_BITS,
     MAX_BITMAP_NAME,
+    MAX_OFFSET,
     MIN_BITMAP_GRANULARITY_BITS,
     Autoclear,
     BitmapFlags,
 )
-from pynbd.block.qcow2.extensions import BitmapsExtension
 from pynbd.block.qcow2.header import Header
 from pynbd.errors import CorruptImage
 
@@ -78,7 +80,14 @@ async def load(file: HostFile, header: Header) -> PersistentBitmaps:
         if entry.flags & BitmapFlags.IN_USE:
             inconsistent.append(name)
             continue
-        usable[name] = await _load_entry(file, header, entry, name, where)
+        await _read_bitmap_table(file, header, entry, where)
+        usable[name] = DirtyBitmap(
+            name,
+            header.virtual_size,
+            1 << entry.granularity_bits,
+            enabled=bool(entry.flags & BitmapFlags.AUTO),
+            source=partial(_load_bits, file, header, entry, where),
+        )
     return PersistentBitmaps(tuple(usable.values()), tuple(inconsistent))
 
 
@@ -120,7 +129,8 @@ def _check_entry(entry: Container, header: Header, where: str) -> None:
             f"granularity_bits {entry.granularity_bits}; 9 to 31 is allowed",
         ),
         (
-            entry.bitmap_table_offset and not entry.bitmap_table_offset % header.cluster_size,
+            0 < entry.bitmap_table_offset < MAX_OFFSET - MAX_BITMAP_BYTES
+            and not entry.bitmap_table_offset % header.cluster_size,
             f"bitmap table at {entry.bitmap_table_offset:#x}, not at a cluster",
         ),
         (
@@ -145,9 +155,9 @@ def _data_bytes(header: Header, granularity: int) -> int:
     return -(-header.virtual_size // (granularity * 64)) * 8
 
 
-async def _load_entry(
-    file: HostFile, header: Header, entry: Container, name: str, where: str
-) -> DirtyBitmap:
+async def _read_bitmap_table(
+    file: HostFile, header: Header, entry: Container, where: str
+) -> UInt64s:
     table = await read_table(file, entry.bitmap_table_offset, entry.bitmap_table_size)
     host = table & np.uint64(BITMAP_TABLE_OFFSET_MASK)
     bad = (table & np.uint64(BITMAP_TABLE_RESERVED_MASK) != 0) | (host % header.cluster_size != 0)
@@ -155,17 +165,16 @@ async def _load_entry(
     if bad.any():
         index = int(np.argmax(bad))
         raise CorruptImage(f"{where}: entry {index} of its table is {int(table[index]):#x}")
+    return table
+
+
+async def _load_bits(file: HostFile, header: Header, entry: Container, where: str) -> bitarray:
+    """The bits of a bitmap. Its table is read again: those of many bitmaps are a lot to keep."""
+    try:
+        table = await _read_bitmap_table(file, header, entry, where)
+    except CorruptImage as error:
+        raise OSError(errno.EIO, str(error)) from error
     granularity = 1 << entry.granularity_bits
-    return DirtyBitmap(
-        name,
-        header.virtual_size,
-        granularity,
-        enabled=bool(entry.flags & BitmapFlags.AUTO),
-        source=partial(_load_bits, file, table, header, granularity),
-    )
-
-
-async def _load_bits(file: HostFile, table: UInt64s, header: Header, granularity: int) -> bitarray:
     bits = blank(header.virtual_size, granularity)
     cluster_bits = header.cluster_size * 8
     with memoryview(bits) as data:

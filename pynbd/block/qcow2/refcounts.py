@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pynbd.block.engine import HostFile
 from pynbd.block.qcow2.cache import read_table
-from pynbd.block.qcow2.format import REFT_OFFSET_MASK
+from pynbd.block.qcow2.format import MAX_OFFSET, REFT_OFFSET_MASK
 from pynbd.block.qcow2.header import Header
 from pynbd.errors import CorruptImage
 
@@ -47,10 +47,10 @@ class Refcounts:
         found = 0
         for index in np.flatnonzero(table & np.uint64(REFT_OFFSET_MASK)).tolist():
             host_offset = int(table[index]) & REFT_OFFSET_MASK
-            if host_offset % header.cluster_size:
+            if host_offset % header.cluster_size or host_offset > MAX_OFFSET:
                 raise CorruptImage(
                     f"{self._file.path}: refcount block {index} is at {host_offset:#x}, "
-                    "not aligned to a cluster"
+                    "not a cluster of the file"
                 )
             block = bytearray(header.cluster_size)
             await self._file.read(memoryview(block), host_offset)

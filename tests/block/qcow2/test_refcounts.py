@@ -1,0 +1,100 @@
+"""Refcount blocks of every width, and the guess at preallocation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from interop import peers
+from pynbd.block.engine import Engine, HostFile
+from pynbd.block.qcow2.builder import Data, Image
+from pynbd.block.qcow2.image import read_header
+from pynbd.block.qcow2.refcounts import Refcounts, decode_block
+from pynbd.errors import CorruptImage
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[HostFile]:
+    engine = Engine(1)
+    file = HostFile.open(engine, str(path), writable=False)
+    yield file
+    file.close()
+    engine.close()
+
+
+# By hand: refcounts of less than a byte fill it from its least significant bit, wider ones are big
+# endian.
+@pytest.mark.parametrize(
+    "order, block, expected",
+    [
+        (0, b"\x05\x80", [1, 0, 1, 0, 0, 0, 0, 0] + [0] * 7 + [1]),
+        (1, b"\x1b", [3, 2, 1, 0]),
+        (2, b"\x21\x0f", [1, 2, 15, 0]),
+        (3, b"\x01\xff", [1, 255]),
+        (4, b"\x01\x02\x00\x01", [0x102, 1]),
+        (5, b"\x01\x02\x03\x04", [0x1020304]),
+        (6, b"\x01\x02\x03\x04\x05\x06\x07\x08", [0x102030405060708]),
+    ],
+)
+def test_decode_block(order: int, block: bytes, expected: list[int]) -> None:
+    assert decode_block(block, order).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
+async def test_clusters_in_use(tmp_path: Path, bits: int) -> None:
+    """As many as qemu-img check finds; enough of them for several blocks of 512 bytes."""
+    peers.require("qemu-img")
+    path = tmp_path / "disk.qcow2"
+    clusters = {at * 512: Data(bytes([1 + at % 255])) for at in range(0, 900, 3)}
+    Image(size=1 << 19, cluster_bits=9, refcount_bits=bits, clusters=clusters).write(path)
+    checked = json.loads(peers.run("qemu-img", "check", "--output=json", path).stdout)
+    assert checked.get("leaks", 0) == 0
+    with opened(path) as file:
+        refcounts = Refcounts(file, await read_header(file))
+        total = path.stat().st_size // 512
+        # The image has no cluster that is not in use: all up to its end are counted.
+        assert checked["image-end-offset"] == total * 512
+        assert await refcounts.count_in_use(total, 1 << 40) == total
+        assert await refcounts.count_in_use(total + 5000, 1 << 40) == total
+        assert await refcounts.count_in_use(7, 1 << 40) == 7
+        assert 10 <= await refcounts.count_in_use(total, 10) <= total
+
+
+async def test_a_misplaced_block(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    written = Image(size=1 << 20).write(path)
+    with path.open("r+b") as file:
+        file.seek(written.header.refcount_table_offset + 6)
+        file.write(b"\2")
+    with opened(path) as host:
+        refcounts = Refcounts(host, written.header)
+        with pytest.raises(CorruptImage, match="refcount block 0"):
+            await refcounts.count_in_use(5, 5)
+        assert not await refcounts.metadata_preallocated()
+
+
+@pytest.mark.parametrize(
+    "preallocation, expected",
+    [("off", False), ("metadata", True), ("falloc", False), ("full", False)],
+)
+async def test_metadata_preallocated(tmp_path: Path, preallocation: str, expected: bool) -> None:
+    peers.require("qemu-img")
+    path = tmp_path / "disk.qcow2"
+    peers.run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        f"preallocation={preallocation}",
+        path,
+        "4M",
+    )
+    with opened(path) as file:
+        refcounts = Refcounts(file, await read_header(file))
+        assert await refcounts.metadata_preallocated() is expected
