@@ -21,6 +21,9 @@ from pynbd.errors import CorruptImage, ImageError, UnsupportedFeature
 MAX_LAYERS = 200
 FORMATS = ("raw", "qcow2")
 
+_BACKING_FILE = "backing file"
+_DATA_FILE = "data file"
+
 # "nbd:", "json:", "ssh://": a colon before any slash (path_has_protocol of QEMU).
 _PROTOCOL = re.compile(r"[^:/]*:")
 
@@ -89,7 +92,7 @@ class _Opening:
                 " and guessing is not safe (--probe-backing guesses, qemu-img rebase -u -F FORMAT"
                 " records it)"
             )
-        file = self._open_named(overlay.name, name, "backing file")
+        file = self._open_named(overlay.name, name, _BACKING_FILE)
         return await self._node(file, format_name)
 
     async def _node(
@@ -121,7 +124,7 @@ class _Opening:
         if header.has_data_file:
             if header.data_file is None:
                 raise ImageError(f"{path}: it needs an external data file, and does not name it")
-            data_file = self._open_named(path, header.data_file, "data file")
+            data_file = self._open_named(path, header.data_file, _DATA_FILE)
         return await Qcow2Node.open(file, header, data_file=data_file, snapshot=snapshot)
 
     def _open_named(self, image: str, name: str, role: str) -> HostFile:
@@ -131,6 +134,8 @@ class _Opening:
         if not name or "\0" in name:
             raise CorruptImage(f"{image}: its {role} {name!r} cannot be a file name")
         path = os.path.join(os.path.dirname(image), name)
+        if role == _DATA_FILE and os.path.exists(name):
+            path = name  # QEMU takes data files from the current directory, unlike backing files
         try:
             return self._open(path, writable=False)
         except ImageError as error:
