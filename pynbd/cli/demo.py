@@ -1,4 +1,4 @@
-"""``python -m pynbd.cli.demo DIR``: a small family of images to look at, a chain of three with a bitmap.
+"""``python -m pynbd.cli.demo DIR``: a small family of images, a chain of three with a bitmap.
 
 ``make serve`` serves it. The path of the top image goes to standard output, what to type next to
 standard error.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from pynbd.block.qcow2.builder import Bitmap, Compressed, Data, Image, Zero
+from pynbd.block.qcow2.builder import Bitmap, Cluster, Compressed, Data, Image, Zero
 
 _CLUSTER = 1 << 16
 _SIZE = 64 << 20
@@ -37,7 +37,8 @@ def write_family(directory: Path) -> Path:
     def page(day: str, number: int) -> bytes:
         return f"{day}, page {number}\n".encode() * (_CLUSTER // 32)
 
-    monday = {n * _CLUSTER: Data(page("monday", n)) for n in range(64)}
+    monday: dict[int, Cluster] = {}
+    monday |= {n * _CLUSTER: Data(page("monday", n)) for n in range(64)}
     monday |= {n * _CLUSTER: Compressed(page("monday", n)) for n in range(64, 96)}
     Image(size=_SIZE, clusters=monday).write(directory / "monday.qcow2")
     Image(

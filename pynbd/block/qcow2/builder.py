@@ -42,6 +42,7 @@ from pynbd.errors import UsageError
 
 __all__ = [
     "Bitmap",
+    "Cluster",
     "Compressed",
     "Data",
     "Image",
