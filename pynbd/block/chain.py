@@ -85,6 +85,7 @@ class _Opening:
         raise ImageError(f"{path}: its backing chain has more than {MAX_LAYERS} layers")
 
     async def _backing(self, overlay: Qcow2Node, name: str) -> BlockNode:
+        path = _named_path(overlay.name, name, _BACKING_FILE)
         format_name = overlay.header.backing_format
         if format_name is None and not self._probe_backing:
             raise ImageError(
@@ -92,7 +93,7 @@ class _Opening:
                 " and guessing is not safe (--probe-backing guesses, qemu-img rebase -u -F FORMAT"
                 " records it)"
             )
-        file = self._open_named(overlay.name, name, _BACKING_FILE)
+        file = self._open(path, role=f"{_BACKING_FILE} of {overlay.name}")
         return await self._node(file, format_name)
 
     async def _node(
@@ -124,30 +125,34 @@ class _Opening:
         if header.has_data_file:
             if header.data_file is None:
                 raise ImageError(f"{path}: it needs an external data file, and does not name it")
-            data_file = self._open_named(path, header.data_file, _DATA_FILE)
+            data_path = _named_path(path, header.data_file, _DATA_FILE)
+            data_file = self._open(data_path, role=f"{_DATA_FILE} of {path}")
         return await Qcow2Node.open(file, header, data_file=data_file, snapshot=snapshot)
 
-    def _open_named(self, image: str, name: str, role: str) -> HostFile:
-        """Open the file that ``image`` names as its backing file or data file."""
-        if _PROTOCOL.match(name):
-            raise UnsupportedFeature(f"{image}: its {role} {name!r} is not a plain file name")
-        if not name or "\0" in name:
-            raise CorruptImage(f"{image}: its {role} {name!r} cannot be a file name")
-        path = os.path.join(os.path.dirname(image), name)
-        if role == _DATA_FILE and os.path.exists(name):
-            path = name  # QEMU takes data files from the current directory, unlike backing files
+    def _open(self, path: str, *, writable: bool = False, role: str = "") -> HostFile:
+        """Open a file of the chain; ``role`` says whose it is, if not the user named it."""
         try:
-            return self._open(path, writable=False)
+            file = open_host_file(
+                self.engine, path, writable=writable, force_share=self._force_share
+            )
         except ImageError as error:
-            raise type(error)(f"{error} (the {role} of {image})") from None
-
-    def _open(self, path: str, *, writable: bool) -> HostFile:
-        file = open_host_file(self.engine, path, writable=writable, force_share=self._force_share)
+            raise type(error)(f"{error} ({role})" if role else str(error)) from None
         self.files.append(file)
         for other in self.files[:-1]:
             if other.identity == file.identity:
                 raise ImageError(f"{path}: it is in the chain already, as {other.path}: a loop")
         return file
+
+
+def _named_path(image: str, name: str, role: str) -> str:
+    """The path of the file that ``image`` names as its backing file or data file."""
+    if _PROTOCOL.match(name):
+        raise UnsupportedFeature(f"{image}: its {role} {name!r} is not a plain file name")
+    if not name or "\0" in name:
+        raise CorruptImage(f"{image}: its {role} {name!r} cannot be a file name")
+    if role == _DATA_FILE and os.path.exists(name):
+        return name  # QEMU takes data files from the current directory, unlike backing files
+    return os.path.join(os.path.dirname(image), name)
 
 
 async def _probe(file: HostFile) -> str:

@@ -206,6 +206,17 @@ def renamed(old: str, new: str) -> tuple[bytes, bytes]:
     return extension(old), extension(new)
 
 
+async def test_a_name_is_judged_before_its_format(tmp_path: Path) -> None:
+    path = overlay(tmp_path / "top", "nbd://localhost/", None)
+    await refused(path, UnsupportedFeature, path, "not a plain file name")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\0"])
+async def test_names_with_zero_bytes(tmp_path: Path, name: str) -> None:
+    path = overlay(tmp_path / "top", name, None)
+    await refused(path, CorruptImage, path, "cannot be a file name")
+
+
 async def test_a_data_file_that_is_not_named(tmp_path: Path) -> None:
     path = tmp_path / "top"
     Image(size=SIZE, data_file="x").write(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.engine import HostFile
@@ -20,6 +21,7 @@ from pynbd.block.qcow2 import header as headers
 from pynbd.block.qcow2.bitmaps import PersistentBitmaps
 from pynbd.block.qcow2.cache import SharedReads, read_table
 from pynbd.block.qcow2.compression import decompress
+from pynbd.block.qcow2.damage import DamageLog
 from pynbd.block.qcow2.entries import compressed_range
 from pynbd.block.qcow2.format import (
     MAX_CLUSTER_BITS,
@@ -50,8 +52,7 @@ _MAX_SNAPSHOT_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF 
 
 
 class Qcow2Node(BlockNode):
-    """A qcow2 image that is read. Made by `open`; the chain below it is `pynbd.block.chain`'s to
-    open.
+    """A qcow2 image that is read. `pynbd.block.chain` opens it and what is below it.
 
     ``metadata_file`` is the image itself; ``file``, where guest clusters are, may be its external
     data file.
@@ -66,6 +67,7 @@ class Qcow2Node(BlockNode):
         data_file: HostFile | None,
         header: Header,
         mapping: Mapping,
+        damage: DamageLog,
         *,
         size: int,
         persistent: PersistentBitmaps,
@@ -79,6 +81,7 @@ class Qcow2Node(BlockNode):
         self.size = size
         granules = header.subcluster_size * _WINDOW_GRANULES
         self.window = min(max(granules, _MIN_WINDOW), _MAX_WINDOW)
+        self._damage = damage
         self._persistent = persistent
         self._refcounts = Refcounts(metadata_file, header)
         self._preallocated: bool | None = None
@@ -95,12 +98,10 @@ class Qcow2Node(BlockNode):
         data_file: HostFile | None = None,
         snapshot: str | None = None,
     ) -> Qcow2Node:
-        """Open the image in ``file``, whose header is ``header``, with the data file that the
-        header names.
+        """Open the image in ``file`` that begins with ``header``, with the data file it names.
 
         ``snapshot``: an internal snapshot to be served in place of the active layer, named as
-        `snapshots.find` takes it. Raises `ImageError`; the files stay open then, as they are the
-        caller's.
+        `snapshots.find` takes it. Raises `ImageError`, and leaves the files to the caller then.
         """
         if Incompatible.CORRUPT in header.incompatible:
             log.warning("%s: the image is marked corrupt; it is only read", file.path)
@@ -115,8 +116,9 @@ class Qcow2Node(BlockNode):
             table, entries = chosen.l1_table_offset, chosen.l1_size
             size = chosen.disk_size // SECTOR * SECTOR
         l1 = await read_table(file, table, entries)
-        mapping = Mapping(file, l1, header.layout, name=file.path)
-        return cls(file, data_file, header, mapping, size=size, persistent=persistent)
+        damage = DamageLog(file.path)
+        mapping = Mapping(file, l1, header.layout, damage)
+        return cls(file, data_file, header, mapping, damage, size=size, persistent=persistent)
 
     def files(self) -> Sequence[HostFile]:
         if self.file is self.metadata_file:
@@ -141,11 +143,10 @@ class Qcow2Node(BlockNode):
         try:
             return await self.clusters.load(host)
         except CorruptImage as error:
-            place = f"guest offset {guest_offset - guest_offset % self.header.cluster_size:#x}"
-            log.error("%s: %s: %s", self.name, place, error)
-            raise OSError(
-                errno.EIO, f"the compressed cluster at {place} is damaged", self.name
-            ) from error
+            first = guest_offset - guest_offset % self.header.cluster_size
+            self._damage.tell(first, partial("compressed cluster: {}".format, error))
+            problem = f"the compressed cluster at guest offset {first:#x} is damaged"
+            raise OSError(errno.EIO, problem, self.name) from error
 
     async def _read_compressed(self, descriptor: int) -> memoryview:
         header = self.header

@@ -7,7 +7,7 @@ loop for long. Ranges that the L1 table leaves out cost nothing.
 
 from __future__ import annotations
 
-import logging
+from functools import partial
 
 import numpy as np
 
@@ -15,11 +15,10 @@ from pynbd.block.engine import HostFile
 from pynbd.block.extent import CORRUPT, UNALLOCATED, Runs, concatenate
 from pynbd.block.qcow2 import entries
 from pynbd.block.qcow2.cache import TableCache
+from pynbd.block.qcow2.damage import DamageLog
 from pynbd.block.qcow2.entries import Layout, UInt64s
 from pynbd.block.qcow2.format import L1E_OFFSET_MASK, SUBCLUSTERS
 from pynbd.errors import CorruptImage
-
-log = logging.getLogger("pynbd")
 
 # One step ends soon after the first of these: about two milliseconds' worth. A granule is a
 # cluster, or a subcluster with extended L2 entries.
@@ -27,23 +26,20 @@ TABLES_PER_STEP = 32
 GRANULES_PER_STEP = 1 << 17
 RUNS_PER_STEP = 1 << 15
 L1_ENTRIES_PER_STEP = 1 << 16
-# Damaged places are told once each, and not more of them than this.
-_CORRUPT_PLACES_TOLD = 100
 
 
 class Mapping:
-    """What the L1 table ``l1`` and the L2 tables in ``file`` say. ``name`` is for the log."""
+    """What the L1 table ``l1`` and the L2 tables in ``file`` say."""
 
-    def __init__(self, file: HostFile, l1: UInt64s, layout: Layout, *, name: str) -> None:
+    def __init__(self, file: HostFile, l1: UInt64s, layout: Layout, damage: DamageLog) -> None:
         self.l1 = l1
         self.layout = layout
         self.tables = TableCache(file, layout.cluster_size)
-        self._name = name
+        self._damage = damage
         self._span = layout.cluster_size * layout.l2_entries  # guest bytes of one L2 table
         granules = SUBCLUSTERS if layout.extended else 1
         self._clusters_at_once = RUNS_PER_STEP // granules
         self._reach = GRANULES_PER_STEP // granules << layout.cluster_bits
-        self._told: set[int] = set()
 
     async def runs(self, offset: int, length: int) -> Runs:
         """The runs of ``length`` guest bytes (> 0), or of fewer."""
@@ -77,7 +73,7 @@ class Mapping:
         try:
             host_offset = entries.l2_table_offset(int(self.l1[index]), self.layout)
         except CorruptImage as error:
-            self._tell(base, str(error))
+            self._damage.tell(base, partial(str, error))
             return Runs.single(start, stop - start, CORRUPT)
         table = await self.tables.load(host_offset)
         bits = self.layout.cluster_bits
@@ -85,14 +81,10 @@ class Mapping:
         count = min(((stop - base - 1) >> bits) + 1 - first, self._clusters_at_once)
         runs = entries.decode(table, first, count, self.layout, base + (first << bits))
         for guest_offset in runs.starts[runs.kind == CORRUPT].tolist():
-            row = ((guest_offset - base) >> bits) * self.layout.entry_words
-            bitmap = int(table[row + 1]) if self.layout.extended else 0
-            self._tell(
-                guest_offset, entries.explain(int(table[row]), bitmap, self.layout, guest_offset)
-            )
+            self._damage.tell(guest_offset, partial(self._explain, table, guest_offset))
         return runs.since(start).clip(stop)
 
-    def _tell(self, guest_offset: int, problem: str) -> None:
-        if guest_offset not in self._told and len(self._told) < _CORRUPT_PLACES_TOLD:
-            self._told.add(guest_offset)
-            log.error("%s: guest offset %#x: %s", self._name, guest_offset, problem)
+    def _explain(self, table: UInt64s, guest_offset: int) -> str:
+        row = (guest_offset % self._span >> self.layout.cluster_bits) * self.layout.entry_words
+        bitmap = int(table[row + 1]) if self.layout.extended else 0
+        return entries.explain(int(table[row]), bitmap, self.layout, guest_offset)

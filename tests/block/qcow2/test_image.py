@@ -235,7 +235,7 @@ async def test_a_damaged_stream_fails_alone(
             with pytest.raises(OSError, match="compressed") as caught:
                 await node.pread(65530, 10)
             assert caught.value.errno == errno.EIO
-    (line,) = {record.getMessage() for record in caplog.records}
+    (line,) = [record.getMessage() for record in caplog.records]
     assert str(path) in line
     assert "guest offset 0x10000" in line
 
