@@ -164,8 +164,10 @@ class HostFile:
         if _syscall(_SYS_CACHESTAT, self.fd, asked, answer, 0):
             self._cachestat = False
             return False
-        pages: int = (offset + length + _PAGE - 1) // _PAGE - offset // _PAGE
-        return answer[0] >= pages
+        end = offset + length
+        pages: int = (end + _PAGE - 1) // _PAGE - offset // _PAGE
+        # The last page is held whole, also where the file ends in the middle of it.
+        return answer[0] >= pages and end <= self.size()
 
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         """(length, is data) of consecutive pieces from ``offset``, at most ``limit`` of them
@@ -210,7 +212,9 @@ class HostFile:
             raise self._lost()
         code = await self.engine.run(_fallocate_errno, self.fd, mode, offset, length)
         if code in _UNSUPPORTED:
-            self._fallocate_refused.add(mode)
+            # A device that refuses part of a sector with EINVAL may take the next range.
+            if not (self.is_device and code == errno.EINVAL):
+                self._fallocate_refused.add(mode)
             return False
         if code:
             raise OSError(code, os.strerror(code), self.path)
@@ -303,7 +307,7 @@ def _data_runs(fd: int, offset: int, length: int, limit: int) -> list[tuple[int,
             offset = hole
         else:
             offset = end
-    return runs
+    return runs[:limit]
 
 
 def _fallocate_errno(fd: int, mode: int, offset: int, length: int) -> int:
