@@ -107,6 +107,6 @@ class RawNode(BlockNode):
         if looks_like != "raw":
             raise OSError(
                 errno.EPERM,
-                f"its format was guessed, and this would make it look like {looks_like} (give -f raw)",
+                f"its format was guessed; this would make it look like {looks_like} (try -f raw)",
                 self.name,
             )

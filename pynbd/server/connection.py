@@ -8,6 +8,7 @@ import socket
 
 from pynbd.errors import ProtocolError
 from pynbd.protocol.handshake import Read, Session, Skip, negotiate
+from pynbd.server.buffers import BufferPool
 from pynbd.server.export import ExportTable
 from pynbd.server.stream import PlainStream
 from pynbd.server.transmission import Transmission
@@ -23,10 +24,16 @@ class Connection:
     """Serves one connected socket. ``negotiated`` tells whether it came as far as transmission."""
 
     def __init__(
-        self, sock: socket.socket, exports: ExportTable, *, handshake_limit: float = HANDSHAKE_LIMIT
+        self,
+        sock: socket.socket,
+        exports: ExportTable,
+        pool: BufferPool,
+        *,
+        handshake_limit: float = HANDSHAKE_LIMIT,
     ) -> None:
         self._stream = PlainStream(asyncio.get_running_loop(), sock)
         self._exports = exports
+        self._pool = pool
         self._handshake_limit = handshake_limit
         self._transmission: Transmission | None = None
         self.negotiated = False
@@ -41,7 +48,7 @@ class Connection:
             if session is not None:
                 self.negotiated = True
                 export = self._exports[session.export.name]
-                self._transmission = Transmission(self._stream, export, session)
+                self._transmission = Transmission(self._stream, export, session, self._pool)
                 if self._exports.stopping:
                     self._transmission.stop()
                 await self._transmission.run()

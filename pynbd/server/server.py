@@ -15,6 +15,7 @@ import socket
 import stat
 from collections.abc import Sequence
 
+from pynbd.server.buffers import BufferPool
 from pynbd.server.connection import HANDSHAKE_LIMIT, Connection
 from pynbd.server.export import ExportTable
 
@@ -92,6 +93,7 @@ class Server:
         handshake_limit: float = HANDSHAKE_LIMIT,
     ) -> None:
         self._exports = exports
+        self._pool = BufferPool()
         self._sockets = sockets
         self._max_clients = max_clients
         self._until_idle = until_idle
@@ -128,7 +130,9 @@ class Server:
                 log.warning("a connection could not be accepted: %s", error.strerror)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            connection = Connection(sock, self._exports, handshake_limit=self._handshake_limit)
+            connection = Connection(
+                sock, self._exports, self._pool, handshake_limit=self._handshake_limit
+            )
             task = loop.create_task(connection.run())
             self._connections[task] = connection
             task.add_done_callback(self._ended)

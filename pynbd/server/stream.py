@@ -18,7 +18,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import NamedTuple
 
 # sendmsg takes no more pieces than this in one call (IOV_MAX).
@@ -166,11 +165,6 @@ class PlainStream:
             self._queue.clear()
             self.queued = 0
             self._sock.close()
-
-    def finish(self) -> None:
-        """Say that nothing more will be sent, so that the peer reads all replies before the end."""
-        with suppress(OSError):  # the peer may have gone already
-            self._sock.shutdown(socket.SHUT_WR)
 
     def _lose(self) -> None:
         """The peer has gone, or a reply cannot be finished: nothing more can be said to it."""

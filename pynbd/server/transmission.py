@@ -6,8 +6,8 @@ Its rules:
 
 1. A read of plain bytes that are in the page cache is served in the loop of `_serve_batch` itself:
    one bisect, one system call, no coroutine.
-2. Everything else is a coroutine whose first step is taken by hand. If it ends there, no Task was
-   made; if it waits for a disk, a Task adopts it, and its reply leaves when it is ready.
+2. Everything else is a coroutine whose first step is taken by hand (`steps`). If it ends there, no
+   Task was made; if it waits for a disk, a Task adopts it, and its reply leaves when it is ready.
 3. The writes of a batch share one hop into the pool.
 4. Requests and bytes in flight have a budget. Past it, or while the peer takes no replies, nothing
    more is received.
@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass
-from types import coroutine
-from typing import Any
+from typing import Any, Final
 
 from pynbd.errors import ProtocolError, RequestError
 from pynbd.protocol.handshake import Session
 from pynbd.protocol.transmission import Request, dialect
 from pynbd.protocol.values import MAX_PAYLOAD, Command
-from pynbd.server.buffers import BufferPool
+from pynbd.server.buffers import INLINE_SIZE, BufferPool, Lease
 from pynbd.server.commands import SEND_FILE_MIN, Commands
 from pynbd.server.export import Export
+from pynbd.server.steps import Finished, first_step
 from pynbd.server.stream import Piece, PlainStream
 
 _READ = int(Command.READ)
@@ -38,12 +38,12 @@ _DISC = int(Command.DISC)
 
 # What one receive may bring. A payload longer than half of it gets a buffer of its own.
 RECEIVE_SIZE = 1 << 18
-# Replies that are built in place before they have to leave.
-INLINE_SIZE = 1 << 19
 # Receives in a row before the loop gets its turn.
 ROUNDS = 16
 # Writes that share one hop into the pool, in bytes: longer batches are spread over its threads.
 WRITE_HOP = 1 << 18
+
+_NO_BUFFER: Final = bytearray()
 
 Serving = Coroutine[Any, Any, Sequence[Piece]]
 
@@ -57,28 +57,16 @@ class Budget:
     queued_bytes: int = 64 << 20
 
 
-class _Lease:
-    """A receive buffer in the hands of ``users`` write batches."""
-
-    __slots__ = ("_buffer", "_pool", "_users")
-
-    def __init__(self, buffer: bytearray | None, users: int, pool: BufferPool) -> None:
-        self._buffer = buffer
-        self._users = users
-        self._pool = pool
-
-    def end(self) -> None:
-        """One of the users is done."""
-        self._users -= 1
-        if not self._users and self._buffer is not None:
-            self._pool.give(self._buffer)
-
-
 class Transmission:
     """Serves one session until the peer disconnects."""
 
     def __init__(
-        self, stream: PlainStream, export: Export, session: Session, budget: Budget | None = None
+        self,
+        stream: PlainStream,
+        export: Export,
+        session: Session,
+        pool: BufferPool,
+        budget: Budget | None = None,
     ) -> None:
         self._stream = stream
         self._loop = asyncio.get_running_loop()
@@ -92,21 +80,20 @@ class Transmission:
         self._bytes_in_flight = 0
         self._closing = False  # no more requests are taken
         self._violation: ProtocolError | None = None  # why, if the peer broke a rule
-        # Receiving: unparsed bytes are view[at:have]; or a payload or skipped bytes come in.
-        self._pool = BufferPool()
-        self._buffer = self._pool.take(RECEIVE_SIZE)
-        self._view = memoryview(self._buffer)
+        self._pool = pool
+        # Receiving: unparsed bytes are view[at:have]; or a payload or skipped bytes come in. There
+        # is a buffer only while there is something in it.
+        self._buffer = _NO_BUFFER
+        self._view = memoryview(_NO_BUFFER)
         self._at = self._have = 0
         self._payload: memoryview | None = None
-        self._payload_buffer: bytearray | None = None
+        self._payload_buffer = _NO_BUFFER
         self._payload_of: Request | None = None
         self._filled = 0
         self._skipping = 0
         self._after_skip: bytes = b""
         self._writes: list[Request] = []
-        # Sending: replies built in place, and the pieces of the others.
-        self._inline = bytearray(INLINE_SIZE)
-        self._inline_view = memoryview(self._inline)
+        # Sending: bytes of replies in the pool's inline buffer, and the pieces of the others.
         self._inline_used = 0
         self._replies: list[Piece] = []
         self._sending_soon = False
@@ -121,6 +108,10 @@ class Transmission:
         self._stream.resume_reading()
         try:
             await self._ended
+        except asyncio.CancelledError:
+            for task in self._tasks:
+                task.cancel()
+            raise
         finally:
             self._closing = True
             self._stream.pause_reading()
@@ -139,6 +130,16 @@ class Transmission:
     # Receiving
 
     def _on_readable(self) -> None:
+        if self._buffer is _NO_BUFFER:
+            self._buffer = self._pool.take(RECEIVE_SIZE)
+            self._view = memoryview(self._buffer)
+        self._receive()
+        if not self._have:
+            self._pool.give(self._buffer)
+            self._buffer = _NO_BUFFER
+            self._view = memoryview(_NO_BUFFER)
+
+    def _receive(self) -> None:
         for _ in range(ROUNDS):
             try:
                 count = self._stream.receive_into(self._room())
@@ -174,7 +175,7 @@ class Transmission:
             assert self._payload_of is not None
             self._accept(self._payload_of, self._payload)
             self._payload = self._payload_of = None
-            buffer, self._payload_buffer = self._payload_buffer, None
+            buffer, self._payload_buffer = self._payload_buffer, _NO_BUFFER
             self._start_writes(buffer)
         elif self._skipping:
             self._skipping -= count
@@ -187,7 +188,7 @@ class Transmission:
     def _serve_batch(self) -> None:
         """Serve every request that is complete in the buffer."""
         buffer, at, have = self._buffer, self._at, self._have
-        inline, inline_view = self._inline, self._inline_view
+        inline, inline_view = self._pool.inline, self._pool.inline_view
         used = self._inline_used
         request_size, unpack_from = self._dialect.request.size, self._dialect.request.unpack_from
         head, put_data_head = self._dialect.data_head_size, self._dialect.put_data_head
@@ -243,7 +244,7 @@ class Transmission:
             if command == _WRITE:
                 self._accept(request, memoryview(b""))
             else:
-                self._start(self.commands.serve(request), length)
+                self._start(self.commands.serve(request), length if command == _READ else 0)
             return True
         if payload_length > MAX_PAYLOAD:
             self._violation = ProtocolError(f"{request} has more payload than {MAX_PAYLOAD}")
@@ -333,7 +334,7 @@ class Transmission:
 
     # Serving
 
-    def _start_writes(self, buffer: bytearray | None) -> None:
+    def _start_writes(self, buffer: bytearray) -> None:
         """Start the writes of this batch, as many hops as their bytes are worth.
 
         ``buffer`` holds their payloads and goes back to the pool after the last of them.
@@ -347,43 +348,38 @@ class Transmission:
                 total = 0
             hops[-1].append(request)
             total += request.length
-        lease = _Lease(buffer, len(hops), self._pool)
+        lease = Lease(buffer, len(hops), self._pool)
         for hop in hops:
             self._start(self._write(hop, lease), sum(request.length for request in hop))
 
-    async def _write(self, requests: list[Request], lease: _Lease) -> Sequence[Piece]:
+    async def _write(self, requests: list[Request], lease: Lease) -> Sequence[Piece]:
         try:
             return await self.commands.write_batch(requests)
         finally:
             lease.end()
 
     def _start(self, serving: Serving, length: int) -> None:
-        """Take the first step of ``serving`` by hand; adopt it if it has to wait."""
-        try:
-            waiting = serving.send(None)
-        except StopIteration as stop:
-            self._replies += stop.value
+        """Serve at once what needs no disk. ``length``: bytes that it keeps in memory meanwhile."""
+        step = first_step(serving)
+        if isinstance(step, Finished):
+            self._replies += step.value
             return
-        task = self._loop.create_task(self._finish_serving(_continued(serving, waiting), length))
         self._bytes_in_flight += length
-        self._tasks.add(task)
-        task.add_done_callback(self._served)
+        self._tasks.add(self._loop.create_task(self._finish_serving(step, length)))
 
-    async def _finish_serving(self, serving: Any, length: int) -> None:
+    async def _finish_serving(self, serving: Awaitable[Sequence[Piece]], length: int) -> None:
         try:
             replies = await serving
             self._replies += replies
         finally:
             self._bytes_in_flight -= length
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.discard(task)
             if not self._sending_soon:
                 # Replies that become ready in the same turn of the loop leave together.
                 self._sending_soon = True
                 self._loop.call_soon(self._send_soon)
-
-    def _served(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            raise error  # commands answer every error that is not a defect: the loop logs it
 
     def _send_soon(self) -> None:
         self._sending_soon = False
@@ -399,7 +395,7 @@ class Transmission:
         """Send the replies that are ready."""
         if self._inline_used:
             used, self._inline_used = self._inline_used, 0
-            self._stream.send_view(self._inline_view[:used])
+            self._stream.send_view(self._pool.inline_view[:used])
         if self._replies:
             replies, self._replies = self._replies, []
             self._stream.send(replies)
@@ -429,19 +425,3 @@ class Transmission:
     def _lost(self) -> None:
         self._closing = True
         self._end()
-
-
-@coroutine
-def _continued(serving: Serving, waiting: Any) -> Generator[Any, Any, Sequence[Piece]]:
-    """Go on with a coroutine whose first step was taken by hand and yielded ``waiting``."""
-    while True:
-        try:
-            try:
-                value = yield waiting
-            except BaseException as error:
-                waiting = serving.throw(error)
-            else:
-                waiting = serving.send(value)
-        except StopIteration as stop:
-            replies: Sequence[Piece] = stop.value
-            return replies

@@ -1,0 +1,48 @@
+"""Coroutines whose first step is taken by hand.
+
+Most requests need no disk, and a coroutine that never waits needs no Task: creating one costs more
+than all the rest. So the first step is taken directly, and only a coroutine that waits is given to
+a Task. During that first step there is no current task: no `asyncio.timeout` and no `TaskGroup`
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Coroutine, Generator
+from dataclasses import dataclass
+from types import coroutine
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[T]):
+    """The coroutine ended at its first step, with ``value``."""
+
+    value: T
+
+
+def first_step(work: Coroutine[Any, Any, T]) -> Finished[T] | Awaitable[T]:
+    """Take the first step of ``work``: its result, or the rest of it, to be awaited in a Task."""
+    try:
+        waiting = work.send(None)
+    except StopIteration as stop:
+        return Finished(stop.value)
+    return _rest(work, waiting)
+
+
+@coroutine
+def _rest(work: Coroutine[Any, Any, T], waiting: Any) -> Generator[Any, Any, T]:
+    """Go on with ``work``, which has yielded ``waiting`` to whoever took its first step."""
+    while True:
+        try:
+            try:
+                value = yield waiting
+            except BaseException as error:
+                waiting = work.throw(error)
+            else:
+                waiting = work.send(value)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
