@@ -341,9 +341,9 @@ class Transmission:
         """
         writes, self._writes = self._writes, []
         hops: list[list[Request]] = []
-        total = WRITE_HOP
+        total = 0
         for request in writes:
-            if total + request.length > WRITE_HOP:
+            if not hops or total + request.length > WRITE_HOP:
                 hops.append([])
                 total = 0
             hops[-1].append(request)
