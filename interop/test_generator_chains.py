@@ -12,7 +12,7 @@ from interop import generator, peers
 from interop.conftest import PynbdServe
 from interop.generator import SNAPSHOT, Chain, ChainPlan
 
-# Each server's answer in structured replies, of all contexts at once, with neighbours merged.
+# What each server says in structured replies, every context negotiated; neighbours are merged.
 STRUCTURED_MAPS = """
 import json
 import nbd
@@ -24,33 +24,29 @@ def maps(uri):
         h.add_meta_context(context)
     h.connect_uri(uri)
     assert h.get_structured_replies_negotiated() and not h.get_extended_headers_negotiated()
-    runs = {{}}
-    def extent(context, offset, entries, error):
-        found = runs.setdefault(context, [])
-        for length, flags in zip(entries[::2], entries[1::2]):
-            if found and found[-1][1] == flags:
-                found[-1][0] += length
-            else:
-                found.append([length, flags])
-    size, offset = h.get_size(), 0
-    while offset < size:
-        h.block_status(size - offset, offset, extent)
-        ends = [sum(length for length, _ in found) for found in runs.values()]
-        assert len(ends) == {count}
-        offset = min(ends)
-        for found in runs.values():
-            trim = sum(length for length, _ in found) - offset
-            while trim:
-                last = found[-1]
-                cut = min(trim, last[0])
-                last[0] -= cut
-                trim -= cut
-                if not last[0]:
-                    found.pop()
+    yield from (list(runs(h, context)) for context in {contexts!r})
     h.shutdown()
-    return runs
 
-print(json.dumps([maps(uri) for uri in {uris!r}]))
+def runs(h, wanted):
+    size, offset, start, last = h.get_size(), 0, 0, None
+    while offset < size:
+        said = {{}}
+        h.block_status(size - offset, offset, lambda c, o, entries, e: said.update({{c: entries}}))
+        assert len(said) == {count}
+        for length, flags in zip(said[wanted][::2], said[wanted][1::2]):
+            if flags != last:
+                yield offset - start, last
+                start, last = offset, flags
+            offset += length
+    yield offset - start, last
+
+def extended(uri):
+    h = nbd.NBD()
+    h.connect_uri(uri)
+    return h.get_extended_headers_negotiated()
+
+assert all(map(extended, {uris!r}))  # so nbdinfo had these
+print(json.dumps([list(maps(uri)) for uri in {uris!r}]))
 """
 
 
