@@ -20,6 +20,7 @@ import struct
 import termios
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum, IntEnum, IntFlag
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -313,6 +314,11 @@ class Peer:
             self.sock.sendall(data)
         except ConnectionError as error:
             raise Disconnected from error
+
+    def send_anyway(self, data: bytes) -> None:
+        """Send as much as the server takes before it closes."""
+        with suppress(Disconnected):
+            self.send(data)
 
     def send_bytewise(self, data: bytes) -> None:
         """Send one byte at a time, each only once the server has taken the one before."""

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conformance.client import DEADLINE, Mode, Peer
@@ -16,8 +17,6 @@ from tests.conformance.server import pattern
 ROOT = Path(__file__).parents[2]
 EXPECTED_LINES = re.compile(r"pynbd: \S*/broken\.qcow2: .*")
 """Damage that a request has met is told, a line each time."""
-START = 30.0
-"""Seconds that a server may take to build its images and to listen, on a busy machine."""
 
 
 class RunningServer:
@@ -71,6 +70,20 @@ class RunningServer:
         while self.descriptors() > count:
             assert time.monotonic() < deadline, "a connection was not closed"
             time.sleep(0.001)
+
+    @contextmanager
+    def flat_memory(self, most: int = 4 << 20) -> Iterator[None]:
+        """What is done inside takes no more than ``most`` bytes of the server's memory."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")  # the peak begins anew
+        before = self._memory("VmRSS")
+        yield
+        assert self._memory("VmHWM") - before <= most
+
+    def _memory(self, which: str) -> int:
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(rf"^{which}:\s*(\d+) kB$", status, re.MULTILINE)
+        assert found
+        return int(found[1]) << 10
 
     def unexpected_lines(self) -> list[str]:
         """What standard error holds since the last call that ought not to be there."""
