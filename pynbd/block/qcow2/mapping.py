@@ -1,15 +1,18 @@
 """The mapping of one image: guest range to runs, from the active L1 table or a snapshot's.
 
-docs/interop/qcow2.rst, "Cluster mapping". One step is bounded: it loads at most `TABLES_PER_STEP`
-L2 tables and looks at `GRANULES_PER_STEP` entries, whatever was asked for, and so never holds the
-loop for long. Ranges that the L1 table leaves out cost nothing.
+docs/interop/qcow2.rst, "Cluster mapping". One step is bounded, whatever was asked for: it loads at most
+`TABLES_PER_STEP` L2 tables of about `GRANULES_PER_STEP` entries together, and so never holds the
+loop for long. Neighbouring tables are decoded as one, because small tables are many. Ranges that
+the L1 table leaves out cost nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from pynbd.block.engine import HostFile
 from pynbd.block.extent import CORRUPT, UNALLOCATED, Runs, concatenate
@@ -20,12 +23,14 @@ from pynbd.block.qcow2.entries import Layout, UInt64s
 from pynbd.block.qcow2.format import L1E_OFFSET_MASK, SUBCLUSTERS
 from pynbd.errors import CorruptImage
 
-# One step ends soon after the first of these: about two milliseconds' worth. A granule is a
-# cluster, or a subcluster with extended L2 entries.
-TABLES_PER_STEP = 32
+# One step ends with the first of these: about two milliseconds' worth. A granule is a cluster, or a
+# subcluster with extended L2 entries.
+TABLES_PER_STEP = 256
 GRANULES_PER_STEP = 1 << 17
 RUNS_PER_STEP = 1 << 15
 L1_ENTRIES_PER_STEP = 1 << 16
+
+IndexArray = npt.NDArray[np.intp]
 
 
 class Mapping:
@@ -40,51 +45,67 @@ class Mapping:
         granules = SUBCLUSTERS if layout.extended else 1
         self._clusters_at_once = RUNS_PER_STEP // granules
         self._reach = GRANULES_PER_STEP // granules << layout.cluster_bits
+        self._tables_per_step = min(max(self._reach // self._span, 1), TABLES_PER_STEP)
 
     async def runs(self, offset: int, length: int) -> Runs:
         """The runs of ``length`` guest bytes (> 0), or of fewer."""
-        end = offset + length
         first = offset // self._span
-        last = min(-(-end // self._span), first + L1_ENTRIES_PER_STEP)
+        last = min(-(-(offset + length) // self._span), first + L1_ENTRIES_PER_STEP)
         # An index past the end of the L1 table is unallocated, as an entry of zero is.
         named = np.flatnonzero(self.l1[first:last] & np.uint64(L1E_OFFSET_MASK)) + first
+        if len(named) > self._tables_per_step:
+            last = int(named[self._tables_per_step])
+            named = named[: self._tables_per_step]
+        end = min(offset + length, last * self._span)
         pieces: list[Runs] = []
         at, found, enough = offset, 0, offset + self._reach
-        for index in named[:TABLES_PER_STEP].tolist():
-            if index * self._span > at:
-                pieces.append(Runs.single(at, index * self._span - at, UNALLOCATED))
-                at = index * self._span
-            stop = min((index + 1) * self._span, end)
+        for group in self._groups(named):
+            base = int(group[0]) * self._span
+            if base > at:
+                pieces.append(Runs.single(at, base - at, UNALLOCATED))
+                at = base
+            stop = min(base + len(group) * self._span, end)
+            try:
+                tables = await self._load(group)
+            except CorruptImage as error:
+                self._damage.tell(base, partial(str, error))
+                pieces.append(Runs.single(at, stop - at, CORRUPT))
+                at = stop
+                continue
             while at < stop:
-                if found >= RUNS_PER_STEP or at >= enough:
+                if found >= RUNS_PER_STEP or (at >= enough and found):
                     return concatenate(pieces)
-                piece = await self._table_runs(index, at, stop)
-                pieces.append(piece)
-                at, found = piece.end, found + len(piece)
-        unnamed = named[TABLES_PER_STEP] if len(named) > TABLES_PER_STEP else last
-        end = min(int(unnamed) * self._span, end)
+                pieces.append(self._decode(tables, base, at, stop))
+                at, found = pieces[-1].end, found + len(pieces[-1])
         if at < end:
             pieces.append(Runs.single(at, end - at, UNALLOCATED))
         return concatenate(pieces)
 
-    async def _table_runs(self, index: int, start: int, stop: int) -> Runs:
-        """Runs of [start, stop), all of one L2 table, or of the first of them."""
-        base = index * self._span
-        try:
-            host_offset = entries.l2_table_offset(int(self.l1[index]), self.layout)
-        except CorruptImage as error:
-            self._damage.tell(base, partial(str, error))
-            return Runs.single(start, stop - start, CORRUPT)
-        table = await self.tables.load(host_offset)
+    def _groups(self, named: IndexArray) -> Iterator[IndexArray]:
+        """L1 indices that follow one another, to be decoded together; bad ones by themselves."""
+        if len(named):
+            misaligned = np.uint64(L1E_OFFSET_MASK & self.layout.cluster_size - 1)
+            bad = self.l1[named] & misaligned != 0
+            apart = (np.diff(named) != 1) | bad[1:] | bad[:-1]
+            yield from np.split(named, np.flatnonzero(apart) + 1)
+
+    async def _load(self, group: IndexArray) -> UInt64s:
+        """The L2 tables of some L1 entries, one behind the other. Raises `CorruptImage`."""
+        places = [entries.l2_table_offset(entry, self.layout) for entry in self.l1[group].tolist()]
+        tables = [await self.tables.load(host_offset) for host_offset in places]
+        return tables[0] if len(tables) == 1 else np.concatenate(tables)
+
+    def _decode(self, tables: UInt64s, base: int, start: int, stop: int) -> Runs:
+        """Runs of [start, stop), or the first of them; ``tables`` begin at guest ``base``."""
         bits = self.layout.cluster_bits
         first = (start - base) >> bits
         count = min(((stop - base - 1) >> bits) + 1 - first, self._clusters_at_once)
-        runs = entries.decode(table, first, count, self.layout, base + (first << bits))
+        runs = entries.decode(tables, first, count, self.layout, base + (first << bits))
         for guest_offset in runs.starts[runs.kind == CORRUPT].tolist():
-            self._damage.tell(guest_offset, partial(self._explain, table, guest_offset))
+            row = ((guest_offset - base) >> bits) * self.layout.entry_words
+            self._damage.tell(guest_offset, partial(self._explain, tables, row, guest_offset))
         return runs.since(start).clip(stop)
 
-    def _explain(self, table: UInt64s, guest_offset: int) -> str:
-        row = (guest_offset % self._span >> self.layout.cluster_bits) * self.layout.entry_words
-        bitmap = int(table[row + 1]) if self.layout.extended else 0
-        return entries.explain(int(table[row]), bitmap, self.layout, guest_offset)
+    def _explain(self, tables: UInt64s, row: int, guest_offset: int) -> str:
+        bitmap = int(tables[row + 1]) if self.layout.extended else 0
+        return entries.explain(int(tables[row]), bitmap, self.layout, guest_offset)

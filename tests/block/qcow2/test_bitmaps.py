@@ -14,6 +14,7 @@ from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.builder import Bitmap, Image, Written
 from pynbd.block.qcow2.format import BitmapFlags
+from pynbd.block.qcow2.image import Qcow2Node
 from pynbd.errors import CorruptImage
 
 SIZE = 8 << 20
@@ -79,6 +80,8 @@ async def test_a_bitmap_is_read_at_its_first_use(tmp_path: Path) -> None:
         (65536, 131072, 1),
         (196608, SIZE - 196608, 0),
     ]
+    assert isinstance(node, Qcow2Node)
+    assert node.mapping.tables.lookups == 0
     await node.close()
 
 

@@ -20,6 +20,7 @@ from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, NO_HOST, UNALLOCATED, 
 from pynbd.block.qcow2 import holes, mapping
 from pynbd.block.qcow2.builder import Data, Image, Zero, large_map
 from pynbd.block.qcow2.image import Qcow2Node
+from pynbd.block.qcow2.refcounts import Refcounts
 
 
 @asynccontextmanager
@@ -76,8 +77,8 @@ async def test_past_the_l1_table_is_unallocated(tmp_path: Path) -> None:
 
 async def test_a_step_is_bounded_in_tables(tmp_path: Path) -> None:
     path = tmp_path / "disk"
-    clusters = {SPAN * index: Data(b"x") for index in range(100)}
-    Image(size=SPAN * 100, cluster_bits=9, clusters=clusters).write(path)
+    clusters = {SPAN * index: Data(b"x") for index in range(600)}
+    Image(size=SPAN * 600, cluster_bits=9, clusters=clusters).write(path)
     async with opened(path) as node:
         at, steps = 0, 0
         while at < node.size:
@@ -85,8 +86,8 @@ async def test_a_step_is_bounded_in_tables(tmp_path: Path) -> None:
             at = (await node.mapping.runs(at, node.size - at)).end
             assert node.mapping.tables.loads - loads <= mapping.TABLES_PER_STEP
             steps += 1
-        assert steps == 4
-        assert node.mapping.tables.loads == 100
+        assert steps == 3
+        assert node.mapping.tables.loads == 600
 
 
 async def test_the_map_of_a_tebibyte(tmp_path: Path) -> None:
@@ -127,6 +128,29 @@ async def test_a_misaligned_l2_table_fails_alone(
     assert record.levelno == logging.ERROR
     assert "guest offset 0x20000" in record.getMessage()
     assert "0x0000000000000200" in record.getMessage()
+
+
+async def test_only_those_who_ask_for_zeroes_look_for_preallocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+    guess = Refcounts.metadata_preallocated
+
+    async def counted(self: Refcounts) -> bool:
+        nonlocal asked
+        asked += 1
+        return await guess(self)
+
+    monkeypatch.setattr(Refcounts, "metadata_preallocated", counted)
+    path = tmp_path / "disk"
+    Image(size=SPAN, cluster_bits=9, clusters={0: Data(b"x")}).write(path)
+    async with opened(path) as node:
+        await node.map(0, SPAN, want_zero=False)
+        await node.pread(0, SPAN)
+        assert asked == 0
+        for _ in range(3):
+            await node.map(0, SPAN)
+        assert asked == 1
 
 
 # Holes of the file under the data
