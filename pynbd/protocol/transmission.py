@@ -32,7 +32,6 @@ from pynbd.protocol.values import (
     STRUCTURED_REPLY_MAGIC,
     Command,
     CommandFlag,
-    Error,
     ReplyFlag,
     ReplyType,
 )
@@ -43,8 +42,6 @@ _DONE = int(ReplyFlag.DONE)
 _NONE = int(ReplyType.NONE)
 _DATA = int(ReplyType.OFFSET_DATA)
 _HOLE = int(ReplyType.OFFSET_HOLE)
-_STATUS = int(ReplyType.BLOCK_STATUS)
-_STATUS_EXT = int(ReplyType.BLOCK_STATUS_EXT)
 _ERROR = int(ReplyType.ERROR)
 
 Lengths = npt.NDArray[np.int64]
@@ -167,33 +164,35 @@ class SimpleReplies(Dialect):
         raise AssertionError("a simple reply has no block status")
 
 
-class StructuredReplies(Dialect):
-    """Compact requests, structured replies ("Structured reply chunk message")."""
+class _Chunks(Dialect):
+    """What replies in chunks have in common: everything but the head of a chunk."""
 
-    data_head_size = wire.STRUCTURED_DATA.size
+    @abstractmethod
+    def _head(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:
+        """The head of a chunk with ``length`` bytes of payload."""
 
-    def put_data_head(
-        self, buffer: bytearray, at: int, cookie: int, offset: int, length: int
-    ) -> None:
-        wire.STRUCTURED_DATA.pack_into(
-            buffer, at, STRUCTURED_REPLY_MAGIC, _DONE, _DATA, cookie, length + 8, offset
-        )
+    @abstractmethod
+    def _status_payload(
+        self, context: int, lengths: Lengths, states: States
+    ) -> tuple[ReplyType, bytes]:
+        """The chunk type and payload that report ``lengths`` and ``states``."""
 
     def data(self, cookie: int, offset: int, at: int, length: int) -> bytes:
-        return wire.STRUCTURED_DATA.pack(STRUCTURED_REPLY_MAGIC, 0, _DATA, cookie, length + 8, at)
+        head = self._head(0, _DATA, cookie, offset, wire.OFFSET_DATA.size + length)
+        return head + wire.OFFSET_DATA.pack(at)
 
     def hole(self, cookie: int, offset: int, at: int, length: int) -> bytes:
-        return wire.STRUCTURED_HOLE.pack(STRUCTURED_REPLY_MAGIC, 0, _HOLE, cookie, 12, at, length)
+        head = self._head(0, _HOLE, cookie, offset, wire.OFFSET_HOLE.size)
+        return head + wire.OFFSET_HOLE.pack(at, length)
 
     def done(self, cookie: int, offset: int) -> bytes:
-        return wire.STRUCTURED_CHUNK.pack(STRUCTURED_REPLY_MAGIC, _DONE, _NONE, cookie, 0)
+        return self._head(_DONE, _NONE, cookie, offset, 0)
 
     def error(self, cookie: int, offset: int, error: int, message: str) -> bytes:
-        payload = _error_payload(error, message)
-        head = wire.STRUCTURED_CHUNK.pack(
-            STRUCTURED_REPLY_MAGIC, _DONE, _ERROR, cookie, len(payload)
-        )
-        return head + payload
+        # Cut in the middle of a character, the rest of it goes as well.
+        text = message.encode(errors="replace")[:MAX_ERROR_MESSAGE].decode(errors="ignore").encode()
+        payload = wire.ERROR_PAYLOAD.pack(error, len(text)) + text
+        return self._head(_DONE, _ERROR, cookie, offset, len(payload)) + payload
 
     def status(
         self,
@@ -205,15 +204,33 @@ class StructuredReplies(Dialect):
         *,
         last: bool,
     ) -> bytes:
-        descriptors = np.column_stack((lengths, states)).astype(">u4").tobytes()
-        size = wire.BLOCK_STATUS.size + len(descriptors)
-        head = wire.STRUCTURED_CHUNK.pack(
-            STRUCTURED_REPLY_MAGIC, _DONE if last else 0, _STATUS, cookie, size
+        kind, payload = self._status_payload(context, lengths, states)
+        return self._head(_DONE if last else 0, kind, cookie, offset, len(payload)) + payload
+
+
+class StructuredReplies(_Chunks):
+    """Compact requests, structured replies ("Structured reply chunk message")."""
+
+    data_head_size = wire.STRUCTURED_DATA.size
+
+    def put_data_head(
+        self, buffer: bytearray, at: int, cookie: int, offset: int, length: int
+    ) -> None:
+        wire.STRUCTURED_DATA.pack_into(
+            buffer, at, STRUCTURED_REPLY_MAGIC, _DONE, _DATA, cookie, length + 8, offset
         )
-        return head + wire.BLOCK_STATUS.pack(context) + descriptors
+
+    def _head(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:
+        return wire.STRUCTURED_CHUNK.pack(STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
+
+    def _status_payload(
+        self, context: int, lengths: Lengths, states: States
+    ) -> tuple[ReplyType, bytes]:
+        descriptors = np.column_stack((lengths, states)).astype(">u4").tobytes()
+        return ReplyType.BLOCK_STATUS, wire.BLOCK_STATUS.pack(context) + descriptors
 
 
-class ExtendedReplies(Dialect):
+class ExtendedReplies(_Chunks):
     """Extended requests and replies ("Extended reply chunk message")."""
 
     extended = True
@@ -232,42 +249,15 @@ class ExtendedReplies(Dialect):
             buffer, at, EXTENDED_REPLY_MAGIC, _DONE, _DATA, cookie, offset, length + 8, offset
         )
 
-    def data(self, cookie: int, offset: int, at: int, length: int) -> bytes:
-        return wire.EXTENDED_DATA.pack(
-            EXTENDED_REPLY_MAGIC, 0, _DATA, cookie, offset, length + 8, at
-        )
+    def _head(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:
+        return wire.EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, flags, kind, cookie, offset, length)
 
-    def hole(self, cookie: int, offset: int, at: int, length: int) -> bytes:
-        return wire.EXTENDED_HOLE.pack(
-            EXTENDED_REPLY_MAGIC, 0, _HOLE, cookie, offset, 12, at, length
-        )
-
-    def done(self, cookie: int, offset: int) -> bytes:
-        return wire.EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, _DONE, _NONE, cookie, offset, 0)
-
-    def error(self, cookie: int, offset: int, error: int, message: str) -> bytes:
-        payload = _error_payload(error, message)
-        head = wire.EXTENDED_CHUNK.pack(
-            EXTENDED_REPLY_MAGIC, _DONE, _ERROR, cookie, offset, len(payload)
-        )
-        return head + payload
-
-    def status(
-        self,
-        cookie: int,
-        offset: int,
-        context: int,
-        lengths: Lengths,
-        states: States,
-        *,
-        last: bool,
-    ) -> bytes:
+    def _status_payload(
+        self, context: int, lengths: Lengths, states: States
+    ) -> tuple[ReplyType, bytes]:
         descriptors = np.column_stack((lengths, states)).astype(">u8").tobytes()
-        size = wire.BLOCK_STATUS_EXT.size + len(descriptors)
-        head = wire.EXTENDED_CHUNK.pack(
-            EXTENDED_REPLY_MAGIC, _DONE if last else 0, _STATUS_EXT, cookie, offset, size
-        )
-        return head + wire.BLOCK_STATUS_EXT.pack(context, len(lengths)) + descriptors
+        head = wire.BLOCK_STATUS_EXT.pack(context, len(lengths))
+        return ReplyType.BLOCK_STATUS_EXT, head + descriptors
 
 
 def dialect(*, structured: bool, extended: bool) -> Dialect:
@@ -275,9 +265,3 @@ def dialect(*, structured: bool, extended: bool) -> Dialect:
     if extended:
         return ExtendedReplies()
     return StructuredReplies() if structured else SimpleReplies()
-
-
-def _error_payload(error: int, message: str) -> bytes:
-    # Cut in the middle of a character, the rest of it goes as well.
-    text = message.encode(errors="replace")[:MAX_ERROR_MESSAGE].decode(errors="ignore").encode()
-    return wire.ERROR_PAYLOAD.pack(error or Error.EINVAL, len(text)) + text

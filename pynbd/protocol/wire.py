@@ -73,11 +73,11 @@ STRUCTURED_DATA: Final = struct.Struct(">IHHQIQ")
 EXTENDED_DATA: Final = struct.Struct(">IHHQQQQ")
 """EXTENDED_CHUNK, and the offset that opens NBD_REPLY_TYPE_OFFSET_DATA"""
 
-STRUCTURED_HOLE: Final = struct.Struct(">IHHQIQI")
-"""STRUCTURED_CHUNK, and NBD_REPLY_TYPE_OFFSET_HOLE: offset, hole size"""
+OFFSET_DATA: Final = struct.Struct(">Q")
+"""offset; the data follow"""
 
-EXTENDED_HOLE: Final = struct.Struct(">IHHQQQQI")
-"""EXTENDED_CHUNK, and NBD_REPLY_TYPE_OFFSET_HOLE: offset, hole size"""
+OFFSET_HOLE: Final = struct.Struct(">QI")
+"""offset, hole size"""
 
 ERROR_PAYLOAD: Final = struct.Struct(">IH")
 """error, message length; the message follows"""

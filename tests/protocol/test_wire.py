@@ -252,29 +252,12 @@ HEADERS: dict[str, tuple[struct.Struct, Construct, tuple[int, ...], str]] = {
         (0x6E8A278C, 0, 1, 3, 0x1000, 520, 0x1200),
         "6e8a278c 0000 0001 0000000000000003 0000000000001000 0000000000000208 0000000000001200",
     ),
-    "structured hole": (
-        wire.STRUCTURED_HOLE,
-        Sequence(Const(0x668E33EF, Int32ub), Int16ub, Int16ub, Int64ub, Int32ub, Int64ub, Int32ub),
-        (0x668E33EF, 1, 2, 3, 12, 0x1000, 0x200),
-        "668e33ef 0001 0002 0000000000000003 0000000c 0000000000001000 00000200",
-    ),
-    "extended hole": (
-        wire.EXTENDED_HOLE,
-        Sequence(
-            Const(0x6E8A278C, Int32ub),
-            Int16ub,
-            Int16ub,
-            Int64ub,
-            Int64ub,
-            Int64ub,
-            Int64ub,
-            Int32ub,
-        ),
-        (0x6E8A278C, 1, 2, 3, 0x1000, 12, 0x1200, 0x200),
-        (
-            "6e8a278c 0001 0002 0000000000000003 0000000000001000 000000000000000c"
-            "0000000000001200 00000200"
-        ),
+    "offset data": (wire.OFFSET_DATA, Sequence(Int64ub), (0x1200,), "0000000000001200"),
+    "offset hole": (
+        wire.OFFSET_HOLE,
+        Sequence(Int64ub, Int32ub),
+        (0x1200, 0x200),
+        "0000000000001200 00000200",
     ),
     "error payload": (wire.ERROR_PAYLOAD, Sequence(Int32ub, Int16ub), (5, 2), "00000005 0002"),
     "error offset": (wire.ERROR_OFFSET, Sequence(Int64ub), (0x1200,), "0000000000001200"),
