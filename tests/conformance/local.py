@@ -1,0 +1,147 @@
+"""A server in a thread of the test, on a file that the test holds in its hands.
+
+Some rows of the protocol are about moments: a disk that has not answered yet, a file that becomes
+shorter between two system calls, a file system that cannot do something. `HeldFile` is a real file
+with these moments under control; everything above it is the server as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from pynbd.block.engine import Buffer, Engine, HostFile
+from pynbd.block.node import BlockNode
+from pynbd.block.raw import RawNode
+from pynbd.server.contexts import standard_contexts
+from pynbd.server.export import Export, ExportTable
+from pynbd.server.server import Server, listen_unix
+
+DEADLINE = 5.0
+_LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+
+
+class HeldFile(HostFile):
+    """A file whose disk can be held, fail, be short of abilities, or be counted.
+
+    ``events`` has "write" and "sync" in the order in which they were done.
+    """
+
+    def __init__(self, engine: Engine, path: str, fd: int, *, writable: bool) -> None:
+        super().__init__(engine, path, fd, writable=writable)
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Semaphore(0)
+        self.events: list[str] = []
+        self.failure: OSError | None = None
+        self.claims_resident = False
+        self.can_allocate = True
+
+    def resident(self, offset: int, length: int) -> bool:
+        return self.claims_resident or super().resident(offset, length)
+
+    async def fallocate(self, mode: int, offset: int, length: int) -> bool:
+        if self.failure:
+            raise self.failure
+        return self.can_allocate and await super().fallocate(mode, offset, length)
+
+    def _sync(self) -> None:
+        self._wait()
+        super()._sync()
+        self.events.append("sync")
+
+    def _write_batch(self, pieces: Sequence[tuple[Buffer, int]], fua: bool) -> list[OSError | None]:
+        self._wait()
+        if self.failure:
+            return [self.failure for _ in pieces]
+        self.events.append("write")
+        return super()._write_batch(pieces, fua)
+
+    def _wait(self) -> None:
+        self.entered.release()
+        assert self.open.wait(DEADLINE), "nobody released the disk"
+
+
+class LocalServer:
+    """A running server: ``socket`` is its path, ``server`` and ``table`` the objects inside."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, socket: str) -> None:
+        self.loop = loop
+        self.socket = socket
+        self.server: Server
+        self.table: ExportTable
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call ``function`` in the server's thread, and wait until it has returned."""
+        done = threading.Event()
+        self.loop.call_soon_threadsafe(lambda: (function(*arguments), done.set()))
+        assert done.wait(DEADLINE)
+
+
+@contextmanager
+def serving(
+    loop_name: str, socket: str, nodes: dict[str, Callable[[Engine], BlockNode]], **options: Any
+) -> Iterator[LocalServer]:
+    """Serve nodes by the names of their exports, in a thread, until the end of the block."""
+    loop = _LOOPS[loop_name]()
+    local = LocalServer(loop, socket)
+    ready = threading.Event()
+    ended: list[BaseException] = []
+
+    async def serve() -> None:
+        engine = Engine()
+        opened = {name: make(engine) for name, make in nodes.items()}
+        local.table = ExportTable(
+            Export(name, node, contexts=standard_contexts(node, depth=True, bitmaps=()))
+            for name, node in opened.items()
+        )
+        local.server = Server(local.table, [listen_unix(socket)], **options)
+        loop.call_soon(ready.set)
+        await local.server.run()
+        for node in opened.values():
+            await node.close()
+        engine.close()
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(serve())
+        except BaseException as error:  # it is raised again in the thread of the test
+            ended.append(error)
+        finally:
+            loop.close()
+            ready.set()
+
+    thread = threading.Thread(target=run, name="pynbd-server")
+    thread.start()
+    assert ready.wait(DEADLINE)
+    try:
+        yield local
+    finally:
+        if thread.is_alive():
+            loop.call_soon_threadsafe(local.server.stop)
+        thread.join(2 * DEADLINE)
+    assert not thread.is_alive()
+    if ended:
+        raise ended[0]
+
+
+def held_node(path: Path, held: list[HeldFile]) -> Callable[[Engine], BlockNode]:
+    """A writable raw node on ``path``; its file is appended to ``held``."""
+
+    def make(engine: Engine) -> BlockNode:
+        file = HeldFile.open(engine, os.fspath(path), writable=True)
+        assert isinstance(file, HeldFile)
+        held.append(file)
+        return RawNode(file, read_only=False)
+
+    return make
