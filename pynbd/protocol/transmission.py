@@ -32,6 +32,7 @@ from pynbd.protocol.values import (
     STRUCTURED_REPLY_MAGIC,
     Command,
     CommandFlag,
+    Error,
     ReplyFlag,
     ReplyType,
 )
@@ -191,7 +192,7 @@ class _Chunks(Dialect):
     def error(self, cookie: int, offset: int, error: int, message: str) -> bytes:
         # Cut in the middle of a character, the rest of it goes as well.
         text = message.encode(errors="replace")[:MAX_ERROR_MESSAGE].decode(errors="ignore").encode()
-        payload = wire.ERROR_PAYLOAD.pack(error, len(text)) + text
+        payload = wire.ERROR_PAYLOAD.pack(error or Error.EINVAL, len(text)) + text
         return self._head(_DONE, _ERROR, cookie, offset, len(payload)) + payload
 
     def status(
