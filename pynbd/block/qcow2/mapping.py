@@ -1,9 +1,9 @@
 """The mapping of one image: guest range to runs, from the active L1 table or a snapshot's.
 
-docs/interop/qcow2.rst, "Cluster mapping". One step is bounded, whatever was asked for: it loads at most
-`TABLES_PER_STEP` L2 tables of about `GRANULES_PER_STEP` entries together, and so never holds the
-loop for long. Neighbouring tables are decoded as one, because small tables are many. Ranges that
-the L1 table leaves out cost nothing.
+docs/interop/qcow2.rst, "Cluster mapping". One step is bounded, whatever was asked for: it loads at
+most `TABLES_PER_STEP` L2 tables of about `GRANULES_PER_STEP` entries together, and so never holds
+the loop for long. Neighbouring tables are decoded as one, because small tables are many. Ranges
+that the L1 table leaves out cost nothing.
 """
 
 from __future__ import annotations
