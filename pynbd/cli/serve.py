@@ -269,13 +269,14 @@ def _activated_sockets() -> list[socket.socket]:
 
 
 def _listen(wanted: ServeOptions) -> list[socket.socket]:
+    port = DEFAULT_PORT if wanted.port is None else wanted.port
+    host = wanted.bind or "localhost"
     try:
         if wanted.socket is not None:
             return [listen_unix(wanted.socket)]
-        port = DEFAULT_PORT if wanted.port is None else wanted.port
-        return listen_tcp(wanted.bind or "localhost", port)
+        return listen_tcp(host, port)
     except OSError as error:
-        where = wanted.socket or f"{wanted.bind or 'localhost'}:{wanted.port or DEFAULT_PORT}"
+        where = wanted.socket or f"{host}, port {port or 'any'}"
         raise PynbdError(f"cannot listen on {where}: {error.strerror}") from None
 
 

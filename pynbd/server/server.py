@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 from collections.abc import Sequence
+from typing import Any
 
 from pynbd.server.buffers import BufferPool
 from pynbd.server.connection import HANDSHAKE_LIMIT, Connection
@@ -26,29 +27,51 @@ GRACE = 2.0
 # Seconds to wait before accepting again when there are no descriptors left.
 _ACCEPT_PAUSE = 0.1
 BACKLOG = 128
+_NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 
 def listen_tcp(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on every address of ``host``, all on one port; port 0 takes a free one."""
+    """Listening sockets on every address of ``host``, all on one port; port 0 takes a free one.
+
+    An address that this machine does not have (IPv6 switched off, say) is left out, if another is
+    left. Raises `OSError`.
+    """
     sockets: list[socket.socket] = []
+    absent: OSError | None = None
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        for family, _, _, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
-            sock = socket.socket(family, kind, protocol)
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if sockets[1:]:
-                address = (address[0], sockets[0].getsockname()[1], *address[2:])
-            sock.bind(address)
-            sock.listen(BACKLOG)
+            try:
+                sock = _listen_at(family, (address[0], port, *address[2:]))
+            except OSError as error:
+                if error.errno not in _NO_SUCH_ADDRESS:
+                    raise
+                absent = error
+            else:
+                sockets.append(sock)
+                port = sock.getsockname()[1]
+        if absent and not sockets:
+            raise absent
     except BaseException:
         for sock in sockets:
             sock.close()
         raise
     return sockets
+
+
+def _listen_at(family: int, address: tuple[Any, ...]) -> socket.socket:
+    sock = socket.socket(family)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def listen_unix(path: str) -> socket.socket:
