@@ -60,7 +60,7 @@ def test_marks_and_runs(
         length = min(length, size - offset)
         for index in range(granules):
             first, last = index * GRANULARITY, min((index + 1) * GRANULARITY, size)
-            if mark and first < offset + length and offset < last:
+            if mark and length and first < offset + length and offset < last:
                 model[index] = 1
             elif not mark and offset <= first and last <= offset + length:
                 model[index] = 0
