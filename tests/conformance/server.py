@@ -23,6 +23,7 @@ import logging
 import signal
 import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -30,6 +31,7 @@ import uvloop
 from pynbd.block.chain import open_image
 from pynbd.block.qcow2 import builder
 from pynbd.block.qcow2.builder import Compressed, Data, Image, Zero
+from pynbd.server import connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.server import Server, listen_unix
@@ -191,6 +193,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
     kind = _Unlisted if arguments.unlisted else ExportTable
     table = kind([] if arguments.no_exports else exports.values())
     listener = listen_unix(str(arguments.socket))
+    if arguments.no_extended_headers:
+        connection.negotiate = partial(connection.negotiate, extended=False)
     server = Server(table, [listener], handshake_limit=arguments.handshake_limit)
 
     def answer_as_stopping(stopping: bool) -> None:
@@ -215,6 +219,7 @@ def main() -> None:
     parser.add_argument("--handshake-limit", type=float, default=10.0, metavar="SECONDS")
     parser.add_argument("--no-exports", action="store_true")
     parser.add_argument("--unlisted", action="store_true", help="LIST is not allowed")
+    parser.add_argument("--no-extended-headers", action="store_true")
     parser.add_argument("socket", type=Path)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
