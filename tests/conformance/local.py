@@ -39,8 +39,8 @@ class HeldFile(HostFile):
 
     def __init__(self, engine: Engine, path: str, fd: int, *, writable: bool) -> None:
         super().__init__(engine, path, fd, writable=writable)
-        self.open = threading.Event()
-        self.open.set()
+        self.released = threading.Event()
+        self.released.set()
         self.entered = threading.Semaphore(0)
         self.events: list[str] = []
         self.failure: OSError | None = None
@@ -69,7 +69,7 @@ class HeldFile(HostFile):
 
     def _wait(self) -> None:
         self.entered.release()
-        assert self.open.wait(DEADLINE), "nobody released the disk"
+        assert self.released.wait(DEADLINE), "nobody released the disk"
 
 
 class LocalServer:
@@ -83,9 +83,11 @@ class LocalServer:
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Call ``function`` in the server's thread, and wait until it has returned."""
-        done = threading.Event()
-        self.loop.call_soon_threadsafe(lambda: (function(*arguments), done.set()))
-        assert done.wait(DEADLINE)
+
+        async def call() -> None:
+            function(*arguments)
+
+        asyncio.run_coroutine_threadsafe(call(), self.loop).result(DEADLINE)
 
 
 @contextmanager

@@ -243,10 +243,10 @@ def test_a_reply_overtakes_a_slow_one(tmp_path: Path, loop: str, mode: Mode) -> 
     place = str(tmp_path / "socket")
     with serving(loop, place, {"": held_node(image, held)}), Peer(place) as peer:
         peer.negotiate(mode)
-        held[0].open.clear()
+        held[0].released.clear()
         slow = peer.request(Cmd.FLUSH)
         assert peer.pread(4096, 512) == pattern(4096, 512)
-        held[0].open.set()
+        held[0].released.set()
         assert peer.reply().cookie == slow
         still_serves(peer)
 
@@ -261,10 +261,10 @@ def test_requests_past_the_budget_wait(tmp_path: Path, loop: str) -> None:
     flushes = b"".join(request(Mode.STRUCTURED, Cmd.FLUSH, cookie=n) for n in range(200_000))
     with serving(loop, place, {"": held_node(image, held)}), Peer(place) as peer:
         peer.negotiate(Mode.STRUCTURED)
-        held[0].open.clear()
+        held[0].released.clear()
         taken = _send_until_nobody_reads(peer, flushes)
         assert taken < len(flushes)
-        held[0].open.set()
+        held[0].released.set()
         count = -(-taken // 28)
         peer.send(flushes[taken : count * 28])
         for _ in range(count):
