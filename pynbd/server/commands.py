@@ -140,7 +140,7 @@ class Commands:
                 raise RequestError(Error.EINVAL, "NBD_CMD_FLUSH takes no offset and no length")
         elif command == Command.BLOCK_STATUS and flags & _PAYLOAD_LEN:
             # The length is that of the payload: the effect length is inside, and checked with it.
-            if not self._contexts or length > self.max_filter:
+            if not self._contexts or not 0 < length <= self.max_filter:
                 raise RequestError(
                     Error.EINVAL, f"a filter of {length} bytes for {len(self._contexts)} contexts"
                 )
