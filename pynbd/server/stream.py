@@ -9,6 +9,8 @@ rules:
 2. Buffers that are handed to `PlainStream.send` belong to the stream until they are sent.
 3. What cannot be sent at once waits in a queue, in order; `on_drained` tells when it is empty
    again.
+4. Once the peer is lost nothing more is sent: after a reply that was cut short, the next one would
+   be taken for its data.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ class PlainStream:
         self._fd = sock.fileno()
         self._queue: deque[Piece] = deque()
         self._writing = False
+        self._lost = False
         self.reading = False
         """Whether `on_readable` is called when there is something to receive."""
         self.queued = 0
@@ -131,6 +134,8 @@ class PlainStream:
 
     def send_view(self, view: memoryview) -> None:
         """Send ``view``, which the caller goes on using: what does not leave at once is copied."""
+        if self._lost:
+            return
         sent = 0
         if not self._queue:
             try:
@@ -146,11 +151,11 @@ class PlainStream:
 
     def send(self, pieces: Iterable[Piece]) -> None:
         """Send ``pieces`` in order, after those that still wait."""
-        if self._fd < 0:
+        if self._lost:
             return
         for piece in pieces:
             self._queue.append(piece)
-            self.queued += _size(piece)
+            self.queued += size_of(piece)
         if not self._writing:
             self._send_queue()
 
@@ -162,12 +167,14 @@ class PlainStream:
                 self._writing = False
                 self._loop.remove_writer(self._fd)
             self._fd = -1
+            self._lost = True
             self._queue.clear()
             self.queued = 0
             self._sock.close()
 
     def _lose(self) -> None:
         """The peer has gone, or a reply cannot be finished: nothing more can be said to it."""
+        self._lost = True
         self._queue.clear()
         self.queued = 0
         if self._writing:
@@ -248,7 +255,8 @@ class PlainStream:
             self._queue.popleft()
 
 
-def _size(piece: Piece) -> int:
+def size_of(piece: Piece) -> int:
+    """How many bytes a piece will send."""
     if isinstance(piece, FilePiece):
         return piece.length
     return len(piece.done if isinstance(piece, ReplyEnd) else piece)

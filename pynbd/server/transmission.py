@@ -30,7 +30,7 @@ from pynbd.server.buffers import INLINE_SIZE, BufferPool, Lease
 from pynbd.server.commands import SEND_FILE_MIN, Commands
 from pynbd.server.export import Export
 from pynbd.server.steps import Finished, first_step
-from pynbd.server.stream import Piece, PlainStream
+from pynbd.server.stream import Piece, PlainStream, size_of
 
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
@@ -96,6 +96,7 @@ class Transmission:
         # Sending: bytes of replies in the pool's inline buffer, and the pieces of the others.
         self._inline_used = 0
         self._replies: list[Piece] = []
+        self._ready_bytes = 0
         self._sending_soon = False
         # The longest read that is served in place; -1 when every request is refused.
         self._inline_max = SEND_FILE_MIN - 1
@@ -207,6 +208,8 @@ class Transmission:
                             self._inline_used = used
                             self._flush()
                             used = 0
+                            if self._saturated():
+                                break
                         data = used + head
                         target = inline_view[data : data + length]
                         if file.read_now(target, offset + extent.shift) == length:
@@ -363,6 +366,9 @@ class Transmission:
         step = first_step(serving)
         if isinstance(step, Finished):
             self._replies += step.value
+            self._ready_bytes += sum(map(size_of, step.value))
+            if self._ready_bytes > INLINE_SIZE:  # what the peer does not take must be seen
+                self._flush()
             return
         self._bytes_in_flight += length
         self._tasks.add(self._loop.create_task(self._finish_serving(step, length)))
@@ -398,6 +404,7 @@ class Transmission:
             self._stream.send_view(self._pool.inline_view[:used])
         if self._replies:
             replies, self._replies = self._replies, []
+            self._ready_bytes = 0
             self._stream.send(replies)
 
     def _close(self) -> None:
