@@ -25,6 +25,7 @@ from pynbd.protocol.transmission import Dialect, Request
 from pynbd.protocol.values import MAX_PAYLOAD, Command, CommandFlag, Error
 from pynbd.server.contexts import block_status
 from pynbd.server.export import Export
+from pynbd.server.steps import together
 from pynbd.server.stream import FilePiece, Piece, ReplyEnd
 
 log = logging.getLogger("pynbd")
@@ -236,17 +237,23 @@ class Commands:
     ) -> Sequence[tuple[int, int, list[Piece]]]:
         """(start, end, content) of each stretch that makes one chunk; a hole has no content."""
         sparse = self._dialect.structured and not request.flags & _DF
+        end = request.offset + request.length
+        ranges = [
+            (extent, max(extent.offset, request.offset), min(extent.end, end)) for extent in extents
+        ]
+        pieces = await together(
+            self._content(extent, first, last, reply, sparse=sparse)
+            for extent, first, last in ranges
+        )
         stretches: list[tuple[int, int, list[Piece]]] = []
-        for extent in extents:
-            first = max(extent.offset, request.offset)
-            last = min(extent.end, request.offset + request.length)
-            piece = await self._content(extent, first, last, reply, sparse=sparse)
-            content = [] if piece is None else [piece]
-            if stretches and bool(stretches[-1][2]) == bool(content):
-                start, _, before = stretches.pop()
-                stretches.append((start, last, before + content))
+        for (_, first, last), piece in zip(ranges, pieces, strict=True):
+            if stretches and bool(stretches[-1][2]) == (piece is not None):
+                first, _, content = stretches.pop()
             else:
-                stretches.append((first, last, content))
+                content = []
+            if piece is not None:
+                content.append(piece)
+            stretches.append((first, last, content))
         return stretches
 
     async def _content(

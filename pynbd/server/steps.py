@@ -8,7 +8,8 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine, Generator
+import asyncio
+from collections.abc import Awaitable, Coroutine, Generator, Iterable
 from dataclasses import dataclass
 from types import coroutine
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,37 @@ def first_step(work: Coroutine[Any, Any, T]) -> Finished[T] | Awaitable[T]:
     except StopIteration as stop:
         return Finished(stop.value)
     return _rest(work, waiting)
+
+
+async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of ``works``, which wait for their disks at the same time.
+
+    The first failure is raised, once none of them is running any more.
+    """
+    results: list[T | asyncio.Task[T]] = []
+    waiting: list[asyncio.Task[T]] = []
+    try:
+        for work in works:
+            step = first_step(work)
+            if isinstance(step, Finished):
+                results.append(step.value)
+            else:
+                task = asyncio.get_running_loop().create_task(_awaited(step))
+                waiting.append(task)
+                results.append(task)
+        for task in waiting:
+            await task
+    except BaseException:
+        for task in waiting:
+            task.cancel()
+        if waiting:
+            await asyncio.wait(waiting)
+        raise
+    return [result.result() if isinstance(result, asyncio.Task) else result for result in results]
+
+
+async def _awaited(step: Awaitable[T]) -> T:
+    return await step
 
 
 @coroutine
