@@ -40,23 +40,24 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """
     results: list[T | asyncio.Task[T]] = []
     waiting: list[asyncio.Task[T]] = []
-    try:
-        for work in works:
+    failure: Exception | None = None
+    for work in works:
+        try:
             step = first_step(work)
-            if isinstance(step, Finished):
-                results.append(step.value)
-            else:
-                task = asyncio.get_running_loop().create_task(_awaited(step))
-                waiting.append(task)
-                results.append(task)
-        for task in waiting:
-            await task
-    except BaseException:
-        for task in waiting:
-            task.cancel()
-        if waiting:
-            await asyncio.wait(waiting)
-        raise
+        except Exception as error:
+            failure = error
+            break
+        if isinstance(step, Finished):
+            results.append(step.value)
+        else:
+            task = asyncio.get_running_loop().create_task(_awaited(step))
+            waiting.append(task)
+            results.append(task)
+    if waiting:
+        # Not cancelled if one fails: a task that never began could not end what its first step did.
+        await asyncio.gather(*waiting, return_exceptions=True)
+    if failure:
+        raise failure
     return [result.result() if isinstance(result, asyncio.Task) else result for result in results]
 
 
