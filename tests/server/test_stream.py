@@ -1,0 +1,323 @@
+"""PlainStream on socket pairs: never a byte too many, nothing lost, nothing out of order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from pynbd.server.stream import FilePiece, Piece, PlainStream, ReplyEnd
+from tests.server.session import open_files
+
+DATA = random.Random(8).randbytes(8 << 20)
+
+
+class Events:
+    """What the stream told."""
+
+    def __init__(self, stream: PlainStream) -> None:
+        self.told: list[str] = []
+        stream.on_drained = lambda: self.told.append("drained")
+        stream.on_lost = lambda: self.told.append("lost")
+
+
+@asynccontextmanager
+async def connected(small: bool = False) -> AsyncIterator[tuple[PlainStream, socket.socket]]:
+    """A stream and its peer. ``small``: hardly anything fits between them."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    stream = PlainStream(asyncio.get_running_loop(), ours)
+    if small:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    try:
+        yield stream, theirs
+    finally:
+        stream.close()
+        theirs.close()
+
+
+async def received(sock: socket.socket, length: int, piece: int = 1 << 16) -> bytes:
+    loop = asyncio.get_running_loop()
+    parts = bytearray()
+    while len(parts) < length:
+        part = await asyncio.wait_for(loop.sock_recv(sock, piece), 10)
+        if not part:
+            break
+        parts += part
+    return bytes(parts)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    fd = os.open(path, os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+# The handshake -----------------------------------------------------------------------------------
+
+
+async def test_read_exactly_never_reads_further() -> None:
+    """What follows stays in the socket: it may be a ClientHello."""
+    async with connected() as (stream, peer):
+        peer.send(b"option header, and more")
+        assert await stream.read_exactly(6) == b"option"
+        assert await stream.read_exactly(8) == b" header,"
+        assert stream._sock.recv(100) == b" and more"
+
+
+async def test_read_exactly_waits_for_all() -> None:
+    async with connected() as (stream, peer):
+        reading = asyncio.ensure_future(stream.read_exactly(5))
+        for byte in b"whole":
+            peer.send(bytes([byte]))
+            await asyncio.sleep(0)
+        assert await reading == b"whole"
+
+
+async def test_skip_never_skips_further() -> None:
+    async with connected() as (stream, peer):
+        loop = asyncio.get_running_loop()
+        sending = asyncio.ensure_future(loop.sock_sendall(peer, bytes(300_000) + b"next"))
+        await stream.skip(300_000)
+        await sending
+        assert await stream.read_exactly(4) == b"next"
+
+
+async def test_the_end_in_the_handshake() -> None:
+    async with connected() as (stream, peer):
+        peer.send(b"abc")
+        peer.shutdown(socket.SHUT_WR)
+        with pytest.raises(EOFError):
+            await stream.read_exactly(4)
+        with pytest.raises(EOFError):
+            await stream.skip(1)
+
+
+async def test_write_sends_all() -> None:
+    async with connected(small=True) as (stream, peer):
+        writing = asyncio.ensure_future(stream.write(DATA[:1_000_000]))
+        assert await received(peer, 1_000_000) == DATA[:1_000_000]
+        await writing
+
+
+# Receiving ---------------------------------------------------------------------------------------
+
+
+async def test_receive_into() -> None:
+    async with connected() as (stream, peer):
+        view = memoryview(bytearray(8))
+        assert stream.receive_into(view) is None
+        peer.send(b"0123456789")
+        assert stream.receive_into(view) == 8
+        assert view == b"01234567"
+        assert stream.receive_into(view) == 2
+        peer.close()
+        assert stream.receive_into(view) == 0
+
+
+async def test_reading_can_pause() -> None:
+    async with connected() as (stream, peer):
+        calls: list[int | None] = []
+        view = memoryview(bytearray(8))
+        stream.on_readable = lambda: calls.append(stream.receive_into(view))
+        peer.send(b"x")
+        await asyncio.sleep(0.01)
+        assert not calls
+        stream.resume_reading()
+        stream.resume_reading()
+        await asyncio.sleep(0.01)
+        assert calls == [1]
+        stream.pause_reading()
+        stream.pause_reading()
+        peer.send(b"x")
+        await asyncio.sleep(0.01)
+        assert calls == [1]
+        assert not stream.reading
+
+
+# Sending -----------------------------------------------------------------------------------------
+
+
+async def test_what_fits_leaves_at_once() -> None:
+    async with connected() as (stream, peer):
+        events = Events(stream)
+        stream.send_view(memoryview(b"view "))
+        stream.send([b"bytes ", bytearray(b"bytearray "), memoryview(b"xviewx")[1:5]])
+        assert stream.queued == 0
+        assert peer.recv(100) == b"view bytes bytearray view"
+        assert events.told == []
+
+
+async def test_more_pieces_than_one_call_takes() -> None:
+    """IOV_MAX is 1024."""
+    async with connected() as (stream, peer):
+        pieces = [bytes([n % 251]) * (n % 5) for n in range(5000)]
+        stream.send(pieces)
+        assert await received(peer, sum(map(len, pieces))) == b"".join(pieces)
+        assert stream.queued == 0
+
+
+async def test_what_does_not_fit_waits_in_order() -> None:
+    async with connected(small=True) as (stream, peer):
+        events = Events(stream)
+        view = bytearray(DATA[:300_000])
+        stream.send_view(memoryview(view))
+        view[:] = bytes(len(view))  # the caller goes on using it
+        stream.send([DATA[300_000:300_010], DATA[300_010:900_000]])
+        stream.send_view(memoryview(DATA)[900_000:900_001])
+        assert 0 < stream.queued <= 900_001
+        assert await received(peer, 900_001, 10_000) == DATA[:900_001]
+        assert (stream.queued, events.told) == (0, ["drained"])
+
+
+async def test_files_between_buffers(file: int) -> None:
+    async with connected(small=True) as (stream, peer):
+        events = Events(stream)
+        end = ReplyEnd(b"done", b"failed")
+        stream.send(
+            [
+                b"head",
+                FilePiece(file, 10, 1_000_000, end),
+                b"middle",
+                FilePiece(file, 5_000_000, 70_000, end),
+                end,
+                b"next",
+            ]
+        )
+        expected = b"".join(
+            [b"head", DATA[10:1_000_010], b"middle", DATA[5_000_000:5_070_000], b"donenext"]
+        )
+        assert await received(peer, len(expected)) == expected
+        assert (stream.queued, events.told) == (0, ["drained"])
+
+
+@pytest.mark.parametrize("small", [False, True])
+async def test_a_file_that_is_too_short(file: int, small: bool) -> None:
+    """Zeroes to the length that was promised, then the other end; the next reply is as always."""
+    async with connected(small) as (stream, peer):
+        end, other = ReplyEnd(b"done", b"it failed"), ReplyEnd(b"done", b"failed")
+        at = len(DATA) - 1000
+        stream.send(
+            [
+                FilePiece(file, at, 100_000, end),
+                b"more",
+                FilePiece(file, len(DATA) + 5, 10, end),
+                end,
+                FilePiece(file, 0, 10, other),
+                other,
+            ]
+        )
+        expected = DATA[at:] + bytes(99_000) + b"more" + bytes(10) + b"it failed"
+        expected += DATA[:10] + b"done"
+        assert await received(peer, len(expected)) == expected
+        assert stream.queued == 0
+
+
+@pytest.mark.parametrize("small", [False, True])
+async def test_a_file_that_is_too_short_in_a_simple_reply(file: int, small: bool) -> None:
+    """Nothing comes after it."""
+    async with connected(small) as (stream, peer):
+        events = Events(stream)
+        end = ReplyEnd(b"", None)
+        stream.send([b"head", FilePiece(file, len(DATA) - 100_000, 100_001, end), end, b"next"])
+        expected = b"head" + DATA[-100_000:]
+        assert await received(peer, len(expected)) == expected
+        await asyncio.sleep(0.01)
+        assert events.told[0] == "lost"
+        assert stream.queued == 0
+        stream.send([b"more"])
+        stream.send_view(memoryview(b"more"))
+        stream.close()
+        assert peer.recv(100) == b""
+
+
+async def test_an_end_without_words(file: int) -> None:
+    """In simple replies the data is the end."""
+    async with connected() as (stream, peer):
+        end = ReplyEnd(b"", None)
+        stream.send([b"head", FilePiece(file, 0, 10, end), end])
+        stream.send([end, b"next", end])
+        assert await received(peer, 18) == b"head" + DATA[:10] + b"next"
+        assert stream.queued == 0
+
+
+async def test_random_pieces(file: int) -> None:
+    rng = random.Random(9)
+    for _ in range(20):
+        async with connected(small=rng.random() < 0.7) as (stream, peer):
+            expected = b""
+            for _ in range(rng.randrange(1, 6)):
+                end = ReplyEnd(b"END", b"BAD")
+                pieces: list[Piece] = []
+                for _ in range(rng.randrange(6)):
+                    at, size = rng.randrange(1 << 20), rng.choice((1, 16, 4096, 100_000))
+                    expected += DATA[at : at + size]
+                    data = DATA[at : at + size]
+                    pieces.append(rng.choice((data, FilePiece(file, at, size, end))))
+                if rng.random() < 0.2:
+                    expected += DATA[5:205]
+                    stream.send([*pieces, DATA[5:205], end])
+                else:
+                    stream.send([*pieces, end])
+                expected += b"END"
+            assert await received(peer, len(expected), rng.choice((100_000, 3000))) == expected
+            assert stream.queued == 0
+
+
+# The peer goes -----------------------------------------------------------------------------------
+
+
+async def test_a_peer_that_has_gone() -> None:
+    async with connected() as (stream, peer):
+        events = Events(stream)
+        peer.close()
+        stream.send([b"x"])
+        assert events.told == ["lost"]
+        stream.send([b"x"])
+        assert stream.queued == 0
+
+
+async def test_a_peer_that_goes_while_something_waits() -> None:
+    async with connected(small=True) as (stream, peer):
+        events = Events(stream)
+        stream.send([DATA])
+        assert stream.queued
+        peer.close()
+        await asyncio.sleep(0.01)
+        assert events.told[0] == "lost"
+        assert stream.queued == 0
+
+
+async def test_closing() -> None:
+    before = open_files()
+    async with connected(small=True) as (stream, peer):
+        stream.send([DATA])
+        stream.resume_reading()
+        stream.close()
+        stream.close()
+        stream.resume_reading()
+        stream.send([b"x"])
+        assert (stream.queued, stream.reading) == (0, False)
+        await asyncio.sleep(0.01)
+        peer.close()
+    assert open_files() == before
+
+
+async def test_tcp_sends_without_delay() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        PlainStream(asyncio.get_running_loop(), server)
+        assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert not server.getblocking()
+        client.close()
+        server.close()
