@@ -268,7 +268,9 @@ class Commands:
             host_offset = first + extent.shift
             if file.lends_pages and file.resident(host_offset, length):
                 return FilePiece(file.fd, host_offset, length, reply)
-            if sparse and await file.is_hole(host_offset, length):
+            # Past the end of a file there is no hole: a raw file that became shorter is an error.
+            inside = host_offset + length <= file.size()
+            if sparse and inside and await file.is_hole(host_offset, length):
                 return None
         data = bytearray(length)
         await self._node.fetch(extent, first, memoryview(data))
