@@ -242,12 +242,12 @@ class BlockNode(ABC):
             await asyncio.sleep(0)
 
     async def close(self) -> None:
-        """Close every file of the chain."""
+        """Close every file of the chain, once the system calls under way have returned."""
+        if self.own_engine is not None:
+            self.own_engine.close()
         for node in self.chain():
             for file in node.files():
                 file.close()
-        if self.own_engine is not None:
-            self.own_engine.close()
 
     def _read_only(self) -> OSError:
         return OSError(errno.EROFS, "the image is read-only", self.name)

@@ -103,7 +103,7 @@ class Server:
     """Serves exports on listening sockets.
 
     ``max_clients``: more than these wait in the backlog; 0 is no limit. ``until_idle``: end when
-    the last client that had negotiated has left (a probe of the port does not count).
+    all have left and one of them had negotiated (a probe of the port does not count).
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class Server:
         self._handshake_limit = handshake_limit
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._place_free = asyncio.Event()
+        self._served = False  # somebody came as far as transmission, and has left
         self._listeners: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
 
@@ -144,15 +145,18 @@ class Server:
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
         while True:
-            while self._max_clients and len(self._connections) >= self._max_clients:
-                self._place_free.clear()
-                await self._place_free.wait()
+            await self._place()
             try:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 log.warning("a connection could not be accepted: %s", error.strerror)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
+            try:
+                await self._place()  # another listener may have given the last one away
+            except asyncio.CancelledError:
+                sock.close()
+                raise
             connection = Connection(
                 sock, self._exports, self._pool, handshake_limit=self._handshake_limit
             )
@@ -160,12 +164,19 @@ class Server:
             self._connections[task] = connection
             task.add_done_callback(self._ended)
 
+    async def _place(self) -> None:
+        """Wait until one more client may be served."""
+        while self._max_clients and len(self._connections) >= self._max_clients:
+            self._place_free.clear()
+            await self._place_free.wait()
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         connection = self._connections.pop(task)
         self._place_free.set()
         if not task.cancelled() and (error := task.exception()):
             log.error("a defect in pynbd ended a connection", exc_info=error)
-        if self._until_idle and connection.negotiated and not self._connections:
+        self._served |= connection.negotiated
+        if self._until_idle and self._served and not self._connections:
             self._stop.set()
 
     async def _end(self) -> None:
