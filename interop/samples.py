@@ -5,6 +5,7 @@ Nothing here knows pynbd.
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def sparse_file(path: Path, size: int, seed: int = 1) -> bytes:
                 file.seek(offset)
                 file.write(data)
     return bytes(content)
+
+
+def empty_file(path: Path, size: int) -> None:
+    """Write a raw image that is one hole (qemu-img would allocate its first block)."""
+    path.touch()
+    os.truncate(path, size)
 
 
 def allocated(path: Path) -> int:

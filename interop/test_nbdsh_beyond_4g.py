@@ -6,7 +6,6 @@ Extended headers say each in one go; without them no length and no extent exceed
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -36,9 +35,8 @@ def status(offset, length):
 def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     peers.require("qemu-img", "qemu-io", "nbdsh")
     path = tmp_path / f"large.{request.param}"
-    if request.param == "raw":  # qemu-img would allocate the first block
-        path.touch()
-        os.truncate(path, SIZE)
+    if request.param == "raw":
+        samples.empty_file(path, SIZE)
     else:
         peers.run("qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE))
     samples.qemu_io(path, f"write -q -P 5 {DATA} 1M", driver=request.param)
@@ -78,8 +76,8 @@ print(json.dumps([map, edges]))
 def test_one_request_clears_all(command: str, tmp_path: Path, pynbd_serve: PynbdServe) -> None:
     peers.require("nbdsh")
     image = tmp_path / "large.raw"
-    with image.open("wb") as file:
-        file.truncate(SIZE)
+    samples.empty_file(image, SIZE)
+    with image.open("r+b") as file:
         for offset in (0, DATA, SIZE - (1 << 20)):
             file.seek(offset)
             file.write(b"\5" * (1 << 20))
