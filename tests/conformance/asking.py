@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.conformance.client import (
@@ -12,6 +14,7 @@ from tests.conformance.client import (
     Peer,
     Reply,
 )
+from tests.conformance.running import RunningServer
 from tests.conformance.server import pattern
 
 each_mode = pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
@@ -83,6 +86,12 @@ def is_refusal(mode: Mode, reply: Reply, error: int, offset: int) -> None:
 def still_serves(peer: Peer) -> None:
     """The connection is in step: the next request gets its reply. Not for an empty export."""
     assert peer.pread(0, 512) == pattern(0, 512)
+
+
+def peak_memory(server: RunningServer) -> int:
+    """Bytes of address space that the server has had at most (VmPeak)."""
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    return int(status.split("VmPeak:")[1].split()[0]) * 1024
 
 
 def _check_offsets(reply: Reply, offset: int) -> None:

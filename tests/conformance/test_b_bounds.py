@@ -10,6 +10,7 @@ from tests.conformance.asking import (
     chunked,
     each_mode,
     is_refusal,
+    peak_memory,
     refused,
     still_serves,
     succeeded,
@@ -236,15 +237,9 @@ def test_huge_read(server: RunningServer, mode: Mode, length: int) -> None:
     if length >= 1 << 32 and mode is not Mode.EXTENDED:
         length >>= 33  # 31 bits, all that is left of it in a compact header
     with enter(server, mode) as peer:
-        before = _peak_memory(server)
+        before = peak_memory(server)
         refused(peer, Errno.EINVAL, Cmd.READ, 0, length)
-        assert _peak_memory(server) - before < 8 << 20
-
-
-def _peak_memory(server: RunningServer) -> int:
-    """Bytes of address space that the server has had at most (VmPeak)."""
-    status = Path(f"/proc/{server.pid}/status").read_text()
-    return int(status.split("VmPeak:")[1].split()[0]) * 1024
+        assert peak_memory(server) - before < 8 << 20
 
 
 @row("B17")
@@ -272,10 +267,10 @@ def test_write_longer_than_the_maximum_payload(
     if length >= 1 << 32 and mode is not Mode.EXTENDED:
         length = 1 << 31
     with enter(server, mode) as peer:
-        before = _peak_memory(server)
+        before = peak_memory(server)
         peer.request(Cmd.WRITE, SCRATCH, length, flags=write_flags(mode))
         peer.expect_disconnect()
-        assert _peak_memory(server) - before < 8 << 20
+        assert peak_memory(server) - before < 8 << 20
 
 
 @row("B19")
