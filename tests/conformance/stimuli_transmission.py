@@ -103,7 +103,7 @@ def _in_every_mode() -> Iterator[Stimulus]:
             "WRITE across the end",
             mode,
             Cmd.WRITE,
-            RAW_SIZE - 256,
+            RAW_SIZE - 8,
             flags=write,
             payload=_DATA,
         )
