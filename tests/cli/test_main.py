@@ -1,0 +1,35 @@
+"""``pynbd``: what it says of itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+
+def pynbd(*args: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "pynbd", *args]
+    return subprocess.run(line, capture_output=True, text=True, timeout=20, check=False)
+
+
+def test_version() -> None:
+    done = pynbd("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"pynbd, version {version('pynbd')}\n"
+
+
+@pytest.mark.parametrize("args", [["-h"], ["--help"], ["serve", "-h"], ["serve", "--help"]])
+def test_help(args: list[str]) -> None:
+    done = pynbd(*args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: pynbd ")
+    for word in ("serve",) if args[0] != "serve" else ("IMAGE", "-k", "-A", "-B", "Examples"):
+        assert word in done.stdout
+
+
+def test_an_unknown_subcommand() -> None:
+    done = pynbd("nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nonsense" in done.stderr

@@ -1,0 +1,524 @@
+"""``pynbd serve`` as its users start it: a process, its output, its status, and real clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from interop import peers
+from pynbd.block.qcow2.builder import Bitmap, Data, Image, InternalSnapshot
+from pynbd.block.qcow2.format import BitmapFlags
+
+K, M = 1 << 10, 1 << 20
+PYNBD = [sys.executable, "-m", "pynbd"]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A raw image."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"raw bytes".ljust(M, b"\xaa"))
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An overlay with bitmaps, good and bad, an internal snapshot, and a backing file with a
+    bitmap.
+    """
+    Image(size=M, clusters={0: Data(b"base")}, bitmaps=[Bitmap("below"), Bitmap("both")]).write(
+        tmp_path / "base.qcow2"
+    )
+    path = tmp_path / "top.qcow2"
+    Image(
+        size=M,
+        clusters={64 * K: Data(b"active")},
+        snapshots=[InternalSnapshot("before", {64 * K: Data(b"earlier")})],
+        backing_file="base.qcow2",
+        backing_format="qcow2",
+        bitmaps=[
+            Bitmap("one"),
+            Bitmap("both", dirty=[(0, 1)]),
+            Bitmap("torn", flags=BitmapFlags.AUTO | BitmapFlags.IN_USE),
+        ],
+    ).write(path)
+    return path
+
+
+class Running:
+    """A server that has printed its URI."""
+
+    def __init__(self, process: subprocess.Popen[str], uri: str) -> None:
+        self.process = process
+        self.uri = uri
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        """Send a signal; status, rest of the output, standard error."""
+        self.process.send_signal(number)
+        said, errors = self.process.communicate(timeout=20)
+        return self.process.returncode, said, errors
+
+
+@contextmanager
+def started(*args: str | Path, **options: Any) -> Iterator[Running]:
+    line = [*PYNBD, "serve", *map(str, args)]
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    ) as process:
+        try:
+            assert process.stdout is not None
+            uri = process.stdout.readline().strip()
+            if not uri:
+                _, errors = process.communicate(timeout=20)
+                raise AssertionError(f"it did not start: {errors}")
+            yield Running(process, uri)
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+@contextmanager
+def serving(*args: str | Path, errors: str = "", **options: Any) -> Iterator[str]:
+    """The URI; at the end SIGTERM, status 0, and nothing but ``errors`` on standard error."""
+    with started(*args, **options) as server:
+        yield server.uri
+        assert server.end() == (0, "", errors)
+
+
+def failing(*args: str | Path, **options: Any) -> tuple[int, str]:
+    """Status and standard error of a server that does not start."""
+    done = subprocess.run(
+        [*PYNBD, "serve", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+        **options,
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+def one_line(said: tuple[int, str], status: int, *parts: object) -> None:
+    """One line on standard error, with ``parts`` in it."""
+    assert said[0] == status, said
+    assert re.fullmatch(r"pynbd: [^\n]+\n", said[1]), said
+    for part in parts:
+        assert str(part) in said[1]
+
+
+def connect(uri: str) -> socket.socket:
+    """A connection to the address of a URI."""
+    if match := re.fullmatch(r"nbd\+unix:///[^?]*\?socket=(.*)", uri):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(10)
+        sock.connect(unquote(match[1]))
+        return sock
+    match = re.match(r"nbd://([^/]+):(\d+)", uri)
+    assert match
+    return socket.create_connection((match[1], int(match[2])), 10)
+
+
+def greeted(sock: socket.socket) -> bool:
+    return sock.recv(18) == b"NBDMAGICIHAVEOPT\0\3"
+
+
+def export_name(sock: socket.socket, name: bytes = b"") -> int:
+    """The size of the export; the connection is in transmission then."""
+    assert greeted(sock)
+    sock.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, len(name)) + name)
+    size: int = struct.unpack(">QH", sock.recv(10))[0]
+    return size
+
+
+def read(sock: socket.socket, offset: int, length: int) -> bytes:
+    sock.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, offset, length))
+    magic, error, _ = struct.unpack(">IIQ", sock.recv(16, socket.MSG_WAITALL))
+    assert (magic, error) == (0x67446698, 0)
+    return sock.recv(length, socket.MSG_WAITALL)
+
+
+def info(uri: str) -> dict[str, Any]:
+    """What nbdinfo says of the one export."""
+    peers.require("nbdinfo")
+    said = json.loads(peers.run("nbdinfo", "--json", uri).stdout)
+    (export,) = said["exports"]
+    return dict(export)
+
+
+# Where it listens --------------------------------------------------------------------------------
+
+
+def test_the_first_line_is_the_uri(disk: Path) -> None:
+    """It listens before it prints."""
+    with serving("-p", "0", disk) as uri:
+        assert re.fullmatch(r"nbd://localhost:\d+/?", uri)
+        with connect(uri) as sock:
+            assert export_name(sock) == M
+            assert read(sock, 0, 9) == b"raw bytes"
+
+
+def test_an_address(disk: Path) -> None:
+    with serving("-b", "127.0.0.1", "-p", "0", disk) as uri, connect(uri) as sock:
+        assert uri.startswith("nbd://127.0.0.1:")
+        assert greeted(sock)
+
+
+def test_a_unix_socket(disk: Path) -> None:
+    with peers.socket_path() as path:
+        with serving("-k", path, disk) as uri, connect(uri) as sock:
+            assert uri == f"nbd+unix:///?socket={path}"
+            assert export_name(sock) == M
+        assert not path.exists()
+
+
+def test_a_relative_unix_socket(disk: Path) -> None:
+    with peers.socket_path() as path, serving("-k", "s", disk, cwd=path.parent) as uri:
+        assert uri == f"nbd+unix:///?socket={path.parent}/s"
+
+
+def test_a_stale_socket_is_replaced(disk: Path) -> None:
+    with peers.socket_path() as path:
+        with started("-k", path, disk) as server:
+            server.process.kill()
+        assert path.is_socket()
+        with serving("-k", path, disk) as uri, connect(uri) as sock:
+            assert greeted(sock)
+
+
+def test_a_live_socket_is_not(disk: Path, image: Path) -> None:
+    with peers.socket_path() as path, serving("-k", path, disk) as uri:
+        one_line(failing("-k", path, image), 1, path, "in use")
+        with connect(uri) as sock:
+            assert greeted(sock)
+
+
+def test_a_file_is_not_a_socket(disk: Path, image: Path) -> None:
+    one_line(failing("-k", disk, image), 1, disk, "in use")
+    assert disk.read_bytes()[:9] == b"raw bytes"
+
+
+def test_a_taken_port(disk: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        one_line(failing("-b", "127.0.0.1", "-p", str(port), disk), 1, port, "in use")
+
+
+# What clients are told ---------------------------------------------------------------------------
+
+
+def test_name_and_description(disk: Path) -> None:
+    with serving("-p", "0", "-x", "a b/ü", "-D", "what it is", disk) as uri:
+        assert uri.endswith("/a%20b/%C3%BC")
+        export = info(uri)
+        assert (export["export-name"], export["description"]) == ("a b/ü", "what it is")
+        assert export["export-size"] == M
+        with connect(uri) as sock:
+            assert greeted(sock)
+            sock.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 5) + b"other")
+            assert sock.recv(10) == b""
+
+
+def test_read_only_and_writable(disk: Path, image: Path) -> None:
+    with serving("-p", "0", disk) as uri:
+        export = info(uri)
+        assert (export["is_read_only"], export["can_multi_conn"]) == (False, True)
+    for options in (["-r", disk], [image]):
+        with serving("-p", "0", *options) as uri:
+            assert info(uri)["is_read_only"] is True
+
+
+def test_the_exact_size(tmp_path: Path) -> None:
+    path = tmp_path / "odd"
+    path.write_bytes(bytes(1001))
+    with serving("-p", "0", path) as uri:
+        assert info(uri)["export-size"] == 1001
+
+
+def test_the_number_of_clients(disk: Path) -> None:
+    with serving("-e", "1", "-p", "0", disk) as uri:
+        assert info(uri)["can_multi_conn"] is False
+        first = connect(uri)
+        assert export_name(first) == M
+        second = connect(uri)
+        second.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            second.recv(18)
+        first.close()
+        second.settimeout(10)
+        assert greeted(second)
+        second.close()
+
+
+def test_the_handshake_limit(disk: Path) -> None:
+    with serving("--handshake-limit", "0.2", "-p", "0", disk) as uri, connect(uri) as sock:
+        assert greeted(sock)
+        start = time.monotonic()
+        assert sock.recv(1) == b""
+        assert time.monotonic() - start < 5
+
+
+# Contexts ----------------------------------------------------------------------------------------
+
+BASE, DEPTH = "base:allocation", "qemu:allocation-depth"
+
+
+@pytest.mark.parametrize(
+    "options, contexts",
+    [
+        ("", [BASE, DEPTH, "one", "both"]),
+        ("-A", [BASE, DEPTH]),
+        ("-B both", [BASE, "both"]),
+        ("-B both -B one -B both", [BASE, "both", "one"]),
+        ("-A -B one", [BASE, DEPTH, "one"]),
+        ("-l before", [BASE, DEPTH]),
+        ("-r", [BASE, DEPTH, "one", "both"]),
+    ],
+)
+def test_contexts(image: Path, options: str, contexts: list[str]) -> None:
+    """Unasked: depth and the active layer's consistent bitmaps. Asked: exactly those."""
+    with serving("-p", "0", *options.split(), image) as uri:
+        assert sorted(info(uri)["contexts"]) == sorted(
+            name if ":" in name else f"qemu:dirty-bitmap:{name}" for name in contexts
+        )
+
+
+def test_a_bitmap_of_a_backing_file_is_served_with_a_warning(image: Path) -> None:
+    with started("-p", "0", "-B", "below", image) as server:
+        assert "qemu:dirty-bitmap:below" in info(server.uri)["contexts"]
+        status, _, errors = server.end()
+    one_line((status, errors), 0, "'below'", "base.qcow2", "backing file")
+
+
+def test_a_bitmap_of_a_backing_file_is_hidden_by_its_namesake(image: Path) -> None:
+    """The first one from the top, which is dirty where the other is clean."""
+    peers.require("nbdinfo")
+    with serving("-p", "0", "-B", "both", image) as uri:
+        said = peers.run("nbdinfo", "--json", "--map=qemu:dirty-bitmap:both", uri).stdout
+    assert [(row["length"], row["type"]) for row in json.loads(said)] == [
+        (64 * K, 1),
+        (M - 64 * K, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, status, parts",
+    [
+        ("-B torn", 1, ["top.qcow2", "'torn'", "inconsistent"]),
+        ("-B nosuch", 1, ["top.qcow2", "'nosuch'", "'one'", "'both'", "'below'"]),
+        ("-B one -l before", 2, ["--bitmap", "-l"]),
+        ("-l nosuch", 1, ["top.qcow2", "nosuch"]),
+    ],
+)
+def test_what_cannot_be_offered(image: Path, options: str, status: int, parts: list[str]) -> None:
+    one_line(failing("-p", "0", *options.split(), image), status, *parts)
+
+
+@pytest.mark.parametrize("name", ["before", "snapshot.name=before", "1", "snapshot.id=1"])
+def test_a_snapshot(image: Path, name: str) -> None:
+    with serving("-p", "0", "-l", name, image) as uri, connect(uri) as sock:
+        assert export_name(sock) == M
+        assert read(sock, 64 * K, 7) == b"earlier"
+        assert read(sock, 0, 4) == b"base"
+
+
+# What is not served ------------------------------------------------------------------------------
+
+
+def test_bad_images(tmp_path: Path, image: Path, disk: Path) -> None:
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    damaged = tmp_path / "damaged.qcow2"
+    damaged.write_bytes(image.read_bytes()[:100])
+    vmdk = tmp_path / "disk.vmdk"
+    vmdk.write_bytes(b"KDMV".ljust(M, b"\0"))
+    for path, *rest in (
+        (tmp_path / "missing", "No such file"),
+        (directory, "not a regular file"),
+        (damaged,),
+        (vmdk, "vmdk", "-f raw"),
+    ):
+        one_line(failing("-p", "0", path), 1, path, *rest)
+    one_line(failing("-p", "0", "-f", "qcow2", disk), 1, disk, "raw")
+    (tmp_path / "base.qcow2").unlink()
+    one_line(failing("-p", "0", image), 1, "base.qcow2", "top.qcow2", "No such file")
+
+
+def test_a_locked_image(disk: Path) -> None:
+    with serving("-p", "0", disk):
+        one_line(failing("-p", "0", disk), 1, disk)
+        one_line(failing("-p", "0", "-r", disk), 1, disk, "--force-share")
+        with started("-p", "0", "--force-share", disk) as server:
+            assert info(server.uri)["is_read_only"] is True
+            status, _, errors = server.end()
+        one_line((status, errors), 0, disk, "inconsistent")
+
+
+def test_a_backing_file_without_a_format(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(b"base".ljust(M, b"\0"))
+    path = tmp_path / "top.qcow2"
+    Image(size=M, backing_file="base").write(path)
+    one_line(failing("-p", "0", path), 1, path, "--probe-backing")
+    with serving("-p", "0", "--probe-backing", path) as uri, connect(uri) as sock:
+        assert export_name(sock) == M
+        assert read(sock, 0, 4) == b"base"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--nonsense", "x"],
+        ["-p", "65536", "x"],
+        ["-p", "-1", "x"],
+        ["-e", "-1", "x"],
+        ["-f", "vmdk", "x"],
+        ["-k", "s", "-p", "1", "x"],
+        ["-k", "s", "-b", "::1", "x"],
+        ["-x", "x" * 4097, "x"],
+        ["x", "y"],
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_make_no_sense(arguments: list[str]) -> None:
+    status, said = failing(*arguments)
+    assert status == 2
+    assert said
+    assert "Traceback" not in said
+
+
+# Socket activation -------------------------------------------------------------------------------
+
+
+def activated(listeners: list[socket.socket], *args: str | Path) -> subprocess.Popen[str]:
+    """Start it as systemd does: the sockets are descriptors 3 and up, and it knows its own pid."""
+    count = len(listeners)
+    spread = "; ".join(f"exec {3 + n}<&{20 + n} {20 + n}<&-" for n in range(count))
+    script = f'{spread}; LISTEN_PID=$$ LISTEN_FDS={count} exec "$@"'
+    for n, listener in enumerate(listeners):
+        os.dup2(listener.fileno(), 20 + n)
+    try:
+        return subprocess.Popen(
+            ["bash", "-c", script, "-", *PYNBD, "serve", *map(str, args)],
+            pass_fds=range(20, 20 + count),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        for n in range(count):
+            os.close(20 + n)
+
+
+def test_socket_activation(disk: Path) -> None:
+    """It says nothing, and leaves after the last client; a probe is not a client."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as two,
+    ):
+        first = socket.create_connection(one.getsockname(), 10)
+        with activated([one, two], disk) as process:
+            assert greeted(first)
+            first.close()
+            client = socket.create_connection(two.getsockname(), 10)
+            assert export_name(client) == M
+            assert read(client, 0, 9) == b"raw bytes"
+            assert process.poll() is None
+            client.close()
+            assert process.communicate(timeout=10) == ("", "")
+            assert process.returncode == 0
+
+
+def test_nbdinfo_starts_it(disk: Path) -> None:
+    peers.require("nbdinfo")
+    said = peers.run("nbdinfo", "--size", "--", "[", *PYNBD, "serve", disk, "]").stdout
+    assert said.split() == [str(M)]
+
+
+def test_socket_activation_and_an_address(disk: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with activated([listener], "-p", "0", disk) as process:
+            _, errors = process.communicate(timeout=10)
+            one_line((process.returncode, errors), 2, "LISTEN_FDS")
+
+
+def test_variables_that_are_meant_for_another(disk: Path) -> None:
+    environment = {**os.environ, "LISTEN_PID": "1", "LISTEN_FDS": "1"}
+    with serving("-p", "0", disk, env=environment) as uri, connect(uri) as sock:
+        assert greeted(sock)
+
+
+# Signals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_signals_end_it(disk: Path, loop: str, number: signal.Signals) -> None:
+    """With a client in transmission and one that still negotiates; at once, with status 0."""
+    with started("--loop", loop, "-p", "0", disk) as server:
+        client, silent = connect(server.uri), connect(server.uri)
+        assert export_name(client) == M
+        assert greeted(silent)
+        start = time.monotonic()
+        assert server.end(number) == (0, "", "")
+        assert time.monotonic() - start < 1.5
+        for sock in (client, silent):
+            assert sock.recv(1) == b""
+            sock.close()
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_second_signal_ends_it_at_once(disk: Path, loop: str) -> None:
+    """While the first waits for a client that takes no replies."""
+    with started("--loop", loop, "-p", "0", disk) as server, connect(server.uri) as client:
+        assert export_name(client) == M
+        request = struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 0, M)
+        client.sendall(request * 64)
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert server.process.poll() is None
+        start = time.monotonic()
+        assert server.end(signal.SIGINT) == (0, "", "")
+        assert time.monotonic() - start < 1
+
+
+# A server that nobody can shake ------------------------------------------------------------------
+
+
+def test_clients_that_come_and_go_leave_nothing(disk: Path, image: Path) -> None:
+    """No word on standard error, and no descriptor."""
+    stories: list[Callable[[socket.socket], object]] = [
+        lambda sock: None,
+        greeted,
+        export_name,
+        lambda sock: sock.sendall(b"GET / HTTP/1.0\r\n\r\n"),
+        lambda sock: (export_name(sock), sock.sendall(b"\xff" * 1000)),
+        lambda sock: (export_name(sock), sock.sendall(bytes(5))),
+    ]
+    with started("-p", "0", image) as server:
+        descriptors = Path(f"/proc/{server.process.pid}/fd")
+        before = None
+        for _ in range(3):
+            for story in stories:
+                with connect(server.uri) as sock:
+                    story(sock)
+            time.sleep(0.1)
+            count = len(os.listdir(descriptors))
+            before = before or count
+            assert count == before
+        assert server.end() == (0, "", "")
