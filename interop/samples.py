@@ -14,8 +14,8 @@ from interop import peers
 BLOCK = 1 << 16
 
 
-def qemu_io(image: Path, *commands: str, driver: str = "qcow2") -> None:
-    """Run qemu-io commands on an image; an AssertionError shows the first that failed."""
+def qemu_io(image: Path | str, *commands: str, driver: str = "qcow2") -> None:
+    """Run qemu-io commands on an image or a URI; an AssertionError shows the first that failed."""
     line = [word for command in commands for word in ("-c", command)]
     peers.run("qemu-io", "-d", "unmap", "-f", driver, *line, image)
 

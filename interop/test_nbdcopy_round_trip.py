@@ -39,9 +39,7 @@ def test_odd_size(tmp_path: Path, pynbd_serve: PynbdServe) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--destination-is-zero"], ["--synchronous"]], ids=str)
-def test_sparse_stays_sparse(
-    options: list[str], tmp_path: Path, pynbd_serve: PynbdServe
-) -> None:
+def test_sparse_stays_sparse(options: list[str], tmp_path: Path, pynbd_serve: PynbdServe) -> None:
     """A hole is neither written on the way in nor on the way out."""
     peers.require("nbdcopy")
     source, image, back = (tmp_path / name for name in ("source", "a.raw", "back"))

@@ -28,6 +28,6 @@ def test_both_sides(tmp_path: Path) -> None:
     peers.require("qemu-img", "qemu-io", "nbdcopy")
     top, image = samples.chain(tmp_path), tmp_path / "a.raw"
     image.write_bytes(bytes((8 << 20) + (32 << 10)))
-    source, target = ["[", *PYNBD, top, "]"], ["[", *PYNBD, "-f", "raw", image, "]"]
+    source, target = ["[", *PYNBD, str(top), "]"], ["[", *PYNBD, "-f", "raw", str(image), "]"]
     peers.run("nbdcopy", "--", *source, *target)
     peers.run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", top, image)

@@ -16,7 +16,7 @@ PYNBD = [sys.executable, "-m", "pynbd", "serve"]
 def test_nbdinfo(tmp_path: Path) -> None:
     peers.require("qemu-img", "qemu-io", "nbdinfo")
     top = samples.chain(tmp_path)
-    line = ["--size", "--", "[", *PYNBD, top, "]"]
+    line = ["--size", "--", "[", *PYNBD, str(top), "]"]
     said = peers.run("nbdinfo", *line)
     assert (said.stdout, said.stderr) == (f"{(8 << 20) + (32 << 10)}\n", "")
 
@@ -35,7 +35,7 @@ h.shutdown()
 def test_image_that_is_not_there(tmp_path: Path) -> None:
     """The reason is pynbd's last word, and nbdinfo does not hang."""
     peers.require("nbdinfo")
-    line = ["--size", "--", "[", *PYNBD, tmp_path / "nowhere.qcow2", "]"]
+    line = ["--size", "--", "[", *PYNBD, str(tmp_path / "nowhere.qcow2"), "]"]
     said = peers.run("nbdinfo", *line, check=False, timeout=20)
     assert said.returncode == 1
     assert "nowhere.qcow2: cannot be opened: No such file or directory" in said.stderr

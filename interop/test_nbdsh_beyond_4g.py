@@ -52,7 +52,9 @@ def test_extended(image: Path, pynbd_serve: PynbdServe) -> None:
 def test_structured(image: Path, pynbd_serve: PynbdServe) -> None:
     """Every extent fits 32 bits, and together they are the whole."""
     uri = pynbd_serve(image, "-r", "-f", image.suffix[1:])
-    script = STATUS.format(extended=False, uri=uri) + f"""
+    script = (
+        STATUS.format(extended=False, uri=uri)
+        + f"""
 at, map = 0, []
 while at < {SIZE}:
     for length, flags in status(at, min({SIZE} - at, 2**32 - 1)):
@@ -65,6 +67,7 @@ edges = [status(offset, length) for offset, length in
     [(2**32 - 1, 2), (2**32 - 1, 1), (2**32, 2**32 - 1), (0, 2**32 - 1), ({SIZE} - 1, 1)]]
 print(json.dumps([map, edges]))
 """
+    )
     extents, edges = json.loads(peers.nbdsh(script))
     assert [tuple(extent) for extent in extents] == EXTENTS
     # The third ends before the data does; the others are one extent from end to end.
@@ -82,11 +85,14 @@ def test_one_request_clears_all(command: str, tmp_path: Path, pynbd_serve: Pynbd
             file.seek(offset)
             file.write(b"\5" * (1 << 20))
     assert samples.allocated(image) >= 3 << 20
-    script = STATUS.format(extended=True, uri=pynbd_serve(image, "-f", "raw")) + f"""
+    script = (
+        STATUS.format(extended=True, uri=pynbd_serve(image, "-f", "raw"))
+        + f"""
 assert h.pread(4096, {DATA}) == b"\\5" * 4096
 h.{command}({SIZE}, 0)
 assert h.pread(1 << 20, {DATA}) == bytes(1 << 20)
 print(json.dumps(status(0, {SIZE})))
 """
+    )
     assert json.loads(peers.nbdsh(script)) == [[SIZE, 3]]
     assert samples.allocated(image) < 1 << 20
