@@ -1,4 +1,7 @@
-"""Malformed client flags and options: rows H, O, S and M."""
+"""Malformed client flags and options: rows H, O, S and M.
+
+Not all of them are refused: the rows O7, M18 and M19 are to be overlooked.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,8 @@ def _exports() -> list[Stimulus]:
         Stimulus("O2", "4097 bytes", _FLAGS, option(name, b"n" * 4097)),
         Stimulus("O3", "a NUL after a good name", _FLAGS, option(name, b"raw\0x")),
         Stimulus("O4", "EXPORT_NAME", _EXTENDED, option(name, b"raw")),
+        Stimulus("O7", "ABORT with data", _FLAGS, option(Option.ABORT, b"data")),
+        Stimulus("O7", "ABORT with 1 MiB", _FLAGS, option(Option.ABORT, bytes(MIB))),
         Stimulus("O10", "LIST with data", _FLAGS, option(Option.LIST, b"data")),
         Stimulus("O10", "LIST with 1 MiB", _FLAGS, option(Option.LIST, bytes(MIB))),
     ]
@@ -97,6 +102,9 @@ def _contexts() -> list[Stimulus]:
     ]
     for code in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
         for row, what, data in [
+            ("M18", "a query without a colon", meta_data("raw", ["base"])),
+            ("M18", "an empty query", meta_data("raw", ["", base])),
+            ("M19", "a query of 4097 bytes", meta_data("raw", ["q" * 4097, base])),
             ("M20", "a NUL in a query", meta_data("raw", ["base:\0allocation"])),
             ("M20", "a NUL after a good query", meta_data("raw", [base, base + "\0"])),
             ("M20", "a NUL in the name", meta_data("raw\0", [base])),

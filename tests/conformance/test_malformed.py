@@ -25,7 +25,22 @@ PLACES = 8
 BATCH = 64
 """Cuts that are sent at once; then a polite client comes."""
 
+ROWS = """
+H5 H6 H12 H13 H14
+O2 O3 O4 O7 O10 O14 O15 O16 O17 O20 O21 O22 O23
+S2 S3 S6 S7 S8
+M2 M18 M19 M20 M21 M22 M23 M31
+C1 C2 C3 C5 C6
+B1 B2 B3 B4 B5 B6 B7 B8 B13 B14 B15 B16 B18
+P2 P3 P4 P5 P6 P7 P8 P9 P10 P13 P14 P15 P16 P17 P18 P20 P21
+"""
+"""The rows whose stimuli are malformed, or ask for what cannot be."""
+
 every_stimulus = pytest.mark.parametrize("stimulus", [*NEGOTIATION, *TRANSMISSION], ids=str)
+
+
+def test_no_row_is_left_out() -> None:
+    assert set(ROWS.split()) - {stimulus.row for stimulus in [*NEGOTIATION, *TRANSMISSION]} == set()
 
 
 def head_of(data: bytes) -> int:
