@@ -356,10 +356,9 @@ class Transmission:
             self._start(self._write(hop, lease), sum(request.length for request in hop))
 
     async def _write(self, requests: list[Request], lease: Lease) -> Sequence[Piece]:
-        try:
-            return await self.commands.write_batch(requests)
-        finally:
-            lease.end()
+        replies = await self.commands.write_batch(requests)
+        lease.end()  # not if this was cancelled: the system call goes on, and reads the buffer
+        return replies
 
     def _start(self, serving: Serving, length: int) -> None:
         """Serve at once what needs no disk. ``length``: bytes that it keeps in memory meanwhile."""
