@@ -450,10 +450,12 @@ def test_nbdinfo_starts_it(disk: Path) -> None:
 
 
 def test_socket_activation_and_an_address(disk: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with activated([listener], "-p", "0", disk) as process:
-            _, errors = process.communicate(timeout=10)
-            one_line((process.returncode, errors), 2, "LISTEN_FDS")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        activated([listener], "-p", "0", disk) as process,
+    ):
+        _, errors = process.communicate(timeout=10)
+        one_line((process.returncode, errors), 2, "LISTEN_FDS")
 
 
 def test_variables_that_are_meant_for_another(disk: Path) -> None:

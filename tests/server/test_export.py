@@ -1,0 +1,64 @@
+"""Exports: the transmission flags of rows F1 to F8 (as QEMU sets them), and names."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from pynbd.block.chain import open_image
+from pynbd.block.node import BlockNode
+from pynbd.server.contexts import standard_contexts
+from pynbd.server.export import Export, ExportTable
+
+
+@asynccontextmanager
+async def opened(tmp_path: Path, *, read_only: bool) -> AsyncIterator[BlockNode]:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4097))
+    node = await open_image(path, format="raw", read_only=read_only)
+    try:
+        yield node
+    finally:
+        await node.close()
+
+
+@pytest.mark.parametrize(
+    "read_only, multi_conn, flags",
+    [(True, True, 0x50F), (False, True, 0xD6D), (True, False, 0x40F), (False, False, 0xC6D)],
+)
+async def test_flags(tmp_path: Path, read_only: bool, multi_conn: bool, flags: int) -> None:
+    """Those of qemu-nbd in simple mode; negotiation adds SEND_DF and BLOCK_STATUS_PAYLOAD."""
+    async with opened(tmp_path, read_only=read_only) as node:
+        info = Export("x", node, contexts={}, multi_conn=multi_conn).info
+        assert info.flags == flags
+
+
+async def test_what_negotiation_is_told(tmp_path: Path) -> None:
+    """Row O28: minimum 1, preferred 4096, maximum payload 32 MiB; the exact size."""
+    async with opened(tmp_path, read_only=True) as node:
+        contexts = standard_contexts(node, depth=True, bitmaps=())
+        info = Export("x", node, description="text", contexts=contexts).info
+        assert (info.name, info.description, info.size) == ("x", "text", 4097)
+        assert info.block_size == (1, 4096, 32 << 20)
+        assert info.contexts == ("base:allocation", "qemu:allocation-depth")
+
+
+async def test_the_first_export_is_the_default(tmp_path: Path) -> None:
+    """Row O31."""
+    async with opened(tmp_path, read_only=True) as node:
+        first, second = (Export(name, node, contexts={}) for name in ("first", "second"))
+        table = ExportTable([first, second])
+        assert table.find("first") is table.find("") is first.info
+        assert table.find("second") is second.info
+        assert table.find("third") is None
+        assert table["second"] is second
+        assert list(table) == [first, second]
+        assert [info.name for info in table.listing()] == ["first", "second"]
+        named = ExportTable([second, Export("", node, contexts={})])
+        found = named.find("")
+        assert found is not None
+        assert found.name == ""
+    assert ExportTable([]).find("") is None
