@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import uvloop
@@ -73,11 +74,11 @@ class HeldFile(HostFile):
 
 
 class LocalServer:
-    """A running server: ``socket`` is its path, ``server`` and ``table`` the objects inside."""
+    """A running server: ``socket`` is where it listens, the others are the objects inside."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, socket: str) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, where: Any) -> None:
         self.loop = loop
-        self.socket = socket
+        self.socket = where
         self.server: Server
         self.table: ExportTable
 
@@ -92,11 +93,15 @@ class LocalServer:
 
 @contextmanager
 def serving(
-    loop_name: str, socket: str, nodes: dict[str, Callable[[Engine], BlockNode]], **options: Any
+    loop_name: str, where: str | socket, nodes: Mapping[str, Callable[[Engine], BlockNode]]
 ) -> Iterator[LocalServer]:
-    """Serve nodes by the names of their exports, in a thread, until the end of the block."""
+    """Serve nodes by the names of their exports, in a thread, until the end of the block.
+
+    ``where``: the path of a unix socket, or a socket that listens already.
+    """
     loop = _LOOPS[loop_name]()
-    local = LocalServer(loop, socket)
+    listener = listen_unix(where) if isinstance(where, str) else where
+    local = LocalServer(loop, listener.getsockname())
     ready = threading.Event()
     ended: list[BaseException] = []
 
@@ -107,7 +112,7 @@ def serving(
             Export(name, node, contexts=standard_contexts(node, depth=True, bitmaps=()))
             for name, node in opened.items()
         )
-        local.server = Server(local.table, [listen_unix(socket)], **options)
+        local.server = Server(local.table, [listener])
         loop.call_soon(ready.set)
         await local.server.run()
         for node in opened.values():
@@ -129,7 +134,7 @@ def serving(
     try:
         yield local
     finally:
-        if thread.is_alive():
+        with suppress(RuntimeError):  # it has ended already
             loop.call_soon_threadsafe(local.server.stop)
         thread.join(2 * DEADLINE)
     assert not thread.is_alive()
