@@ -25,8 +25,8 @@ from enum import Enum, IntEnum, IntFlag
 from types import TracebackType
 from typing import NamedTuple, Self
 
-DEADLINE = 2.0
-"""Seconds that any single wait may take."""
+DEADLINE = 10.0
+"""Seconds that any single wait may take: what is late fails, but a busy disk is no failure."""
 
 NBDMAGIC = b"NBDMAGIC"
 IHAVEOPT = b"IHAVEOPT"

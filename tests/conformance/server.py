@@ -31,6 +31,7 @@ import uvloop
 from pynbd.block.chain import open_image
 from pynbd.block.qcow2 import builder
 from pynbd.block.qcow2.builder import Compressed, Data, Image, Zero
+from pynbd.protocol.handshake import negotiate
 from pynbd.server import connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
@@ -194,7 +195,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     table = kind([] if arguments.no_exports else exports.values())
     listener = listen_unix(str(arguments.socket))
     if arguments.no_extended_headers:
-        connection.negotiate = partial(connection.negotiate, extended=False)
+        connection.negotiate = partial(negotiate, extended=False)  # type: ignore[attr-defined]
     server = Server(table, [listener], handshake_limit=arguments.handshake_limit)
 
     def answer_as_stopping(stopping: bool) -> None:
