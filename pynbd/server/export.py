@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pynbd.block.node import BlockNode
 from pynbd.protocol.handshake import ExportInfo
@@ -66,7 +66,7 @@ class ExportTable:
         self._exports = {export.name: export for export in exports}
         self.stopping = False
 
-    def __iter__(self) -> Iterable[Export]:
+    def __iter__(self) -> Iterator[Export]:
         return iter(self._exports.values())
 
     def __getitem__(self, name: str) -> Export:

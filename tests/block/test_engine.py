@@ -24,6 +24,7 @@ from pynbd.block.engine import (
     FALLOC_PUNCH_HOLE,
     FALLOC_ZERO_RANGE,
     NOWAIT_MAX,
+    Buffer,
     Engine,
     HostFile,
 )
@@ -282,7 +283,11 @@ async def test_a_file_without_seek_data_is_all_data(engine: Engine) -> None:
 
 
 async def test_a_batch_is_one_hop(file: HostFile, engine: CountingEngine, path: Path) -> None:
-    pieces = [(b"one", 0), (memoryview(b"-two-")[1:4], 4096), (bytearray(b"three"), 1 << 21)]
+    pieces: list[tuple[Buffer, int]] = [
+        (b"one", 0),
+        (memoryview(b"-two-")[1:4], 4096),
+        (bytearray(b"three"), 1 << 21),
+    ]
     assert await file.write_batch(pieces, fua=True) == [None, None, None]
     assert engine.hops == 1
     assert len(content(path)) == (1 << 21) + 5

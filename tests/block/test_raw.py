@@ -223,8 +223,8 @@ async def test_no_magic_by_zeroes(blank: Path) -> None:
         async with opened(blank) as node:
             options = {"may_unmap": True, "fast": False} if zeroing is RawNode.write_zeroes else {}
             with pytest.raises(OSError, match="make it look like qed"):
-                await zeroing(node, 3, 1, **options)  # type: ignore[operator]
-            await zeroing(node, 0, 4096, **options)  # type: ignore[operator]
+                await zeroing(node, 3, 1, **options)
+            await zeroing(node, 0, 4096, **options)
         assert content(blank)[:4] == bytes(4)
         fill(blank, b"QEDx")
 

@@ -307,7 +307,7 @@ async def test_fast_zero(path: Path, engine: WatchedEngine, flags: int, error: i
         async def unable(*args: Any) -> bool:
             return False
 
-        node.file.fallocate = unable  # type: ignore[method-assign]
+        node.file.fallocate = unable  # type: ignore[method-assign, assignment]
         reply = await talk.client.ask(WRITE_ZEROES, 5, 8192, flags=flags)
         assert reply.error == error
     expected = BYTES if error else BYTES[:5] + bytes(8192) + BYTES[8197:]
