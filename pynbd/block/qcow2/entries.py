@@ -197,7 +197,9 @@ def _uniform(words: UInt64s, bitmaps: UInt64s | None, layout: Layout) -> Int64s:
     with the next cluster. What else is to be merged is left to the end, when few runs are left.
     """
     step = words[1:] - words[:-1]
-    somewhere = words & (L2E_OFFSET_MASK | COMPRESSED) != 0
+    # Offset 0 is a place in a data file, and then has COPIED.
+    place = L2E_OFFSET_MASK | COMPRESSED | (COPIED if layout.data_file else 0)
+    somewhere = words & place != 0
     # Bit 55 carries into reserved bits: the next offset is 0 then, and the entries are not alike.
     alike = np.where(somewhere[:-1] & somewhere[1:], step == layout.cluster_size, step == 0)
     alike &= words[1:] & COMPRESSED == 0
