@@ -7,7 +7,7 @@ nothing is said on standard error (the fixture ``server`` looks).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
@@ -24,6 +24,8 @@ HEAD = 256
 PLACES = 8
 BATCH = 64
 """Cuts that are sent at once; then a polite client comes."""
+LEAVING = 4
+"""One cut of so many is also sent by a client that does not listen."""
 
 ROWS = """
 H5 H6 H12 H13 H14
@@ -57,6 +59,12 @@ def cuts(data: bytes) -> list[int]:
 def batched(cuts: list[int]) -> Iterator[list[int]]:
     for start in range(0, len(cuts), BATCH):
         yield cuts[start : start + BATCH]
+
+
+@contextmanager
+def peers_for(server: RunningServer, batch: list[int]) -> Iterator[list[Peer]]:
+    with ExitStack() as connections:
+        yield [connections.enter_context(server.connect()) for _ in batch]
 
 
 def send_cut(peer: Peer, stimulus: Stimulus, cut: int | None = None) -> None:
@@ -96,19 +104,20 @@ def test_bytewise(server: RunningServer, stimulus: Stimulus) -> None:
 
 @every_stimulus
 def test_cut_short(server: RunningServer, stimulus: Stimulus) -> None:
-    """By clients that listen until the server closes, and by others that are gone at once."""
+    """By clients that listen until the server closes, and by some that are gone at once."""
     before = server.descriptors()
     whole = whole_answer(server, stimulus)
     for batch in batched(cuts(stimulus.data)):
-        with ExitStack() as connections:
-            peers = [connections.enter_context(server.connect()) for _ in batch]
+        with peers_for(server, batch) as peers:
             for peer, cut in zip(peers, batch, strict=True):
                 send_cut(peer, stimulus, cut)
             for peer in peers:
                 assert whole.startswith(peer.read_to_end())
-        for cut in batch:
-            with server.connect() as peer:
+        leaving = batch[::LEAVING]
+        with peers_for(server, leaving) as peers:
+            for peer, cut in zip(peers, leaving, strict=True):
                 peer.send_anyway(stimulus.setup + stimulus.data[:cut])
+            for peer in peers:
                 peer.wait_taken()
         server.check()
     server.wait_for_descriptors(before)
