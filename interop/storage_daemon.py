@@ -65,7 +65,8 @@ def running(
         *("--chardev", f"socket,id=qmp,path={monitor},server=on,wait=off"),
         *("--monitor", "chardev=qmp"),
     ]
-    with peers.listening(line, nbd), socket.socket(socket.AF_UNIX) as connection:
+    # It obeys its options in their order: when the monitor listens, all is there.
+    with peers.listening(line, monitor), socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
         connection.connect(str(monitor))
         with connection.makefile("rw") as stream:
