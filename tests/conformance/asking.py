@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,9 @@ each_mode = pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.va
 chunked = pytest.mark.parametrize(
     "mode", [Mode.STRUCTURED, Mode.EXTENDED], ids=lambda mode: mode.value
 )
+
+HUGE = 1 << 30
+"""Bytes of address space. A thread takes some as well, but not so many."""
 
 MAX_ERROR_TEXT = 900
 """QEMU's client gives up at 1000 bytes of error payload."""
@@ -88,10 +93,18 @@ def still_serves(peer: Peer) -> None:
     assert peer.pread(0, 512) == pattern(0, 512)
 
 
-def peak_memory(server: RunningServer) -> int:
-    """Bytes of address space that the server has had at most (VmPeak)."""
+@contextmanager
+def in_little_memory(server: RunningServer) -> Iterator[None]:
+    """What is done inside takes next to no memory, and asks for none that it does not touch."""
+    before = _peak_address_space(server)
+    with server.flat_memory():
+        yield
+    assert _peak_address_space(server) - before < HUGE
+
+
+def _peak_address_space(server: RunningServer) -> int:
     status = Path(f"/proc/{server.pid}/status").read_text()
-    return int(status.split("VmPeak:")[1].split()[0]) * 1024
+    return int(status.split("VmPeak:")[1].split()[0]) << 10
 
 
 def _check_offsets(reply: Reply, offset: int) -> None:
