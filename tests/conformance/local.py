@@ -12,9 +12,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from socket import socket
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvloop
 
@@ -24,6 +25,8 @@ from pynbd.block.raw import RawNode
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.server import Server, listen_unix
+from tests.conformance.client import Mode, Peer
+from tests.conformance.server import pattern
 
 DEADLINE = 5.0
 _LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -74,13 +77,12 @@ class HeldFile(HostFile):
 
 
 class LocalServer:
-    """A running server: ``socket`` is where it listens, the others are the objects inside."""
+    """A running server: ``socket`` is where it listens, ``server`` the object inside."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, where: Any) -> None:
         self.loop = loop
         self.socket = where
         self.server: Server
-        self.table: ExportTable
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Call ``function`` in the server's thread, and wait until it has returned."""
@@ -108,11 +110,11 @@ def serving(
     async def serve() -> None:
         engine = Engine()
         opened = {name: make(engine) for name, make in nodes.items()}
-        local.table = ExportTable(
+        table = ExportTable(
             Export(name, node, contexts=standard_contexts(node, depth=True, bitmaps=()))
             for name, node in opened.items()
         )
-        local.server = Server(local.table, [listener])
+        local.server = Server(table, [listener])
         loop.call_soon(ready.set)
         await local.server.run()
         for node in opened.values():
@@ -152,3 +154,33 @@ def held_node(path: Path, held: list[HeldFile]) -> Callable[[Engine], BlockNode]
         return RawNode(file, read_only=False)
 
     return make
+
+
+@cache
+def content(size: int) -> bytes:
+    """`pattern` from the start, kept."""
+    return pattern(0, size)
+
+
+class Held(NamedTuple):
+    """A server whose default export is one held file, ``path``, with `content`."""
+
+    local: LocalServer
+    path: Path
+    file: HeldFile
+
+    def enter(self, mode: Mode) -> Peer:
+        """A connection in transmission."""
+        peer = Peer(self.local.socket)
+        peer.negotiate(mode)
+        return peer
+
+
+@contextmanager
+def holding(loop_name: str, folder: Path, size: int) -> Iterator[Held]:
+    """A server on a held file of ``size`` bytes, until the end of the block."""
+    files: list[HeldFile] = []
+    path = folder / "disk.img"
+    path.write_bytes(content(size))
+    with serving(loop_name, str(folder / "socket"), {"": held_node(path, files)}) as local:
+        yield Held(local, path, files[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,13 +30,14 @@ from tests.conformance.client import (
     filter_payload,
     request,
 )
-from tests.conformance.local import HeldFile, held_node, serving
+from tests.conformance.local import Held, holding
 from tests.conformance.rows import row
 from tests.conformance.running import RunningServer
 from tests.conformance.server import RAW_SCRATCH, RAW_SIZE, pattern
 
 BASE = "base:allocation"
 SCRATCH = RAW_SCRATCH[0]
+SIZE = 1 << 20
 
 # Where each flag is legal: a in all modes, c where replies have chunks, x with extended headers.
 # BLOCK_STATUS needs a metadata context, and none can be had for simple replies.
@@ -53,6 +54,12 @@ LEGAL = {
 MODES = {"a": set(Mode), "c": {Mode.STRUCTURED, Mode.EXTENDED}, "x": {Mode.EXTENDED}, ".": set()}
 CELLS = list(itertools.product(LEGAL, range(8), Mode))
 assert len(CELLS) == 168
+
+
+@pytest.fixture
+def held(tmp_path: Path, loop: str) -> Iterator[Held]:
+    with holding(loop, tmp_path, SIZE) as held:
+        yield held
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,25 @@ def test_disc(server: RunningServer, mode: Mode) -> None:
         for _ in range(8):
             assert peer.reply(0, 1 << 20).data == pattern(0, 1 << 20)
         peer.expect_disconnect()
+
+
+@row("C4", "C13")
+@each_mode
+@pytest.mark.parametrize("how", ["DISC", "half-close"])
+def test_the_disk_is_waited_for(held: Held, mode: Mode, how: str) -> None:
+    with held.enter(mode) as peer:
+        held.file.released.clear()
+        cookies = {peer.request(Cmd.FLUSH) for _ in range(4)}
+        if how == "DISC":
+            peer.request(Cmd.DISC)
+        else:
+            peer.finish()
+        peer.expect_silence()
+        held.file.released.set()
+        assert {peer.reply().cookie for _ in range(4)} == cookies
+        peer.expect_disconnect()
+    with held.enter(mode) as peer:
+        still_serves(peer)
 
 
 @row("C5")
@@ -236,35 +262,25 @@ def test_requests_in_flight(server: RunningServer, mode: Mode) -> None:
 
 @row("C12")
 @each_mode
-def test_a_reply_overtakes_a_slow_one(tmp_path: Path, loop: str, mode: Mode) -> None:
-    held: list[HeldFile] = []
-    image = tmp_path / "disk.img"
-    image.write_bytes(pattern(0, 1 << 20))
-    place = str(tmp_path / "socket")
-    with serving(loop, place, {"": held_node(image, held)}), Peer(place) as peer:
-        peer.negotiate(mode)
-        held[0].released.clear()
+def test_a_reply_overtakes_a_slow_one(held: Held, mode: Mode) -> None:
+    with held.enter(mode) as peer:
+        held.file.released.clear()
         slow = peer.request(Cmd.FLUSH)
         assert peer.pread(4096, 512) == pattern(4096, 512)
-        held[0].released.set()
+        held.file.released.set()
         assert peer.reply().cookie == slow
         still_serves(peer)
 
 
 @row("C12")
-def test_requests_past_the_budget_wait(tmp_path: Path, loop: str) -> None:
+def test_requests_past_the_budget_wait(held: Held) -> None:
     """A client that floods is not read any further, and is served in the end."""
-    held: list[HeldFile] = []
-    image = tmp_path / "disk.img"
-    image.write_bytes(pattern(0, 4096))
-    place = str(tmp_path / "socket")
     flushes = b"".join(request(Mode.STRUCTURED, Cmd.FLUSH, cookie=n) for n in range(200_000))
-    with serving(loop, place, {"": held_node(image, held)}), Peer(place) as peer:
-        peer.negotiate(Mode.STRUCTURED)
-        held[0].released.clear()
+    with held.enter(Mode.STRUCTURED) as peer:
+        held.file.released.clear()
         taken = _send_until_nobody_reads(peer, flushes)
         assert taken < len(flushes)
-        held[0].released.set()
+        held.file.released.set()
         count = -(-taken // 28)
         peer.send(flushes[taken : count * 28])
         for _ in range(count):
@@ -290,7 +306,7 @@ def test_half_closed(server: RunningServer, mode: Mode) -> None:
         for _ in range(16):
             peer.request(Cmd.READ, 0, 1 << 20)
         peer.request(Cmd.FLUSH)
-        peer.sock.shutdown(socket.SHUT_WR)
+        peer.finish()
         answered = 0
         if mode is Mode.SIMPLE:
             expected = 16 * ((1 << 20) + 16) + 16
@@ -306,7 +322,7 @@ def test_half_closed_in_the_middle_of_a_request(server: RunningServer) -> None:
     with server.enter(Mode.STRUCTURED) as peer:
         peer.send(request(peer.mode, Cmd.FLUSH, cookie=5))
         peer.send(request(peer.mode, Cmd.FLUSH)[:20])
-        peer.sock.shutdown(socket.SHUT_WR)
+        peer.finish()
         assert peer.reply().cookie == 5
         peer.expect_disconnect()
 
@@ -323,6 +339,23 @@ def test_client_vanishes_in_the_middle_of_a_reply(
                 peer.request(Cmd.READ, 0, 1 << 20)
             peer.read(taken)
         still_serves(bystander)
+
+
+@row("C14")
+@each_mode
+def test_client_vanishes_while_the_disk_is_slow(held: Held, mode: Mode) -> None:
+    """What it asked for is done, and nobody misses the reply."""
+    with held.enter(mode) as bystander:
+        with held.enter(mode) as peer:
+            held.file.released.clear()
+            peer.request(Cmd.WRITE, 8192, flags=write_flags(mode), payload=b"\xaa" * 4096)
+            assert held.file.entered.acquire(timeout=DEADLINE)
+            peer.request(Cmd.FLUSH)
+            peer.wait_taken()
+        held.file.released.set()
+        still_serves(bystander)
+        assert bystander.ask(Cmd.FLUSH).error == 0
+        assert bystander.pread(8192, 4096) == b"\xaa" * 4096
 
 
 @row("C14")

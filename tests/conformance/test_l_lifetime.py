@@ -29,7 +29,7 @@ from tests.conformance.client import (
     opening,
     option,
 )
-from tests.conformance.local import HeldFile, LocalServer, held_node, serving
+from tests.conformance.local import Held, held_node, holding, serving
 from tests.conformance.rows import row
 from tests.conformance.running import ROOT
 from tests.conformance.server import pattern
@@ -107,19 +107,9 @@ def serve(tmp_path: Path, loop: str) -> Iterator[StartServe]:
 
 
 @pytest.fixture
-def held(tmp_path: Path, loop: str) -> Iterator[tuple[LocalServer, HeldFile]]:
-    """A server in this process, on a file whose disk can be held."""
-    files: list[HeldFile] = []
-    image = tmp_path / "disk.img"
-    image.write_bytes(pattern(0, SIZE))
-    with serving(loop, str(tmp_path / "socket"), {"": held_node(image, files)}) as local:
-        yield local, files[0]
-
-
-def enter_held(local: LocalServer, mode: Mode) -> Peer:
-    peer = Peer(local.socket)
-    peer.negotiate(mode)
-    return peer
+def held(tmp_path: Path, loop: str) -> Iterator[Held]:
+    with holding(loop, tmp_path, SIZE) as held:
+        yield held
 
 
 # The end --------------------------------------------------------------------------------------
@@ -127,10 +117,10 @@ def enter_held(local: LocalServer, mode: Mode) -> Peer:
 
 @row("L1", "L2")
 @each_mode
-def test_requests_under_way_are_answered(held: tuple[LocalServer, HeldFile], mode: Mode) -> None:
+def test_requests_under_way_are_answered(held: Held, mode: Mode) -> None:
     """What is under way is waited for, what comes now is refused, and then the server closes."""
-    local, file = held
-    with enter_held(local, mode) as peer, enter_held(local, mode) as idle:
+    local, file = held.local, held.file
+    with held.enter(mode) as peer, held.enter(mode) as idle:
         file.released.clear()
         under_way = peer.request(Cmd.FLUSH)
         assert file.entered.acquire(timeout=2)
@@ -153,9 +143,9 @@ def test_requests_under_way_are_answered(held: tuple[LocalServer, HeldFile], mod
 
 
 @row("L1")
-def test_requests_that_take_too_long_are_dropped(held: tuple[LocalServer, HeldFile]) -> None:
-    local, file = held
-    with enter_held(local, Mode.STRUCTURED) as peer:
+def test_requests_that_take_too_long_are_dropped(held: Held) -> None:
+    local, file = held.local, held.file
+    with held.enter(Mode.STRUCTURED) as peer:
         file.released.clear()
         peer.request(Cmd.FLUSH)
         assert file.entered.acquire(timeout=2)
@@ -224,17 +214,16 @@ def test_end_while_clients_negotiate(serve: StartServe) -> None:
 
 
 @row("L7")
-def test_export_is_there_until_the_server_ends(held: tuple[LocalServer, HeldFile]) -> None:
+def test_export_is_there_until_the_server_ends(held: Held) -> None:
     """Then its clients are dropped, and no new ones are accepted."""
-    local, _ = held
-    with enter_held(local, Mode.STRUCTURED) as one, enter_held(local, Mode.EXTENDED) as other:
+    with held.enter(Mode.STRUCTURED) as one, held.enter(Mode.EXTENDED) as other:
         still_serves(one)
         still_serves(other)
-        local.call(local.server.stop)
+        held.local.call(held.local.server.stop)
         one.expect_disconnect()
         other.expect_disconnect()
     with socket.socket(socket.AF_UNIX) as late:
-        assert late.connect_ex(local.socket) == errno.ECONNREFUSED
+        assert late.connect_ex(held.local.socket) == errno.ECONNREFUSED
 
 
 # How many -------------------------------------------------------------------------------------

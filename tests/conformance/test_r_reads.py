@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -17,10 +16,9 @@ from tests.conformance.client import (
     CmdFlag,
     Errno,
     Mode,
-    Peer,
     ReplyChunk,
 )
-from tests.conformance.local import HeldFile, held_node, serving
+from tests.conformance.local import Held, content, holding
 from tests.conformance.rows import row
 from tests.conformance.running import RunningServer
 from tests.conformance.server import (
@@ -48,7 +46,7 @@ RANGES = [
 ranges = pytest.mark.parametrize("offset, length", RANGES)
 CONTENT_TYPES = (Chunk.OFFSET_DATA, Chunk.OFFSET_HOLE)
 SIZE = 1 << 20
-CONTENT = pattern(0, SIZE)
+CONTENT = content(SIZE)
 
 
 def pieces(chunks: Sequence[ReplyChunk]) -> list[tuple[int, int]]:
@@ -176,43 +174,24 @@ def test_hole_of_an_extended_reply(server: RunningServer) -> None:
 # A disk that fails ----------------------------------------------------------------------------
 
 
-class Shrinking(NamedTuple):
-    """A server on a file of `SIZE` bytes which becomes shorter under its hands."""
-
-    place: str
-    path: Path
-    file: HeldFile
-
-    def enter(self, mode: Mode) -> Peer:
-        peer = Peer(self.place)
-        peer.negotiate(mode)
-        return peer
-
-
 @pytest.fixture
-def shrinking(tmp_path: Path, loop: str) -> Iterator[Shrinking]:
-    files: list[HeldFile] = []
-    path = tmp_path / "disk.img"
-    path.write_bytes(CONTENT)
-    place = str(tmp_path / "socket")
-    with serving(loop, place, {"": held_node(path, files)}):
-        yield Shrinking(place, path, files[0])
+def held(tmp_path: Path, loop: str) -> Iterator[Held]:
+    with holding(loop, tmp_path, SIZE) as held:
+        yield held
 
 
 @row("R4", "R6")
 @chunked
 @pytest.mark.parametrize("flags", [0, CmdFlag.DF], ids=["plain", "DF"])
 @pytest.mark.parametrize("left", [0, 1, 70_000, 262_143])
-def test_file_ends_in_the_middle_of_a_chunk(
-    shrinking: Shrinking, mode: Mode, flags: int, left: int
-) -> None:
+def test_file_ends_in_the_middle_of_a_chunk(held: Held, mode: Mode, flags: int, left: int) -> None:
     """The chunk that was begun is completed with zeroes; the error comes after it, and DONE with
     it.
     """
     offset, length = 256 << 10, 256 << 10
-    with shrinking.enter(mode) as peer:
-        shrinking.file.claims_resident = True  # the server looks, and only then it is truncated
-        os.truncate(shrinking.path, offset + left)
+    with held.enter(mode) as peer:
+        held.file.claims_resident = True  # the server looks, and only then it is truncated
+        os.truncate(held.path, offset + left)
         cookie = peer.request(Cmd.READ, offset, length, flags=flags)
         content, error = peer.read_chunk(), peer.read_chunk()
         assert (content.cookie, error.cookie) == (cookie, cookie)
@@ -222,17 +201,17 @@ def test_file_ends_in_the_middle_of_a_chunk(
         assert not any(content.payload[8 + left :])
         assert (error.flags, error.type) == (1, Chunk.ERROR)
         assert int.from_bytes(error.payload[:4]) == Errno.EIO
-        shrinking.file.claims_resident = False
+        held.file.claims_resident = False
         still_serves(peer)
 
 
 @row("R6")
 @chunked
 @pytest.mark.parametrize("length", [512, 256 << 10])
-def test_data_that_cannot_be_read(shrinking: Shrinking, mode: Mode, length: int) -> None:
+def test_data_that_cannot_be_read(held: Held, mode: Mode, length: int) -> None:
     """What is known to fail before anything was sent is one error chunk."""
-    with shrinking.enter(mode) as peer:
-        os.truncate(shrinking.path, 4096)
+    with held.enter(mode) as peer:
+        os.truncate(held.path, 4096)
         for offset in (4096, 256 << 10):
             cookie = peer.request(Cmd.READ, offset, length)
             reply = peer.reply()
@@ -242,26 +221,26 @@ def test_data_that_cannot_be_read(shrinking: Shrinking, mode: Mode, length: int)
 
 
 @row("R7")
-def test_simple_reply_that_fails_after_its_header(shrinking: Shrinking) -> None:
+def test_simple_reply_that_fails_after_its_header(held: Held) -> None:
     """There is no way left to say it: the connection ends before the data are complete."""
     length = 256 << 10
-    with shrinking.enter(Mode.SIMPLE) as peer:
-        shrinking.file.claims_resident = True
-        os.truncate(shrinking.path, 70_000)
+    with held.enter(Mode.SIMPLE) as peer:
+        held.file.claims_resident = True
+        os.truncate(held.path, 70_000)
         peer.request(Cmd.READ, 0, length)
         answer = peer.read_to_end()
         assert answer[:8] == bytes.fromhex("67446698 00000000")
         assert len(answer) < 16 + length
         assert answer[16:] == CONTENT[: len(answer) - 16]
-    shrinking.file.claims_resident = False
-    with shrinking.enter(Mode.SIMPLE) as peer:
+    held.file.claims_resident = False
+    with held.enter(Mode.SIMPLE) as peer:
         still_serves(peer)
 
 
 @row("R7")
-def test_simple_reply_that_fails_before_its_header(shrinking: Shrinking) -> None:
-    with shrinking.enter(Mode.SIMPLE) as peer:
-        os.truncate(shrinking.path, 70_000)
+def test_simple_reply_that_fails_before_its_header(held: Held) -> None:
+    with held.enter(Mode.SIMPLE) as peer:
+        os.truncate(held.path, 70_000)
         cookie = peer.request(Cmd.READ, 0, 256 << 10)
         reply = peer.reply()
         assert (reply.cookie, reply.error) == (cookie, Errno.EIO)

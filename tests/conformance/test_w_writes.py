@@ -10,7 +10,6 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -23,7 +22,7 @@ from tests.conformance.asking import (
     write_flags,
 )
 from tests.conformance.client import Cmd, CmdFlag, Errno, Flag, Mode, Option, Peer
-from tests.conformance.local import HeldFile, held_node, serving
+from tests.conformance.local import Held, content, holding
 from tests.conformance.rows import row
 from tests.conformance.running import RunningServer
 from tests.conformance.server import (
@@ -39,30 +38,13 @@ from tests.conformance.server import (
 BASE = "base:allocation"
 SCRATCH = RAW_SCRATCH[0] + (256 << 20)
 SIZE = 4 << 20
-CONTENT = pattern(0, SIZE)
-
-
-class Held(NamedTuple):
-    """A server on one held file of `SIZE` bytes, with `CONTENT`."""
-
-    place: str
-    path: Path
-    file: HeldFile
-
-    def enter(self, mode: Mode) -> Peer:
-        peer = Peer(self.place)
-        peer.negotiate(mode)
-        return peer
+CONTENT = content(SIZE)
 
 
 @pytest.fixture
 def held(tmp_path: Path, loop: str) -> Iterator[Held]:
-    files: list[HeldFile] = []
-    path = tmp_path / "disk.img"
-    path.write_bytes(CONTENT)
-    place = str(tmp_path / "socket")
-    with serving(loop, place, {"": held_node(path, files)}):
-        yield Held(place, path, files[0])
+    with holding(loop, tmp_path, SIZE) as held:
+        yield held
 
 
 # Permission -----------------------------------------------------------------------------------
@@ -157,7 +139,7 @@ def test_flush(held: Held, mode: Mode) -> None:
         assert other.pread(8192, 4096) == b"\xaa" * 4096
         still_serves(writer)
         still_serves(other)
-    with Peer(held.place) as peer:
+    with Peer(held.local.socket) as peer:
         peer.greet()
         assert peer.info(Option.INFO).flags & Flag.CAN_MULTI_CONN
 
