@@ -282,6 +282,7 @@ async def talking(
     session = negotiated(export, mode, dict(enumerate(export.contexts)))
     transmission = Transmission(stream, export, session, BufferPool(), budget)
     running = asyncio.get_running_loop().create_task(transmission.run())
+    running.add_done_callback(lambda _: stream.close())  # as its connection does
     client = Client(theirs, mode)
     try:
         await asyncio.sleep(0)
@@ -289,7 +290,6 @@ async def talking(
     finally:
         theirs.close()
         _, late = await asyncio.wait([running], timeout=20)
-        stream.close()
         assert not late
         if not running.cancelled():
             with suppress(ProtocolError):  # the test asked for it, and has seen it

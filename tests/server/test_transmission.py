@@ -499,7 +499,6 @@ async def test_disc_waits_for_requests_in_flight(
         assert (await client.reply(1)).data(0, 300 * K) == BYTES[: 300 * K]
         assert not (await client.reply(2)).error
         await talk.ends()
-        talk.stream.close()
         await client.closed()
     assert content(path)[2 << 20 : (2 << 20) + 4] == b"last"
 
@@ -512,17 +511,17 @@ async def test_a_half_closed_connection_is_answered(
         client = talk.client
         node.file.lends_pages = False
         await client.send(
-            client.request(READ, 0, 2 << 20, cookie=1),
-            client.request(FLUSH, cookie=2),
-            client.request(READ, 0, 512, cookie=3),
-            client.request(WRITE, 0, payload=b"cut short", cookie=4)[:-1],
+            client.request(FLUSH, cookie=1),
+            client.request(READ, 0, 512, cookie=2),
+            *(client.request(READ, 0, SIZE, cookie=3 + n) for n in range(4)),
+            client.request(WRITE, 0, payload=b"cut short", cookie=99)[:-1],
         )
         client.sock.shutdown(socket.SHUT_WR)
-        for cookie in (1, 2, 3):
+        await asyncio.sleep(0.05)  # far more than the socket holds
+        for cookie in range(1, 7):
             assert not (await client.reply(cookie)).error
-        assert client.replies[1].data(0, 2 << 20) == BYTES[: 2 << 20]
+        assert client.replies[6].data(0, SIZE) == BYTES
         await talk.ends()
-        talk.stream.close()
         await client.closed()
     assert content(path) == BYTES
 
@@ -568,6 +567,23 @@ async def test_a_peer_that_vanishes_before_its_write_is_done(
         await talk.client.send(talk.client.request(WRITE, 0, payload=b"written"))
         await asyncio.sleep(0.02)
         talk.client.sock.close()
+        await asyncio.sleep(0.02)
+        assert not talk.running.done()
+        engine.release()
+        await talk.ends()
+    assert content(path)[:7] == b"written"
+
+
+async def test_a_peer_that_is_lost_while_a_write_is_under_way(
+    path: Path, engine: WatchedEngine
+) -> None:
+    """Nothing can be sent any more, and still the session waits for the system call."""
+    async with opened(path, engine) as node, talking(node) as talk:
+        engine.held = {"_write_batch"}
+        await talk.client.send(talk.client.request(WRITE, 0, payload=b"written"))
+        await asyncio.sleep(0.02)
+        talk.client.sock.send(talk.client.request(READ, 0, 512))
+        talk.client.sock.close()  # the reply to this read cannot be sent
         await asyncio.sleep(0.02)
         assert not talk.running.done()
         engine.release()
@@ -706,7 +722,6 @@ async def test_a_file_truncated_in_a_simple_reply(path: Path, engine: WatchedEng
                 break
         engine.release()
         await talk.ends()
-        talk.stream.close()
         while more := await loop.sock_recv(client.sock, 1 << 20):
             received += more
         assert 0 < len(received) < reads
