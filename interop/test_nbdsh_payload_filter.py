@@ -157,7 +157,7 @@ answer = [ask(["{BASE}"]), bytes(h.pread(4, 1 << 20)).hex()]
 
 
 def test_nothing_negotiated(uris: Uris) -> None:
-    """Without contexts the filter is not offered and is refused; qemu-nbd 10 aborts here."""
+    """Without contexts the filter is not offered, and is refused (row P14)."""
     script = """
 h.clear_meta_contexts()
 h.connect_uri(uri)
