@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -265,12 +266,20 @@ async def test_qemu_guards_the_same(blank: Path) -> None:
 async def test_guarded_writes_go_one_by_one(blank: Path) -> None:
     """Many at once cannot slip past the guard between its look and its write."""
     magic = b"QFI\xfb\0\0\0\2"
-    async with opened(blank) as node:
-        results = await asyncio.gather(
-            *(node.pwrite_batch([(at, magic[at : at + 1])]) for at in range(8))
-        )
-    assert [error for (error,) in results if error]
+    engine, busy = Engine(1), threading.Event()
+    node = await open_image(blank, read_only=False, engine=engine)
+    held = asyncio.ensure_future(engine.run(busy.wait, 10))
+    writes = [
+        asyncio.ensure_future(node.pwrite_batch([(at, magic[at : at + 1])])) for at in range(8)
+    ]
+    await asyncio.sleep(0.01)  # the writes that were looked at wait for the only thread
+    busy.set()
+    errors = [error for (error,) in await asyncio.gather(*writes) if error]
+    assert [error.errno for error in errors] == [errno.EPERM]
     assert content(blank)[:8] != magic
+    await held
+    await node.close()
+    engine.close()
 
 
 async def test_the_guard_sees_the_sector_as_it_would_be(path: Path) -> None:

@@ -163,6 +163,20 @@ def test_errors_of_the_host(number: int | None, error: Error) -> None:
     assert nbd_error(OSError(number, "text")) == error
 
 
+@pytest.mark.parametrize("flags, error", [(FAST_ZERO, ENOTSUP), (0, EINVAL), (FUA, EINVAL)])
+async def test_only_fast_zero_is_not_supported(path: Path, flags: int, error: int) -> None:
+    """Row W10: ENOTSUP says nothing to who did not ask for FAST_ZERO."""
+    node = await open_image(path, format="raw")
+    export = Export("", node, contexts={})
+    commands = Commands(
+        export, negotiated(export, Mode.SIMPLE, {}), dialect(structured=False, extended=False)
+    )
+    request = Request(flags, WRITE_ZEROES, 1, 0, 512)
+    reply = commands.refusal(request, OSError(errno.EOPNOTSUPP, "text"))
+    assert int.from_bytes(reply[4:8], "big") == error
+    await node.close()
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
