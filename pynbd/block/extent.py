@@ -2,8 +2,7 @@
 
 `Runs` is the answer of one layer or of a whole chain about a guest range, held as numpy columns,
 because a map of 1 TiB may have millions of runs. `Extent` is one resolved piece of guest range,
-ready for I/O, and `ResolvedExtents` remembers those that were looked up, so that a read that hits
-never walks a table.
+ready for I/O.
 
 Laws of `Runs`: ascending, contiguous from `offset`, every run at least one byte long, ``ends``
 exclusive. A `Runs` may be shorter than what was asked for (never empty unless nothing was asked),
@@ -12,7 +11,6 @@ never longer.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -186,50 +184,3 @@ class Extent:
     node: Any
     file: Any = None
     shift: int = 0
-
-
-class ResolvedExtents:
-    """Extents that were looked up before, ascending and without overlap, with gaps, bounded in
-    number.
-    """
-
-    __slots__ = ("extents", "limit", "starts")
-
-    def __init__(self, limit: int = 1 << 16) -> None:
-        # Two parallel lists, so that the hot path is one bisect and one index.
-        self.starts: list[int] = []
-        self.extents: list[Extent] = []
-        self.limit = limit
-
-    def find(self, offset: int, end: int) -> list[Extent] | None:
-        """The extents that cover guest bytes [offset, end), or None if one of them is not known."""
-        first = at = bisect_right(self.starts, offset) - 1
-        if at < 0:
-            return None
-        while at < len(self.extents):
-            extent = self.extents[at]
-            if extent.offset > offset or extent.end <= offset:
-                return None
-            offset = extent.end
-            at += 1
-            if offset >= end:
-                return self.extents[first:at]
-        return None
-
-    def insert(self, extents: list[Extent]) -> None:
-        """Remember ``extents``, which are ascending and contiguous, in place of what was there."""
-        if len(self.starts) + len(extents) > self.limit:
-            self.starts.clear()
-            self.extents.clear()
-        self.forget(extents[0].offset, extents[-1].end)
-        at = bisect_right(self.starts, extents[0].offset)
-        self.starts[at:at] = [extent.offset for extent in extents]
-        self.extents[at:at] = extents
-
-    def forget(self, offset: int, end: int) -> None:
-        """Drop every extent that touches guest bytes [offset, end)."""
-        first = max(bisect_right(self.starts, offset) - 1, 0)
-        if first < len(self.extents) and self.extents[first].end <= offset:
-            first += 1
-        last = bisect_right(self.starts, end - 1)
-        del self.starts[first:last], self.extents[first:last]

@@ -17,6 +17,7 @@ import asyncio
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.engine import Buffer, Engine, HostFile
@@ -27,11 +28,11 @@ from pynbd.block.extent import (
     UNALLOCATED,
     ZERO,
     Extent,
-    ResolvedExtents,
     Runs,
     concatenate,
 )
 from pynbd.block.pins import Pins
+from pynbd.block.resolved import ResolvedWindows, Window
 
 # How much guest range is resolved at once around a read that was not mapped before.
 RESOLVE_WINDOW = 1 << 26
@@ -56,9 +57,6 @@ class BlockNode(ABC):
     own_engine: Engine | None = None  # an engine that was made for this chain, and ends with it
     window: int = RESOLVE_WINDOW
     pins: Pins | None = None  # a node whose host clusters can be freed while it is served has them
-
-    def __init__(self) -> None:
-        self.resolved = ResolvedExtents()
 
     def chain(self) -> Iterator[BlockNode]:
         """This node and those below it, from the top."""
@@ -132,30 +130,41 @@ class BlockNode(ABC):
             below = _joined(below, Runs.single(below.end, last - below.end, ZERO))
         return below
 
+    @cached_property
+    def resolved(self) -> ResolvedWindows:
+        """What of this chain was looked up before."""
+        return ResolvedWindows(min(node.window for node in self.chain()))
+
     async def resolve(self, offset: int, end: int) -> list[Extent]:
-        """The extents that cover guest bytes [offset, end); the outer ones may reach further."""
-        found = self.resolved.find(offset, end)
-        if found is not None:
-            return found
+        """The extents that make up guest bytes [offset, end), cut to them."""
         extents: list[Extent] = []
+        layers = list(self.chain())
+        resolved = self.resolved
         while offset < end:
-            extents += self.resolved.find(offset, offset + 1) or await self._resolve_window(offset)
-            offset = extents[-1].end
+            window = resolved.windows.get(offset // resolved.span)
+            if window is None:
+                window = await self._resolve_window(offset // resolved.span * resolved.span)
+            stop = min(end, window.end)
+            extents += [_extent(layers, *row) for row in window.rows(offset, stop)]
+            offset = stop
             if offset < end:
                 await asyncio.sleep(0)  # many windows in one step would hold the loop
-        return [extent for extent in extents if extent.offset < end]
+        return extents
 
-    async def _resolve_window(self, offset: int) -> list[Extent]:
-        """Look up and remember the window around a guest offset; its extents from there on."""
-        start = offset - offset % self.window
-        stop = min(start + self.window, self.size)
-        runs = await self.map(start, stop - start, want_zero=False)
-        while runs.end <= offset:  # a short answer, that ended before the place that matters
-            runs = await self.map(runs.end, stop - runs.end, want_zero=False)
-        layers = list(self.chain())
-        extents = [_extent(layers, *run) for run in runs]
-        self.resolved.insert(extents)
-        return [extent for extent in extents if extent.end > offset]
+    async def _resolve_window(self, start: int) -> Window:
+        """Look up and remember the window from guest offset ``start``."""
+        resolved = self.resolved
+        stop = min(start + resolved.span, self.size)
+        while True:
+            changes = resolved.changes
+            runs = await self.map(start, stop - start, want_zero=False)
+            while runs.end < stop:  # a short answer
+                more = await self.map(runs.end, stop - runs.end, want_zero=False)
+                runs = concatenate([runs, more])
+            if resolved.changes == changes:  # else the mapping changed while it was looked up
+                window = Window(runs)
+                resolved.keep(window)
+                return window
 
     async def fetch(self, extent: Extent, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the guest bytes from ``offset``, all of them inside ``extent``.
@@ -182,12 +191,25 @@ class BlockNode(ABC):
             )
 
     async def fetch_plain(self, file: HostFile, host_offset: int, view: memoryview) -> None:
-        """Read plain data of this layer. Past the end of a qcow2 file there are zeroes; see
-        `RawNode`.
-        """
+        """Fill ``view`` with plain data of this layer."""
         count = await file.read(view, host_offset)
         if count < len(view):
-            view[count:] = bytes(len(view) - count)
+            view[count:] = self.past_end(len(view) - count)
+
+    async def read_plain(
+        self, file: HostFile, host_offset: int, length: int, *, sparse: bool
+    ) -> bytes | None:
+        """``length`` bytes of plain data of this layer, in one hop; for what the page cache does
+        not hold, or is long. None if ``sparse`` and they are a hole of the host file.
+        """
+        data = await file.read_unless_hole(length, host_offset, sparse=sparse)
+        if data is not None and len(data) < length:
+            data += self.past_end(length - len(data))
+        return data
+
+    def past_end(self, length: int) -> bytes:
+        """What plain data reads as past the end of its file: zeroes in qcow2. See `RawNode`."""
+        return bytes(length)
 
     async def pread(self, offset: int, length: int) -> bytearray:
         """Guest bytes [offset, offset + length), which lie inside the size."""
@@ -265,9 +287,9 @@ def _joined(left: Runs, right: Runs) -> Runs:
 
 
 def _extent(
-    layers: list[BlockNode], start: int, end: int, kind: int, host: int, depth: int
+    layers: list[BlockNode], start: int, end: int, kind: int, place: int, depth: int
 ) -> Extent:
     node = layers[max(depth, 1) - 1]
-    if kind & DATA and kind != COMPRESSED:
-        return Extent(start, end, kind, depth, host, node, node.file, host - start)
-    return Extent(start, end, kind, depth, host, node)
+    if kind == DATA:
+        return Extent(start, end, kind, depth, start + place, node, node.file, place)
+    return Extent(start, end, kind, depth, place, node)

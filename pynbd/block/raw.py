@@ -14,8 +14,9 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 
 from pynbd.block import file as host
 from pynbd.block.engine import Buffer, HostFile
-from pynbd.block.extent import DATA, NO_HOST, ZERO, Extent, Runs
-from pynbd.block.node import BlockNode
+from pynbd.block.extent import DATA, NO_HOST, ZERO, Runs
+from pynbd.block.node import RESOLVE_WINDOW, BlockNode
+from pynbd.block.resolved import Window
 
 GUARDED = 512
 
@@ -33,16 +34,16 @@ class RawNode(BlockNode):
     def __init__(
         self, file: HostFile, *, read_only: bool, guard: Callable[[bytes], str] | None = None
     ) -> None:
-        super().__init__()
         self.name = file.path
         self.file = file
         self.read_only = read_only
         self.size = file.size()
         self._guard = guard
         self._first_sector = asyncio.Lock()
-        # Plain from end to end: reads never ask for a map.
+        # Plain from end to end: one window holds it all, and reads never ask for a map.
+        self.window = max(self.size, RESOLVE_WINDOW)
         if self.size:
-            self.resolved.insert([Extent(0, self.size, DATA, 1, 0, self, file)])
+            self.resolved.keep(Window(Runs.single(0, self.size, DATA, 0)))
 
     async def layer(self, offset: int, length: int, *, want_zero: bool) -> Runs:
         if not want_zero:
@@ -57,9 +58,8 @@ class RawNode(BlockNode):
         runs.depth[:] = 1
         return runs
 
-    async def fetch_plain(self, file: HostFile, host_offset: int, view: memoryview) -> None:
-        if await file.read(view, host_offset) < len(view):
-            raise OSError(errno.EIO, "the file became shorter than the export", self.name)
+    def past_end(self, length: int) -> bytes:
+        raise OSError(errno.EIO, "the file became shorter than the export", self.name)
 
     async def pwrite_batch(
         self, pieces: Sequence[tuple[int, Buffer]], *, fua: bool = False

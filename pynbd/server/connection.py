@@ -86,3 +86,5 @@ class Connection:
                 await self._stream.skip(step.size)
             else:
                 await self._stream.write(step.data)
+                # Pipelined options never make the stream wait: others have their turn here.
+                await asyncio.sleep(0)

@@ -105,6 +105,7 @@ class PlainStream:
             if not part:
                 raise EOFError
             length -= len(part)
+            await asyncio.sleep(0)  # with data at hand, asyncio receives without a turn of the loop
 
     async def write(self, data: Buffer) -> None:
         """Send all of ``data``."""

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Final
 
 from pynbd.errors import ProtocolError, RequestError
@@ -35,11 +36,15 @@ from pynbd.server.stream import Piece, PlainStream, size_of
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
+_CHANGES = frozenset(map(int, (Command.FLUSH, Command.TRIM, Command.WRITE_ZEROES)))
 
 # What one receive may bring. A payload longer than half of it gets a buffer of its own.
 RECEIVE_SIZE = 1 << 18
-# Receives in a row before the loop gets its turn.
-ROUNDS = 16
+# A turn of the loop: so many requests that the page cache answers, or so long. Then the others have
+# theirs. Sending what fills the inline buffer counts as much as some of those requests.
+TURN_REQUESTS = 256
+TURN_SECONDS = 0.001
+FLUSH_COST = 32
 # Writes that share one hop into the pool, in bytes: longer batches are spread over its threads.
 WRITE_HOP = 1 << 18
 
@@ -70,13 +75,16 @@ class Transmission:
     ) -> None:
         self._stream = stream
         self._loop = asyncio.get_running_loop()
-        self._node = export.node
         self._size = export.node.size
+        # What the hot path reads, by the number of the window and by depth.
+        self._windows, self._span = export.node.resolved.windows, export.node.resolved.span
+        self._files = [export.node.file, *(node.file for node in export.node.chain())]
         self._dialect = dialect(structured=session.structured, extended=session.extended)
         self.commands = Commands(export, session, self._dialect)
         self._budget = budget or Budget()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._changing: set[asyncio.Task[None]] = set()  # those of them that change the image
         self._bytes_in_flight = 0
         self._closing = False  # no more requests are taken
         self._violation: ProtocolError | None = None  # why, if the peer broke a rule
@@ -98,6 +106,8 @@ class Transmission:
         self._replies: list[Piece] = []
         self._ready_bytes = 0
         self._sending_soon = False
+        self._yielding = False
+        self._turn_ends = 0.0
         # The longest read that is served in place; -1 when every request is refused.
         self._inline_max = SEND_FILE_MIN - 1
 
@@ -109,15 +119,24 @@ class Transmission:
         self._stream.resume_reading()
         try:
             await self._ended
+            await self._settled()
         except asyncio.CancelledError:
-            for task in self._tasks:
-                task.cancel()
+            self._cancel(self._tasks)
+            await self._settled()
             raise
         finally:
             self._closing = True
             self._stream.pause_reading()
-            if self._tasks:
-                await asyncio.wait(self._tasks)
+
+    async def _settled(self) -> None:
+        """Until nothing of this session is under way."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+            self._tasks = {task for task in self._tasks if not task.done()}
+
+    def _cancel(self, tasks: Iterable[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
 
     def stop(self) -> None:
         """Refuse every further request with NBD_ESHUTDOWN, and end once those under way are
@@ -131,6 +150,7 @@ class Transmission:
     # Receiving
 
     def _on_readable(self) -> None:
+        self._turn_ends = monotonic() + TURN_SECONDS
         if self._buffer is _NO_BUFFER:
             self._buffer = self._pool.take(RECEIVE_SIZE)
             self._view = memoryview(self._buffer)
@@ -141,7 +161,7 @@ class Transmission:
             self._view = memoryview(_NO_BUFFER)
 
     def _receive(self) -> None:
-        for _ in range(ROUNDS):
+        while True:
             try:
                 count = self._stream.receive_into(self._room())
             except OSError:
@@ -157,7 +177,7 @@ class Transmission:
             if self._closing:
                 self._close()
                 return
-            if self._saturated():
+            if self._yielding or self._saturated() or monotonic() > self._turn_ends:
                 return
 
     def _room(self) -> memoryview:
@@ -194,25 +214,31 @@ class Transmission:
         request_size, unpack_from = self._dialect.request.size, self._dialect.request.unpack_from
         head, put_data_head = self._dialect.data_head_size, self._dialect.put_data_head
         magic_expected, size = self._dialect.magic, self._size
-        starts, extents = self._node.resolved.starts, self._node.resolved.extents
+        windows, span, files = self._windows, self._span, self._files
+        turn = TURN_REQUESTS
         while have - at >= request_size:
+            if turn <= 0:
+                self._yield()
+                break
+            turn -= 1
             magic, flags, command, cookie, offset, length = unpack_from(buffer, at)
             if command == _READ and 0 < length <= self._inline_max and not flags:
                 # Rule 1. What does not fit goes the way of all others, below.
-                row = bisect_right(starts, offset) - 1
-                if row >= 0 and offset + length <= size and magic == magic_expected:
-                    extent = extents[row]
-                    file = extent.file
-                    if file is not None and offset + length <= extent.end:
+                window = windows.get(offset // span)
+                if window is not None and offset + length <= size and magic == magic_expected:
+                    row = bisect_right(window.ends, offset)
+                    if offset + length <= window.plain_ends[row]:
                         if used + head + length > INLINE_SIZE:
                             self._inline_used = used
                             self._flush()
                             used = 0
+                            turn -= FLUSH_COST
                             if self._saturated():
                                 break
                         data = used + head
                         target = inline_view[data : data + length]
-                        if file.read_now(target, offset + extent.shift) == length:
+                        file = files[window.depths[row]]
+                        if file.read_now(target, offset + window.places[row]) == length:
                             put_data_head(inline, used, cookie, offset, length)
                             used = data + length
                             at += request_size
@@ -230,6 +256,8 @@ class Transmission:
             at, have = self._at, self._have
             if self._closing or self._saturated():
                 break
+            if monotonic() > self._turn_ends:
+                turn = 0
         self._at = at
         self._inline_used = used
         self._make_room()
@@ -247,7 +275,8 @@ class Transmission:
             if command == _WRITE:
                 self._accept(request, memoryview(b""))
             else:
-                self._start(self.commands.serve(request), length if command == _READ else 0)
+                held = length if command == _READ else 0
+                self._start(self.commands.serve(request), held, changes=command in _CHANGES)
             return True
         if payload_length > MAX_PAYLOAD:
             self._violation = ProtocolError(f"{request} has more payload than {MAX_PAYLOAD}")
@@ -322,16 +351,29 @@ class Transmission:
         self._stream.pause_reading()
         return True
 
+    def _yield(self) -> None:
+        """Give the loop its turn, with requests left in the buffer."""
+        self._stream.pause_reading()
+        if not self._yielding:
+            self._yielding = True
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._yielding = False
+        self._resume()
+
     def _resume(self) -> None:
-        if self._closing or self._saturated():
+        """Serve what is left in the buffer, then receive again."""
+        if self._closing or self._yielding or self._saturated():
             return
         if self._have and self._payload is None and not self._skipping:
+            self._turn_ends = monotonic() + TURN_SECONDS
             self._serve_batch()
             self._flush()
             if self._closing:
                 self._close()
                 return
-            if self._saturated():
+            if self._yielding or self._saturated():
                 return
         self._stream.resume_reading()
 
@@ -353,15 +395,19 @@ class Transmission:
             total += request.length
         lease = Lease(buffer, len(hops), self._pool)
         for hop in hops:
-            self._start(self._write(hop, lease), sum(request.length for request in hop))
+            held = sum(request.length for request in hop)
+            self._start(self._write(hop, lease), held, changes=True)
 
     async def _write(self, requests: list[Request], lease: Lease) -> Sequence[Piece]:
         replies = await self.commands.write_batch(requests)
         lease.end()  # not if this was cancelled: the system call goes on, and reads the buffer
         return replies
 
-    def _start(self, serving: Serving, length: int) -> None:
-        """Serve at once what needs no disk. ``length``: bytes that it keeps in memory meanwhile."""
+    def _start(self, serving: Serving, length: int, *, changes: bool = False) -> None:
+        """Serve at once what needs no disk. ``length``: bytes that it keeps in memory meanwhile.
+
+        ``changes``: it changes the image, and so is finished even when the peer has gone.
+        """
         step = first_step(serving)
         if isinstance(step, Finished):
             self._replies += step.value
@@ -370,7 +416,10 @@ class Transmission:
                 self._flush()
             return
         self._bytes_in_flight += length
-        self._tasks.add(self._loop.create_task(self._finish_serving(step, length)))
+        task = self._loop.create_task(self._finish_serving(step, length))
+        self._tasks.add(task)
+        if changes:
+            self._changing.add(task)
 
     async def _finish_serving(self, serving: Awaitable[Sequence[Piece]], length: int) -> None:
         try:
@@ -381,6 +430,7 @@ class Transmission:
             task = asyncio.current_task()
             assert task is not None
             self._tasks.discard(task)
+            self._changing.discard(task)
             if not self._sending_soon:
                 # Replies that become ready in the same turn of the loop leave together.
                 self._sending_soon = True
@@ -429,5 +479,7 @@ class Transmission:
             self._ended.set_result(None)
 
     def _lost(self) -> None:
+        """The peer has gone: nobody waits for what is under way, but writes are finished."""
         self._closing = True
+        self._cancel(self._tasks - self._changing)
         self._end()

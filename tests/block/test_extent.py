@@ -1,4 +1,4 @@
-"""Runs and ResolvedExtents against models that know every single byte."""
+"""Runs against models that know every single byte."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from pynbd.block.extent import (
     NO_HOST,
     UNALLOCATED,
     ZERO,
-    Extent,
-    ResolvedExtents,
     Runs,
     concatenate,
 )
@@ -119,63 +117,3 @@ def test_the_same_descriptor_in_two_layers_stays_two_runs() -> None:
     assert len(made.coalesced()) == 2
     made.depth[:] = 1
     assert len(made.coalesced()) == 1
-
-
-def extents(offset: int, lengths: list[int], host: int) -> list[Extent]:
-    made = []
-    for length in lengths:
-        made.append(Extent(offset, offset + length, DATA, 1, host, None))
-        offset += length
-    return made
-
-
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(
-                st.just("insert"),
-                st.integers(0, 20),
-                st.lists(st.integers(1, 5), min_size=1, max_size=4),
-            ),
-            st.tuples(st.just("forget"), st.integers(0, 30), st.integers(1, 8)),
-        ),
-        max_size=12,
-    ),
-    st.integers(0, 30),
-    st.integers(1, 12),
-)
-def test_resolved_extents(
-    steps: list[tuple[str, int, list[int] | int]], offset: int, length: int
-) -> None:
-    """The model holds the extent of every byte; whatever a step touches is forgotten whole."""
-    resolved = ResolvedExtents()
-    model: dict[int, Extent] = {}
-
-    def forget(first: int, last: int) -> None:
-        gone = {id(model[at]) for at in range(first, last) if at in model}
-        for at in [at for at, extent in model.items() if id(extent) in gone]:
-            del model[at]
-
-    for number, (action, at, size) in enumerate(steps):
-        if isinstance(size, list):
-            fresh = extents(at, size, number)
-            resolved.insert(fresh)
-            forget(at, fresh[-1].end)
-            for extent in fresh:
-                model.update(dict.fromkeys(range(extent.offset, extent.end), extent))
-        else:
-            assert action == "forget"
-            resolved.forget(at, at + size)
-            forget(at, at + size)
-    known = [model.get(at) for at in range(offset, offset + length)]
-    expected = None if None in known else list(dict.fromkeys(map(id, known)))
-    found = resolved.find(offset, offset + length)
-    assert (None if found is None else list(map(id, found))) == expected
-
-
-def test_resolved_extents_are_bounded() -> None:
-    resolved = ResolvedExtents(limit=8)
-    for at in range(100):
-        resolved.insert(extents(at, [1], 0))
-        assert len(resolved.starts) == len(resolved.extents) <= 8
-        assert resolved.find(at, at + 1) is not None

@@ -113,7 +113,7 @@ async def test_an_empty_file(tmp_path: Path) -> None:
     path.touch()
     async with opened(path, format="raw") as node:
         assert node.size == 0
-        assert node.resolved.extents == []
+        assert node.resolved.windows == {}
 
 
 # Maps --------------------------------------------------------------------------------------------

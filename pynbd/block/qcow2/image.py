@@ -72,7 +72,6 @@ class Qcow2Node(BlockNode):
         size: int,
         persistent: PersistentBitmaps,
     ) -> None:
-        super().__init__()
         self.name = metadata_file.path
         self.metadata_file = metadata_file
         self.file = data_file or metadata_file
