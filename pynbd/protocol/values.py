@@ -42,9 +42,6 @@ MAX_OPTION_LENGTH: Final = 32 * 1024 * 1024
 MAX_ERROR_MESSAGE: Final = 900
 """Bytes of text in an error. QEMU's client drops the connection above 1000 bytes of payload."""
 
-MAX_EXTENTS: Final = 2**20
-"""Descriptors in one block status chunk (NBD_REPLY_TYPE_BLOCK_STATUS, a SHOULD)."""
-
 EXPORT_NAME_PADDING: Final = 124
 """Zeroes after the reply to NBD_OPT_EXPORT_NAME, unless NBD_FLAG_C_NO_ZEROES was negotiated."""
 
@@ -79,13 +76,19 @@ class _NamedFlag(_Prefixed, IntFlag):
     """A set of bits whose members print as the specification names them."""
 
     @classmethod
-    def _missing_(cls, value: object) -> object:
+    def _missing_(cls, value: object) -> Self | None:
+        # IntFlag's own keeps every value that it ever met, and peers may send any of four billion.
+        if not isinstance(value, int):
+            return None
         # A negative value is a complement. IntFlag's own holds named bits only, and
         # ``flags & ~legal`` would overlook the others, which are what a server has to refuse;
         # here it holds all bits of the widest field.
-        if isinstance(value, int) and value < 0:
+        if value < 0:
             value &= 0xFFFFFFFF
-        return super()._missing_(value)
+        unnamed = int.__new__(cls, value)
+        unnamed._name_ = None
+        unnamed._value_ = value
+        return unnamed
 
     def __str__(self) -> str:
         names = [f"{self._prefix}{flag.name}" for flag in self]

@@ -122,3 +122,13 @@ def test_a_complement_holds_the_unknown_bits() -> None:
 def test_error_bits() -> None:
     assert [reply.is_error for reply in OptionReply] == [False] * 4 + [True] * 10
     assert [chunk.is_error for chunk in ReplyType] == [False] * 5 + [True] * 2
+
+
+@pytest.mark.parametrize("family", BITS, ids=lambda family: family.__name__)
+def test_what_a_peer_sent_is_not_kept(family: type[IntFlag]) -> None:
+    before = len(family._value2member_map_)
+    for value in range(0, 20_000 << 13, 1 << 13):
+        assert family(value) == value
+        assert family(1) | family(value) == 1 | value
+    assert family(~1) == 0xFFFFFFFE
+    assert len(family._value2member_map_) == before
