@@ -142,6 +142,14 @@ class HostFile:
             return done
         return done + await self.engine.run(_read_fully, self.fd, view[done:], offset + done)
 
+    async def read_unless_hole(self, length: int, offset: int, *, sparse: bool) -> bytes | None:
+        """Up to ``length`` bytes from ``offset``, fewer only at the end of the file; always in the
+        pool.
+
+        None if ``sparse`` and the file has no data in the range, all of which is inside it.
+        """
+        return await self.engine.run(_read_unless_hole, self.fd, length, offset, sparse)
+
     async def is_hole(self, offset: int, length: int) -> bool:
         """Whether the file has no data in a range (SEEK_DATA)."""
         (first, *rest) = await self.data_runs(offset, length, 2)
@@ -275,6 +283,24 @@ def _read_fully(fd: int, view: memoryview, offset: int) -> int:
             break
         done += count
     return done
+
+
+def _read_unless_hole(fd: int, length: int, offset: int, sparse: bool) -> bytes | None:
+    end = offset + length
+    if sparse:
+        try:
+            if os.lseek(fd, offset, os.SEEK_DATA) >= end:
+                return None
+        except OSError as error:  # no data from here on, or a file that cannot tell
+            if error.errno == errno.ENXIO and os.lseek(fd, 0, os.SEEK_END) >= end:
+                return None
+    data = os.pread(fd, length, offset)  # into memory that nobody zeroed before
+    while len(data) < length:
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def _write_fully(fd: int, data: Buffer, offset: int) -> None:

@@ -269,6 +269,28 @@ async def test_data_runs(engine: Engine, tmp_path: Path) -> None:
     file.close()
 
 
+async def test_a_read_looks_for_a_hole_first(engine: CountingEngine, tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    sparse(path, [64 * K], 256 * K)
+    file = HostFile.open(engine, str(path), writable=False)
+    if await file.data_runs(0, K, 9) == [(K, True)]:
+        pytest.skip("this file system has no SEEK_DATA")
+    whole = bytes(64 * K) + b"\x55" * (64 * K) + bytes(128 * K)
+    engine.hops = 0
+    assert await file.read_unless_hole(64 * K, 0, sparse=True) is None
+    assert engine.hops == 1
+    for offset, length in ((0, 64 * K + 1), (100 * K, 100 * K), (0, 256 * K)):
+        read = await file.read_unless_hole(length, offset, sparse=True)
+        assert read == whole[offset : offset + length]
+    assert engine.hops == 4
+    assert await file.read_unless_hole(64 * K, 0, sparse=False) == bytes(64 * K)
+    # Up to the end of the file, and not past it.
+    assert await file.read_unless_hole(128 * K, 128 * K, sparse=True) is None
+    assert await file.read_unless_hole(129 * K, 128 * K, sparse=True) == bytes(128 * K)
+    assert await file.read_unless_hole(10, 300 * K, sparse=True) == b""
+    file.close()
+
+
 async def test_a_file_without_seek_data_is_all_data(engine: Engine) -> None:
     reading, writing = os.pipe()
     file = HostFile(engine, "a pipe", reading, writable=False)

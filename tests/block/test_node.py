@@ -187,6 +187,10 @@ async def test_past_the_end_of_the_file_are_zeroes(host_path: Path) -> None:
     with opened(host_path) as file:
         node = chain(file, [[(8, DATA, len(HOST) - 4)]], 64, 64)
         assert await node.pread(0, 8) == HOST[-4:] + bytes(4)
+        for sparse in (False, True):
+            read = await node.read_plain(file, len(HOST) - 4, 8, sparse=sparse)
+            assert read == HOST[-4:] + bytes(4)
+            assert await node.read_plain(file, len(HOST) + 4, 8, sparse=sparse) == bytes(8)
 
 
 async def test_a_read_only_node_refuses_changes(host_path: Path) -> None:

@@ -106,6 +106,10 @@ async def test_a_file_that_became_shorter(path: Path) -> None:
             with pytest.raises(OSError, match="the file became shorter") as caught:
                 await node.pread(offset, 2)
             assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
+            # Nor is it a hole, which a client would take for zeroes as well.
+            for sparse in (False, True):
+                with pytest.raises(OSError, match="the file became shorter"):
+                    await node.read_plain(node.file, offset, 2, sparse=sparse)
 
 
 async def test_an_empty_file(tmp_path: Path) -> None:
