@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
 
+from pynbd.block.extent import DATA
 from pynbd.errors import ProtocolError, RequestError
 from pynbd.protocol.handshake import Session
 from pynbd.protocol.transmission import Request, dialect
@@ -227,7 +228,7 @@ class Transmission:
                 window = windows.get(offset // span)
                 if window is not None and offset + length <= size and magic == magic_expected:
                     row = bisect_right(window.ends, offset)
-                    if offset + length <= window.plain_ends[row]:
+                    if window.kinds[row] == DATA and offset + length <= window.ends[row]:
                         if used + head + length > INLINE_SIZE:
                             self._inline_used = used
                             self._flush()

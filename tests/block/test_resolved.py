@@ -36,7 +36,7 @@ def test_rows_are_the_runs(data: st.DataObject, offset: int) -> None:
     ]
     assert list(window.rows(first, last)) == expected
     for row, (start, end, kind, host, _) in enumerate(runs):
-        assert window.plain_ends[row] == (end if kind == DATA else 0)
+        assert (window.ends[row], window.kinds[row]) == (end, kind)
         if kind == DATA:
             assert start + window.places[row] == host
 
