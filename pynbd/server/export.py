@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from pynbd.block.node import BlockNode
+from pynbd.errors import ImageError
 from pynbd.protocol.handshake import ExportInfo
-from pynbd.protocol.values import MAX_PAYLOAD, TransmissionFlag
+from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, TransmissionFlag
 from pynbd.server.contexts import Context
 
 _ALWAYS = (
@@ -28,7 +29,8 @@ class Export:
 
     ``contexts``: the metadata contexts on offer, by name, in the order of their ids.
     ``multi_conn``: whether a second connection sees what the first one wrote; one process with one
-    node always grants that, but it is pointless where only one connection is allowed.
+    node always grants that, but it is pointless where only one connection is allowed. Raises
+    `ImageError` if the image is larger than an export can be.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Export:
         contexts: Mapping[str, Context],
         multi_conn: bool = True,
     ) -> None:
+        if node.size > MAX_EXPORT_SIZE:
+            raise ImageError(f"{node.name}: of its {node.size} bytes no client could ask for all")
         self.name = name
         self.node = node
         self.contexts = contexts

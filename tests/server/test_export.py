@@ -10,6 +10,7 @@ import pytest
 
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
+from pynbd.errors import ImageError
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 
@@ -44,6 +45,16 @@ async def test_what_negotiation_is_told(tmp_path: Path) -> None:
         assert (info.name, info.description, info.size) == ("x", "text", 4097)
         assert info.block_size == (1, 4096, 32 << 20)
         assert info.contexts == ("base:allocation", "qemu:allocation-depth")
+
+
+async def test_a_size_that_no_client_can_ask_for(tmp_path: Path) -> None:
+    """Clients keep sizes and offsets in signed 64-bit integers."""
+    async with opened(tmp_path, read_only=True) as node:
+        node.size = 2**63 - 1
+        assert Export("x", node, contexts={}).info.size == 2**63 - 1
+        node.size = 2**63
+        with pytest.raises(ImageError, match="9223372036854775808 bytes"):
+            Export("x", node, contexts={})
 
 
 async def test_the_first_export_is_the_default(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def _violations(entries: _Entries, layout: Layout) -> Iterator[tuple[Bools, str]
     """For each rule: which entries break it, and what to say of them."""
     yield (
         entries.allocated & (entries.offset & (layout.cluster_size - 1) != 0),
-        ("the host cluster offset is not aligned to a cluster"),
+        "the host cluster offset is not aligned to a cluster",
     )
     if layout.version < 3:
         yield entries.zero, "the zero flag is set in an image of version 2"
@@ -120,7 +120,7 @@ def _violations(entries: _Entries, layout: Layout) -> Iterator[tuple[Bools, str]
         yield entries.compressed, "a compressed cluster in an image with an external data file"
         yield (
             entries.allocated & (entries.offset != entries.guest.view(np.uint64)),
-            ("the offset in the external data file differs from the guest offset"),
+            "the offset in the external data file differs from the guest offset",
         )
     if entries.bitmaps is not None:
         both = entries.bitmaps & entries.bitmaps >> SUBCLUSTERS & _ALL != 0
@@ -145,11 +145,12 @@ def explain(entry: int, bitmap: int, layout: Layout, guest_offset: int) -> str:
 
 
 def decode(table: UInt64s, first: int, count: int, layout: Layout, guest_offset: int) -> Runs:
-    """The runs of ``count`` clusters (1 or more) from entry ``first`` of an L2 table.
+    """The runs of ``count`` clusters (1 or more) from entry ``first`` of ``table``.
 
-    ``table``: the whole table in native byte order. ``guest_offset``: where the first of the
-    clusters begins. A preallocated ZERO run has its host offset. Neighbours are merged as
-    `Runs.coalesced` does, so a COMPRESSED run is one cluster, or several with the same data each.
+    ``table``: one L2 table, or several that follow one another in the guest, in native byte order.
+    ``guest_offset``: where the first of the clusters begins. A preallocated ZERO run has its host
+    offset. Neighbours are merged as `Runs.coalesced` does, so a COMPRESSED run is one cluster, or
+    several with the same data each.
     """
     words = table[first * layout.entry_words : (first + count) * layout.entry_words]
     bitmaps = None

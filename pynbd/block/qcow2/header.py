@@ -129,11 +129,6 @@ class Header:
         return 16 if self.extended_l2 else 8
 
     @property
-    def l2_bits(self) -> int:
-        """Of a guest cluster's number: how many low bits index its L2 table."""
-        return self.cluster_bits - (4 if self.extended_l2 else 3)
-
-    @property
     def subclusters(self) -> int:
         return SUBCLUSTERS if self.extended_l2 else 1
 
@@ -334,7 +329,7 @@ def _check_tables(header: Header) -> None:
         l1_bytes <= MAX_L1_BYTES,
         f"l1_size is {header.l1_size}; {MAX_L1_BYTES // L1E_SIZE} at most are allowed",
     )
-    needed = -(-header.size >> (header.cluster_bits + header.l2_bits))
+    needed = -(-header.size >> (header.cluster_bits + header.layout.l2_bits))
     check(
         header.l1_size >= needed,
         f"l1_size is {header.l1_size}; a size of {header.size} bytes needs {needed} or more",

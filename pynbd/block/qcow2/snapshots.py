@@ -34,7 +34,7 @@ class Snapshot:
     extra: bytes  # extra data as stored, known fields included
 
     def check(self, header: Header, *, name: str) -> None:
-        """Raise `CorruptImage` if its L1 table is misplaced or too large.
+        """Raise `CorruptImage` if its L1 table is misplaced, too large, or too small for its disk.
 
         Apart from `parse`, because a bad snapshot is no reason not to open the others.
         """
@@ -44,6 +44,9 @@ class Snapshot:
             problem = f"has {self.l1_size} entries; {MAX_SNAPSHOT_L1_BYTES // L1E_SIZE} are allowed"
         elif self.l1_table_offset + self.l1_size * L1E_SIZE > MAX_OFFSET:
             problem = f"is at {self.l1_table_offset:#x}, and would end beyond 2^63 - 1"
+        elif self.disk_size > self.l1_size << (header.cluster_bits + header.layout.l2_bits):
+            # QEMU would serve it. With that the size is bounded too, as `l1_size` is: by 2^61.
+            problem = f"has {self.l1_size} entries, too few for a disk of {self.disk_size} bytes"
         else:
             return
         raise CorruptImage(f"{name}: the L1 table of the snapshot {self.id!r} {problem}")

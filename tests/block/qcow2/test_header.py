@@ -102,7 +102,7 @@ def test_version_3_with_everything() -> None:
     assert header.compatible is Compatible.LAZY_REFCOUNTS
     assert header.compression_type is CompressionType.ZSTD
     assert (header.refcount_bits, header.l2_entry_size, header.subcluster_size) == (64, 16, 2048)
-    assert header.l2_bits == 12
+    assert header.layout.l2_bits == 12
     assert header.has_data_file
     assert not header.raw_data_file
 

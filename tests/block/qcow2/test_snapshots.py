@@ -109,6 +109,16 @@ def test_a_bad_l1_table_spoils_only_its_snapshot(offset: int, size: int, words: 
         replace(good, l1_table_offset=offset, l1_size=size).check(HEADER, name="x")
 
 
+@pytest.mark.parametrize("size", [(1 << 30) + 1, 1 << 62, (1 << 63) + 1024, (1 << 64) - 1])
+def test_a_disk_that_its_l1_table_does_not_reach(size: int) -> None:
+    """Two L1 entries with clusters of 64 KiB reach 2 x 8192 x 64 KiB = 1 GiB."""
+    [whole] = parse(entry(b"1", b"n", struct.pack(">QQ", 0, 1 << 30)), HEADER, name="x")
+    whole.check(HEADER, name="x")
+    [snapshot] = parse(entry(b"1", b"n", struct.pack(">QQ", 0, size)), HEADER, name="x")
+    with pytest.raises(CorruptImage, match=f"2 entries, too few for a disk of {size} bytes"):
+        snapshot.check(HEADER, name="x")
+
+
 class TestFind:
     table = tuple(
         parse(
