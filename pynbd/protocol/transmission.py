@@ -10,7 +10,7 @@ Rules:
 1. Exactly one chunk of a reply carries DONE, and it is the last.
 2. A chunk carries DONE only if nothing can go wrong any more while it is sent.
 3. In the extended dialect every chunk repeats the request's offset.
-4. A text in an error chunk stays under `MAX_ERROR_MESSAGE` bytes.
+4. A text in an error chunk is cut as `wire.encode_message` does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pynbd.protocol import wire
 from pynbd.protocol.values import (
     EXTENDED_REPLY_MAGIC,
     EXTENDED_REQUEST_MAGIC,
-    MAX_ERROR_MESSAGE,
     REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
@@ -190,8 +189,7 @@ class _Chunks(Dialect):
         return self._head(_DONE, _NONE, cookie, offset, 0)
 
     def error(self, cookie: int, offset: int, error: int, message: str) -> bytes:
-        # Cut in the middle of a character, the rest of it goes as well.
-        text = message.encode(errors="replace")[:MAX_ERROR_MESSAGE].decode(errors="ignore").encode()
+        text = wire.encode_message(message)
         payload = wire.ERROR_PAYLOAD.pack(error or Error.EINVAL, len(text)) + text
         return self._head(_DONE, _ERROR, cookie, offset, len(payload)) + payload
 

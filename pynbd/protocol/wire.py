@@ -158,7 +158,10 @@ def _encode_queries(queries: tuple[str, ...]) -> bytes:
 
 
 def encode_message(text: str) -> bytes:
-    """Return an error message as it is sent: UTF-8, at most MAX_ERROR_MESSAGE bytes."""
+    """Return an error message as it is sent: UTF-8, at most MAX_ERROR_MESSAGE bytes.
+
+    Cut in the middle of a character, the rest of it goes as well.
+    """
     return text.encode("utf-8", "replace")[:MAX_ERROR_MESSAGE].decode("utf-8", "ignore").encode()
 
 

@@ -20,7 +20,7 @@ from typing import ClassVar
 from pynbd.block.extent import ZERO, Extent
 from pynbd.errors import RequestError
 from pynbd.protocol.handshake import Session
-from pynbd.protocol.metadata import decode_filter
+from pynbd.protocol.metadata import decode_filter, longest_filter
 from pynbd.protocol.transmission import Dialect, Request
 from pynbd.protocol.values import MAX_PAYLOAD, Command, CommandFlag, Error
 from pynbd.server.contexts import block_status
@@ -115,13 +115,6 @@ class Commands:
         self.stopping = False
         """The server goes down: every request gets NBD_ESHUTDOWN."""
 
-    @property
-    def max_filter(self) -> int:
-        """Bytes of the longest legal BLOCK_STATUS payload: an effect length and every context's
-        id.
-        """
-        return 8 + 4 * len(self._contexts)
-
     def validate(self, request: Request) -> None:
         """Raise `RequestError` unless the request's header is one that can be served."""
         flags, command, _, offset, length, _ = request
@@ -141,7 +134,7 @@ class Commands:
                 raise RequestError(Error.EINVAL, "NBD_CMD_FLUSH takes no offset and no length")
         elif command == Command.BLOCK_STATUS and flags & _PAYLOAD_LEN:
             # The length is that of the payload: the effect length is inside, and checked with it.
-            if not self._contexts or not 0 < length <= self.max_filter:
+            if not self._contexts or not 0 < length <= longest_filter(self._contexts):
                 raise RequestError(
                     Error.EINVAL, f"a filter of {length} bytes for {len(self._contexts)} contexts"
                 )
