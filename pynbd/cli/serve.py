@@ -174,7 +174,6 @@ async def _serve(wanted: ServeOptions) -> None:
             node,
             description=wanted.description,
             contexts=standard_contexts(
-                node,
                 depth=wanted.allocation_depth or not wanted.bitmap,
                 bitmaps=_bitmaps(node, wanted),
             ),

@@ -29,11 +29,8 @@ import numpy.typing as npt
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, ZERO, Runs
 from pynbd.block.node import BlockNode
+from pynbd.protocol.metadata import BASE_ALLOCATION, QEMU_ALLOCATION_DEPTH, QEMU_DIRTY_BITMAP
 from pynbd.protocol.values import State
-
-BASE_ALLOCATION = "base:allocation"
-ALLOCATION_DEPTH = "qemu:allocation-depth"
-DIRTY_BITMAP = "qemu:dirty-bitmap:"
 
 # QEMU gives at most this many extents of one context in one reply (NBD_MAX_BLOCK_STATUS_EXTENTS).
 MAX_EXTENTS_PER_REPLY = 1 << 17
@@ -92,15 +89,13 @@ class BitmapContext(Context):
         return runs_of_bitmap.ends, runs_of_bitmap.dirty.astype(np.int64)
 
 
-def standard_contexts(
-    node: BlockNode, *, depth: bool, bitmaps: Sequence[DirtyBitmap]
-) -> dict[str, Context]:
+def standard_contexts(*, depth: bool, bitmaps: Sequence[DirtyBitmap]) -> dict[str, Context]:
     """The contexts of an image by name, in the order of their ids."""
     contexts: dict[str, Context] = {BASE_ALLOCATION: AllocationContext()}
     if depth:
-        contexts[ALLOCATION_DEPTH] = DepthContext()
+        contexts[QEMU_ALLOCATION_DEPTH] = DepthContext()
     for bitmap in bitmaps:
-        contexts[DIRTY_BITMAP + bitmap.name] = BitmapContext(bitmap)
+        contexts[QEMU_DIRTY_BITMAP + bitmap.name] = BitmapContext(bitmap)
     return contexts
 
 

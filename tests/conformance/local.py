@@ -111,7 +111,7 @@ def serving(
         engine = Engine()
         opened = {name: make(engine) for name, make in nodes.items()}
         table = ExportTable(
-            Export(name, node, contexts=standard_contexts(node, depth=True, bitmaps=()))
+            Export(name, node, contexts=standard_contexts(depth=True, bitmaps=()))
             for name, node in opened.items()
         )
         local.server = Server(table, [listener])

@@ -166,7 +166,7 @@ async def _exports(folder: Path) -> dict[str, Export]:
     ) -> None:
         form = "qcow2" if path.suffix == ".qcow2" else "raw"
         node = await open_image(path, format=form, read_only=not writable)
-        contexts = standard_contexts(node, depth=True, bitmaps=node.bitmaps())
+        contexts = standard_contexts(depth=True, bitmaps=node.bitmaps())
         exports[name] = Export(
             name, node, description=description, contexts=contexts, multi_conn=multi_conn
         )

@@ -78,7 +78,7 @@ async def talk_of(
 ) -> AsyncIterator[tuple[Talk, BlockNode]]:
     options = {"format": "raw", "read_only": False, **options}
     node = await open_image(path, engine=engine, **options)
-    contexts = standard_contexts(node, depth=False, bitmaps=())
+    contexts = standard_contexts(depth=False, bitmaps=())
     engine.calls.clear()
     try:
         async with talking(node, mode, contexts=contexts) as talk:

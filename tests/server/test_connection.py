@@ -86,7 +86,7 @@ async def talking(tmp_path: Path, limit: float = 10) -> AsyncIterator[Talk]:
     before = open_files()
     node = await open_image(path, format="raw")
     exports = ExportTable(
-        [Export("x", node, contexts=standard_contexts(node, depth=True, bitmaps=()))]
+        [Export("x", node, contexts=standard_contexts(depth=True, bitmaps=()))]
     )
     ours, theirs = socket.socketpair()
     talk = Talk(Connection(ours, exports, BufferPool(), handshake_limit=limit), theirs)

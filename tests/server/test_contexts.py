@@ -24,9 +24,6 @@ from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.builder import Bitmap, Compressed, Data, Image, Zero
 from pynbd.block.qcow2.image import Qcow2Node
 from pynbd.server.contexts import (
-    ALLOCATION_DEPTH,
-    BASE_ALLOCATION,
-    DIRTY_BITMAP,
     MAX_EXTENTS_PER_REPLY,
     Context,
     block_status,
@@ -104,7 +101,7 @@ def test_answers(rows: list[tuple[int, int]], data: st.DataObject, step: int, on
     bitmap = DirtyBitmap("b", node.size, 4)
     for start, count in data.draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 20)))):
         bitmap.mark(min(start, node.size), min(count, node.size - min(start, node.size)))
-    contexts = standard_contexts(node, depth=True, bitmaps=[bitmap])
+    contexts = standard_contexts(depth=True, bitmaps=[bitmap])
     answers = asyncio.run(asked(node, contexts, offset, length, one=one))
     kinds = [kind for size, kind in rows for _ in range(size)]
     expected = [
@@ -130,14 +127,14 @@ def test_answers(rows: list[tuple[int, int]], data: st.DataObject, step: int, on
 async def test_one_step_is_an_answer() -> None:
     """Rule 3: short without REQ_ONE, however much was asked for."""
     node = ModelNode([(100, DATA), (100, ZERO), (800, DATA)], 150)
-    contexts = standard_contexts(node, depth=True, bitmaps=[])
+    contexts = standard_contexts(depth=True, bitmaps=[])
     assert await asked(node, contexts, 0, 1000) == {0: [(100, 0), (50, 3)], 1: [(150, 1)]}
     assert len(node.asked) == 1
 
 
 async def test_one_map_serves_all() -> None:
     node = ModelNode([(100, DATA), (100, ZERO), (800, DATA)], 150)
-    contexts = standard_contexts(node, depth=True, bitmaps=[DirtyBitmap("b", 1000, 512)])
+    contexts = standard_contexts(depth=True, bitmaps=[DirtyBitmap("b", 1000, 512)])
     answers = await asked(node, contexts, 10, 990, one=True)
     assert answers == {0: [(90, 0)], 1: [(990, 1)], 2: [(990, 0)]}
     # Once the first is answered, nobody asks for zeroes any more.
@@ -155,7 +152,7 @@ async def test_a_long_uniform_range_does_not_hold_the_loop() -> None:
             await asyncio.sleep(0)
 
     ticking = asyncio.create_task(others())
-    contexts = standard_contexts(node, depth=False, bitmaps=[])
+    contexts = standard_contexts(depth=False, bitmaps=[])
     assert await asked(node, contexts, 0, 1000, one=True) == {0: [(1000, 0)]}
     ticking.cancel()
     assert turns >= 99
@@ -165,7 +162,7 @@ async def test_extents_are_counted() -> None:
     """Row X8: QEMU gives no more than 131072 of one context; the others are not hurt."""
     assert MAX_EXTENTS_PER_REPLY == 131072
     node = ModelNode([(1, kind) for kind in (DATA, ZERO)] * 100_000, 1 << 30)
-    contexts = standard_contexts(node, depth=True, bitmaps=[])
+    contexts = standard_contexts(depth=True, bitmaps=[])
     answers = await asked(node, contexts, 0, node.size)
     assert len(answers[0]) == 131072
     assert answers[1] == [(200_000, 1)]
@@ -174,7 +171,7 @@ async def test_extents_are_counted() -> None:
 @pytest.mark.parametrize("one", [False, True])
 async def test_damage_is_no_answer(one: bool) -> None:
     node = ModelNode([(100, DATA), (10, CORRUPT), (100, DATA)], 1 << 30)
-    contexts = standard_contexts(node, depth=True, bitmaps=[])
+    contexts = standard_contexts(depth=True, bitmaps=[])
     with pytest.raises(OSError, match="corrupt metadata") as caught:
         await asked(node, contexts, 0, 210, one=one)
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, "model")
@@ -183,20 +180,14 @@ async def test_damage_is_no_answer(one: bool) -> None:
 
 
 def test_names_and_their_order() -> None:
-    node = ModelNode([(10, DATA)], 10)
     bitmaps = [DirtyBitmap("b1", 10, 512), DirtyBitmap("a:b", 10, 512)]
-    assert list(standard_contexts(node, depth=True, bitmaps=bitmaps)) == [
+    assert list(standard_contexts(depth=True, bitmaps=bitmaps)) == [
         "base:allocation",
         "qemu:allocation-depth",
         "qemu:dirty-bitmap:b1",
         "qemu:dirty-bitmap:a:b",
     ]
-    assert list(standard_contexts(node, depth=False, bitmaps=[])) == ["base:allocation"]
-    assert (BASE_ALLOCATION, ALLOCATION_DEPTH, DIRTY_BITMAP) == (
-        "base:allocation",
-        "qemu:allocation-depth",
-        "qemu:dirty-bitmap:",
-    )
+    assert list(standard_contexts(depth=False, bitmaps=[])) == ["base:allocation"]
 
 
 # What an answer costs ----------------------------------------------------------------------------
@@ -207,7 +198,7 @@ class Chain:
 
     def __init__(self, node: Qcow2Node) -> None:
         self.node = node
-        self.contexts = standard_contexts(node, depth=True, bitmaps=node.bitmaps())
+        self.contexts = standard_contexts(depth=True, bitmaps=node.bitmaps())
 
     @property
     def tables(self) -> int:
@@ -348,7 +339,7 @@ async def test_damage_in_an_image(
         file.seek(written.entry_offset(M))
         file.write(struct.pack(">Q", 1 << 63 | 0x50200))
     node = await open_image(path)
-    contexts = standard_contexts(node, depth=True, bitmaps=node.bitmaps())
+    contexts = standard_contexts(depth=True, bitmaps=node.bitmaps())
     async with talking(node, mode, contexts=contexts) as talk:
         client = talk.client
         reply = await client.ask(BLOCK_STATUS, 0, 2 * M)

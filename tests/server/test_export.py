@@ -40,7 +40,7 @@ async def test_flags(tmp_path: Path, read_only: bool, multi_conn: bool, flags: i
 async def test_what_negotiation_is_told(tmp_path: Path) -> None:
     """Row O28: minimum 1, preferred 4096, maximum payload 32 MiB; the exact size."""
     async with opened(tmp_path, read_only=True) as node:
-        contexts = standard_contexts(node, depth=True, bitmaps=())
+        contexts = standard_contexts(depth=True, bitmaps=())
         info = Export("x", node, description="text", contexts=contexts).info
         assert (info.name, info.description, info.size) == ("x", "text", 4097)
         assert info.block_size == (1, 4096, 32 << 20)

@@ -109,7 +109,7 @@ async def serving(
     node = await open_image(path, format="raw", read_only=False, engine=engine)
     node.own_engine = engine
     engine.calls.clear()
-    contexts = standard_contexts(node, depth=True, bitmaps=())
+    contexts = standard_contexts(depth=True, bitmaps=())
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(listeners)]
     exports = ExportTable([Export("", node, contexts=contexts)])
     scene = Scene(Server(exports, sockets, **options), sockets)

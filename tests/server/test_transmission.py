@@ -312,7 +312,7 @@ async def test_every_request_has_one_reply(
     """All kinds of requests, pipelined, cut anywhere into segments."""
     rng = random.Random(f"{mode} {seed}")
     async with opened(path, engine) as node:
-        contexts = standard_contexts(node, depth=True, bitmaps=())
+        contexts = standard_contexts(depth=True, bitmaps=())
         async with talking(node, mode, contexts=contexts) as talk:
             client = talk.client
             traffic = Traffic(client, rng)
@@ -742,7 +742,7 @@ async def test_payloads_that_nothing_takes(
 ) -> None:
     """Rows P5, P16 and P18: skipped, refused, and the next request is served."""
     async with opened(path, engine) as node:
-        contexts = standard_contexts(node, depth=False, bitmaps=())
+        contexts = standard_contexts(depth=False, bitmaps=())
         async with talking(node, Mode.EXTENDED, contexts=contexts) as talk:
             client = talk.client
             reply = await client.ask(command, 0, 0, flags=PAYLOAD_LEN, payload=b"\xff" * length)
