@@ -9,6 +9,8 @@ Its rules:
 3. What a file or its file system cannot do is found out once and remembered in the `HostFile`.
 4. After a failed fsync Linux may report success the next time although pages were lost. A file
    remembers the failure: from then on flushes and writes fail, until the image is opened again.
+5. A call in the pool outlives a request that is cancelled. The number of its descriptor is not
+   given back before it returns: the next file or socket to get the number would get the call.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,6 +72,33 @@ class Engine:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+class Descriptor:
+    """The descriptor of an open file (rule 5): ``with`` it, a call has the number for itself."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._users = 1  # its file; and each call that is under way
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> int:
+        with self._lock:
+            if not self._users:
+                raise OSError(errno.EBADF, "the file was closed")
+            self._users += 1
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """One user less; the last one closes."""
+        with self._lock:
+            self._users -= 1
+            last = not self._users
+        if last:
+            os.close(self._fd)
+
+
 class HostFile:
     """One open host file or block device, and what is known of its abilities.
 
@@ -78,6 +109,7 @@ class HostFile:
         self.engine = engine
         self.path = path
         self.fd = fd
+        self._descriptor = Descriptor(fd)
         self.writable = writable
         self.sync_failed = False
         # Whether send-file may lend this file's pages to a socket: a page that is overwritten
@@ -105,10 +137,10 @@ class HostFile:
         return cls(engine, path, fd, writable=writable)
 
     def close(self) -> None:
-        """Close the descriptor, which also drops the locks on it."""
+        """Close the descriptor, which also drops the locks on it, once no call uses it any more."""
         if self.fd >= 0:
-            os.close(self.fd)
             self.fd = -1
+            self._descriptor.release()
 
     def size(self) -> int:
         """Length in bytes, of a device as well."""
@@ -140,7 +172,9 @@ class HostFile:
         done = self.read_now(view, offset)
         if done == len(view):
             return done
-        return done + await self.engine.run(_read_fully, self.fd, view[done:], offset + done)
+        return done + await self.engine.run(
+            _read_fully, self._descriptor, view[done:], offset + done
+        )
 
     async def read_unless_hole(self, length: int, offset: int, *, sparse: bool) -> bytes | None:
         """Up to ``length`` bytes from ``offset``, fewer only at the end of the file; always in the
@@ -148,7 +182,7 @@ class HostFile:
 
         None if ``sparse`` and the file has no data in the range, all of which is inside it.
         """
-        return await self.engine.run(_read_unless_hole, self.fd, length, offset, sparse)
+        return await self.engine.run(_read_unless_hole, self._descriptor, length, offset, sparse)
 
     async def is_hole(self, offset: int, length: int) -> bool:
         """Whether the file has no data in a range (SEEK_DATA)."""
@@ -183,7 +217,7 @@ class HostFile:
 
         Past the end of the file is no data. A file system without SEEK_DATA says that all is data.
         """
-        return await self.engine.run(_data_runs, self.fd, offset, length, limit)
+        return await self.engine.run(_data_runs, self._descriptor, offset, length, limit)
 
     # Writing
 
@@ -218,7 +252,7 @@ class HostFile:
             return False
         if self.sync_failed:
             raise self._lost()
-        code = await self.engine.run(_fallocate_errno, self.fd, mode, offset, length)
+        code = await self.engine.run(_fallocate_errno, self._descriptor, mode, offset, length)
         if code in _UNSUPPORTED:
             # A device that refuses part of a sector with EINVAL may take the next range.
             if not (self.is_device and code == errno.EINVAL):
@@ -253,20 +287,22 @@ class HostFile:
 
     def _sync(self) -> None:
         try:
-            os.fdatasync(self.fd)
+            with self._descriptor as fd:
+                os.fdatasync(fd)
         except OSError:
             self.sync_failed = True
             raise
 
     def _write_batch(self, pieces: Sequence[tuple[Buffer, int]], fua: bool) -> list[OSError | None]:
         errors: list[OSError | None] = []
-        for data, offset in pieces:
-            try:
-                _write_fully(self.fd, data, offset)
-            except OSError as error:
-                errors.append(error)
-            else:
-                errors.append(None)
+        with self._descriptor as fd:
+            for data, offset in pieces:
+                try:
+                    _write_fully(fd, data, offset)
+                except OSError as error:
+                    errors.append(error)
+                else:
+                    errors.append(None)
         if fua and not all(errors):
             try:
                 self._sync()
@@ -275,6 +311,20 @@ class HostFile:
         return errors
 
 
+def _with_descriptor(
+    call: Callable[Concatenate[int, P], T],
+) -> Callable[Concatenate[Descriptor, P], T]:
+    """Rule 5, for a call whose first argument is the number."""
+
+    @wraps(call)
+    def held(descriptor: Descriptor, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with descriptor as fd:
+            return call(fd, *args, **kwargs)
+
+    return held
+
+
+@_with_descriptor
 def _read_fully(fd: int, view: memoryview, offset: int) -> int:
     done = 0
     while done < len(view):
@@ -285,6 +335,7 @@ def _read_fully(fd: int, view: memoryview, offset: int) -> int:
     return done
 
 
+@_with_descriptor
 def _read_unless_hole(fd: int, length: int, offset: int, sparse: bool) -> bytes | None:
     end = offset + length
     if sparse:
@@ -314,6 +365,7 @@ def _write_fully(fd: int, data: Buffer, offset: int) -> None:
             done += count
 
 
+@_with_descriptor
 def _data_runs(fd: int, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
     runs: list[tuple[int, bool]] = []
     end = offset + length
@@ -336,6 +388,7 @@ def _data_runs(fd: int, offset: int, length: int, limit: int) -> list[tuple[int,
     return runs[:limit]
 
 
+@_with_descriptor
 def _fallocate_errno(fd: int, mode: int, offset: int, length: int) -> int:
     while _fallocate(fd, mode, offset, length):
         code = ctypes.get_errno()

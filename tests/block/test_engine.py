@@ -504,6 +504,66 @@ async def test_a_block_device(engine: Engine, path: Path) -> None:
         await (await asyncio.create_subprocess_exec("losetup", "-d", device)).wait()
 
 
+class HeldEngine(Engine):
+    """An engine whose calls wait in the pool until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    async def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return await super().run(self._held, call, *args)
+
+    def _held(self, call: Callable[..., Any], *args: Any) -> Any:
+        self.entered.set()
+        assert self.go_on.wait(10)
+        return call(*args)
+
+
+async def test_a_late_call_never_meets_another_file(path: Path, tmp_path: Path) -> None:
+    """The request was cancelled and its file is closed, but the call is still in the pool."""
+    engine = HeldEngine()
+    file = HostFile.open(engine, str(path), writable=True)
+    number = file.fd
+    punching = asyncio.ensure_future(file.fallocate(PUNCH, 0, len(DATA)))
+    await asyncio.to_thread(engine.entered.wait, 10)
+    punching.cancel()
+    await asyncio.wait([punching])
+    file.close()
+    next_path = tmp_path / "next"
+    next_path.write_bytes(DATA)
+    next_file = HostFile.open(engine, str(next_path), writable=True)
+    assert next_file.fd == number
+    engine.go_on.set()
+    engine.close()
+    assert content(next_path) == DATA
+    next_file.close()
+
+
+async def test_a_descriptor_is_closed_after_its_last_call(engine: Engine, path: Path) -> None:
+    before = open_files()
+    file = HostFile.open(engine, str(path), writable=False)
+    entered, leave = threading.Event(), threading.Event()
+
+    def call() -> bytes:
+        with file._descriptor as fd:
+            entered.set()
+            leave.wait(10)
+            return os.pread(fd, 4, 0)
+
+    reading = asyncio.ensure_future(engine.run(call))
+    await asyncio.to_thread(entered.wait, 10)
+    file.close()
+    assert file.fd < 0
+    assert open_files() == before + 1
+    leave.set()
+    assert await reading == DATA[:4]
+    assert open_files() == before
+    # And who comes later finds it closed.
+    error = await refused(file.read_unless_hole(4, 0, sparse=False))
+    assert error.errno == errno.EBADF
+
+
 # The pool ----------------------------------------------------------------------------------------
 
 
