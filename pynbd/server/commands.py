@@ -10,6 +10,7 @@ does it lie inside the export.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ log = logging.getLogger("pynbd")
 # From this length on the kernel is asked to send file bytes itself, instead of copying them through
 # us.
 SEND_FILE_MIN = 1 << 16
+# Extents of one read that are fetched in one turn of the loop.
+EXTENTS_AT_ONCE = 64
 
 _DF = int(CommandFlag.DF)
 _FUA = int(CommandFlag.FUA)
@@ -234,10 +237,14 @@ class Commands:
         ranges = [
             (extent, max(extent.offset, request.offset), min(extent.end, end)) for extent in extents
         ]
-        pieces = await together(
-            self._content(extent, first, last, reply, sparse=sparse)
-            for extent, first, last in ranges
-        )
+        pieces: list[Piece | None] = []
+        for batch in range(0, len(ranges), EXTENTS_AT_ONCE):
+            if batch:
+                await asyncio.sleep(0)  # thousands of them would hold the loop
+            pieces += await together(
+                self._content(extent, first, last, reply, sparse=sparse)
+                for extent, first, last in ranges[batch : batch + EXTENTS_AT_ONCE]
+            )
         stretches: list[tuple[int, int, list[Piece]]] = []
         for (_, first, last), piece in zip(ranges, pieces, strict=True):
             if stretches and bool(stretches[-1][2]) == (piece is not None):
@@ -261,13 +268,13 @@ class Commands:
             host_offset = first + extent.shift
             if file.lends_pages and file.resident(host_offset, length):
                 return FilePiece(file.fd, host_offset, length, reply)
-            # Past the end of a file there is no hole: a raw file that became shorter is an error.
-            inside = host_offset + length <= file.size()
-            if sparse and inside and await file.is_hole(host_offset, length):
-                return None
-        data = bytearray(length)
-        await self._node.fetch(extent, first, memoryview(data))
-        return data
+            data: bytes | None = await extent.node.read_plain(
+                file, host_offset, length, sparse=sparse
+            )
+            return data
+        content = bytearray(length)
+        await self._node.fetch(extent, first, memoryview(content))
+        return content
 
     # Everything else
 
