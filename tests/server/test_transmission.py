@@ -227,7 +227,7 @@ async def test_replies_leave_as_they_complete(
     async with opened(path, engine) as node, talking(node, mode) as talk:
         client = talk.client
         node.file.lends_pages = False
-        engine.held = {"_read_fully", "_sync"}
+        engine.held = {"_read_unless_hole", "_sync"}
         await client.send(
             client.request(READ, 0, 300 * K, cookie=1),
             client.request(FLUSH, cookie=2),
