@@ -32,11 +32,15 @@ class Row:
     lower_is_better: bool = False
 
 
-def reading(disk: str, mode: str, size: str, depth: int, milliseconds: int) -> Row:
+def reading(
+    disk: str, mode: str, size: str, depth: int, milliseconds: int, whole: int = images.SIZE
+) -> Row:
+    """A row of reads of ``size`` at ``depth``; the disk has ``whole`` bytes."""
+
     def measure(server: Server) -> float:
         job = peers.fio(
             server.uri,
-            *(f"--rw={mode}", f"--bs={size}", f"--iodepth={depth}", f"--size={images.SIZE}"),
+            *(f"--rw={mode}", f"--bs={size}", f"--iodepth={depth}", f"--size={whole}"),
             *("--time_based", f"--runtime={milliseconds}ms", "--ramp_time=200ms"),
             *("--norandommap", "--randrepeat=1"),
         )
@@ -115,6 +119,7 @@ def main() -> None:
         Row("map 1 TiB, whole", "seconds", map_time, lower_is_better=True),
         Row("map 1 TiB, server", "cpu s", map_cpu, lower_is_better=True),
     ]
+    scattered = reading("fragmented", "randread", "4k", 16, milliseconds, images.FRAGMENTED_SIZE)
     print(
         "row, pynbd's median; each other server's, and in brackets the ratio (above 1: pynbd leads)"
     )
@@ -123,6 +128,8 @@ def main() -> None:
         *run(images.qcow2(), "qcow2", list(NAMES[:3]), reads("qcow2"), rounds),
         *run(images.tebibyte(), "qcow2", list(NAMES[:2]), maps, rounds),
     ]
+    if not arguments.quick:
+        results += run(images.fragmented(), "qcow2", list(NAMES[:3]), [scattered], rounds)
     arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
