@@ -12,8 +12,10 @@ Rules:
    ``base:allocation``.
 2. Neighbours of equal status are one extent. No extent ends after the request.
 3. An answer may be shorter than the request; it is never empty. One step's worth of looking up is
-   an answer, unless the client wants one extent only (REQ_ONE): that one is followed to its end.
+   an answer, unless the client wants one extent only (REQ_ONE): that one is followed to its end,
+   and nothing of it is kept but how far it reaches.
 4. Damaged metadata anywhere in the answer fails the request: nobody may take a guess for a map.
+5. The contexts of a reply share its extents, and each has a turn of the loop.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +34,12 @@ from pynbd.block.node import BlockNode
 from pynbd.protocol.metadata import BASE_ALLOCATION, QEMU_ALLOCATION_DEPTH, QEMU_DIRTY_BITMAP
 from pynbd.protocol.values import State
 
-# QEMU gives at most this many extents of one context in one reply (NBD_MAX_BLOCK_STATUS_EXTENTS).
+# Of all contexts together; QEMU gives so many of each (NBD_MAX_BLOCK_STATUS_EXTENTS). What a
+# context leaves over is for those after it.
 MAX_EXTENTS_PER_REPLY = 1 << 17
 
 Ends = npt.NDArray[np.int64]
+Lengths = npt.NDArray[np.int64]
 States = npt.NDArray[np.int64]
 
 _STATE_OF_KIND = np.zeros(CORRUPT, np.int64)
@@ -51,10 +55,13 @@ class Context(ABC):
     needs_zero = False
 
     @abstractmethod
-    async def states(self, offset: int, end: int, runs: Runs | None) -> tuple[Ends, States]:
+    async def states(
+        self, offset: int, end: int, runs: Runs | None, limit: int
+    ) -> tuple[Ends, States]:
         """Ends (exclusive) and status of consecutive extents of guest bytes [offset, end).
 
-        ``runs`` is the map of the same range, if the context needs one. The answer may be shorter.
+        ``runs`` is the map of the same range, if the context needs one. The answer may be shorter;
+        beyond the first ``limit`` extents nobody looks.
         """
 
 
@@ -63,7 +70,9 @@ class AllocationContext(Context):
 
     needs_zero = True
 
-    async def states(self, offset: int, end: int, runs: Runs | None) -> tuple[Ends, States]:
+    async def states(
+        self, offset: int, end: int, runs: Runs | None, limit: int
+    ) -> tuple[Ends, States]:
         assert runs is not None
         return runs.ends, _STATE_OF_KIND[runs.kind]
 
@@ -71,7 +80,9 @@ class AllocationContext(Context):
 class DepthContext(Context):
     """qemu:allocation-depth."""
 
-    async def states(self, offset: int, end: int, runs: Runs | None) -> tuple[Ends, States]:
+    async def states(
+        self, offset: int, end: int, runs: Runs | None, limit: int
+    ) -> tuple[Ends, States]:
         assert runs is not None
         return runs.ends, runs.depth.astype(np.int64)
 
@@ -84,8 +95,10 @@ class BitmapContext(Context):
     def __init__(self, bitmap: DirtyBitmap) -> None:
         self.bitmap = bitmap
 
-    async def states(self, offset: int, end: int, runs: Runs | None) -> tuple[Ends, States]:
-        runs_of_bitmap = await self.bitmap.runs(offset, end - offset, MAX_EXTENTS_PER_REPLY)
+    async def states(
+        self, offset: int, end: int, runs: Runs | None, limit: int
+    ) -> tuple[Ends, States]:
+        runs_of_bitmap = await self.bitmap.runs(offset, end - offset, limit)
         return runs_of_bitmap.ends, runs_of_bitmap.dirty.astype(np.int64)
 
 
@@ -101,45 +114,65 @@ def standard_contexts(*, depth: bool, bitmaps: Sequence[DirtyBitmap]) -> dict[st
 
 async def block_status(
     node: BlockNode, contexts: Mapping[int, Context], offset: int, length: int, *, one: bool
-) -> dict[int, tuple[Ends, States]]:
+) -> dict[int, tuple[Lengths, States]]:
     """Lengths in bytes and status of the extents from ``offset``, for each context by its id.
 
     ``one``: only the first extent of each. Raises ``OSError`` EIO where metadata cannot be read.
     """
     end = offset + length
-    answers: dict[int, tuple[Ends, States]] = {}
-    parts: dict[int, list[tuple[Ends, States]]] = {number: [] for number in contexts}
-    positions = dict.fromkeys(contexts, offset)
-    unfinished = dict(contexts)
-    while unfinished:
-        mapped = [number for number, context in unfinished.items() if context.needs_map]
-        runs = None
-        if mapped:
-            # Those that still follow their first extent have come equally far: one map serves them
-            # all.
-            start = positions[mapped[0]]
-            want_zero = any(unfinished[number].needs_zero for number in mapped)
-            runs = await node.map(start, end - start, want_zero=want_zero)
-            if (runs.kind == CORRUPT).any():
-                raise OSError(errno.EIO, "corrupt metadata in the range", node.name)
-        for number, context in list(unfinished.items()):
-            ends, states = await context.states(positions[number], end, runs)
-            parts[number].append((ends, states))
-            positions[number] = int(ends[-1])
-            first = parts[number][0][1][0]
-            if not one or positions[number] >= end or (states != first).any():
-                answers[number] = _descriptors(offset, parts[number], one=one)
-                del unfinished[number]
-        if unfinished:
-            await asyncio.sleep(0)  # a long uniform range must not hold the loop
+    if one:
+        return await _first_extents(node, contexts, offset, end)
+    runs = await _map(node, contexts.values(), offset, end)
+    answers: dict[int, tuple[Lengths, States]] = {}
+    left = MAX_EXTENTS_PER_REPLY
+    for number, context in contexts.items():
+        if answers:
+            await asyncio.sleep(0)
+        limit = max(left // (len(contexts) - len(answers)), 1)
+        ends, states = await context.states(offset, end, runs, limit)
+        last = np.flatnonzero(np.append(states[1:] != states[:-1], True))[:limit]
+        answers[number] = np.diff(ends[last], prepend=np.int64(offset)), states[last]
+        left -= len(last)
     return answers
 
 
-def _descriptors(
-    offset: int, parts: list[tuple[Ends, States]], *, one: bool
-) -> tuple[Ends, States]:
-    ends = np.concatenate([ends for ends, _ in parts])
-    states = np.concatenate([states for _, states in parts])
-    last = np.flatnonzero(np.append(states[1:] != states[:-1], True))
-    last = last[: 1 if one else MAX_EXTENTS_PER_REPLY]
-    return np.diff(ends[last], prepend=np.int64(offset)), states[last]
+async def _first_extents(
+    node: BlockNode, contexts: Mapping[int, Context], offset: int, end: int
+) -> dict[int, tuple[Lengths, States]]:
+    """The first extent of each context, followed to its end."""
+    found: dict[int, tuple[int, int]] = {}  # its status, and where it ends as far as is known
+    following = dict(contexts)
+    mapped = offset  # those that need the map have come equally far
+    while following:
+        runs = await _map(node, following.values(), mapped, end)
+        if runs is not None:
+            mapped = runs.end
+        for number, context in list(following.items()):
+            state, reached = found.get(number, (None, offset))
+            ends, states = await context.states(reached, end, runs, 2)
+            state = int(states[0]) if state is None else state
+            alike = int(np.argmin(np.append(states == state, False)))
+            if alike:
+                reached = int(ends[alike - 1])
+            found[number] = state, reached
+            if alike < len(states) or reached == end:
+                del following[number]
+            if following:
+                await asyncio.sleep(0)  # a long uniform range must not hold the loop
+    return {
+        number: (np.array([reached - offset], np.int64), np.array([state], np.int64))
+        for number, (state, reached) in found.items()
+    }
+
+
+async def _map(
+    node: BlockNode, contexts: Collection[Context], offset: int, end: int
+) -> Runs | None:
+    """The map that those of ``contexts`` need which need one."""
+    if not any(context.needs_map for context in contexts):
+        return None
+    want_zero = any(context.needs_zero for context in contexts)
+    runs = await node.map(offset, end - offset, want_zero=want_zero)
+    if (runs.kind == CORRUPT).any():
+        raise OSError(errno.EIO, "corrupt metadata in the range", node.name)
+    return runs

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import struct
-from collections.abc import AsyncIterator
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -39,6 +41,7 @@ from tests.server.session import (
     talking,
 )
 
+T = TypeVar("T")
 K, M = 1 << 10, 1 << 20
 
 # NBD_STATE_HOLE | NBD_STATE_ZERO by what a layer says ("base:allocation metadata context").
@@ -141,8 +144,8 @@ async def test_one_map_serves_all() -> None:
     assert node.asked[:2] == [(10, 990, True), (160, 840, False)]
 
 
-async def test_a_long_uniform_range_does_not_hold_the_loop() -> None:
-    node = ModelNode([(1000, DATA)], 10)
+async def turns_during(work: Awaitable[T]) -> tuple[T, int]:
+    """The result of ``work``, and how often others had their turn meanwhile."""
     turns = 0
 
     async def others() -> None:
@@ -152,20 +155,73 @@ async def test_a_long_uniform_range_does_not_hold_the_loop() -> None:
             await asyncio.sleep(0)
 
     ticking = asyncio.create_task(others())
-    contexts = standard_contexts(depth=False, bitmaps=[])
-    assert await asked(node, contexts, 0, 1000, one=True) == {0: [(1000, 0)]}
+    result = await work
     ticking.cancel()
+    return result, turns
+
+
+async def test_a_long_uniform_range_does_not_hold_the_loop() -> None:
+    node = ModelNode([(1000, DATA)], 10)
+    contexts = standard_contexts(depth=False, bitmaps=[])
+    answers, turns = await turns_during(asked(node, contexts, 0, 1000, one=True))
+    assert answers == {0: [(1000, 0)]}
     assert turns >= 99
 
 
+@pytest.mark.parametrize("one", [False, True])
+async def test_many_contexts_do_not_hold_the_loop(one: bool) -> None:
+    """Each of them may be worth a millisecond."""
+    node = ModelNode([(1000, DATA)], 1000)
+    bitmaps = [DirtyBitmap(str(number), 1000, 512) for number in range(20)]
+    contexts = standard_contexts(depth=True, bitmaps=bitmaps)
+    answers, turns = await turns_during(asked(node, contexts, 0, 1000, one=one))
+    assert len(answers) == 22
+    assert turns >= 20
+
+
+class LongNode(ModelNode):
+    """Data and compressed clusters by turns, which all have one status, a thousand at a time."""
+
+    def __init__(self) -> None:
+        super().__init__([(1_000_000, DATA)], 1000)
+
+    async def layer(self, offset: int, length: int, *, want_zero: bool) -> Runs:
+        rows = [(1, DATA, 0), (1, COMPRESSED, 0)] * 500
+        return Runs.of(offset, rows[: min(length, self.step)])
+
+
+async def test_one_extent_keeps_nothing_of_what_it_passed() -> None:
+    """A million runs, in 1000 steps: what they take is not more than what one step takes."""
+    contexts = standard_contexts(depth=True, bitmaps=[])
+    tracemalloc.start()
+    try:
+        answers = await asked(LongNode(), contexts, 0, 1_000_000, one=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert answers == {0: [(1_000_000, 0)], 1: [(1_000_000, 1)]}
+    assert peak < 1 << 20
+
+
 async def test_extents_are_counted() -> None:
-    """Row X8: QEMU gives no more than 131072 of one context; the others are not hurt."""
+    """Row X8: 131072 in one reply, as many as QEMU gives of one context."""
     assert MAX_EXTENTS_PER_REPLY == 131072
     node = ModelNode([(1, kind) for kind in (DATA, ZERO)] * 100_000, 1 << 30)
-    contexts = standard_contexts(depth=True, bitmaps=[])
-    answers = await asked(node, contexts, 0, node.size)
+    answers = await asked(node, standard_contexts(depth=False, bitmaps=[]), 0, node.size)
     assert len(answers[0]) == 131072
-    assert answers[1] == [(200_000, 1)]
+
+
+async def test_contexts_share_the_extents_of_a_reply() -> None:
+    """What one leaves over is for those after it."""
+    size = 512 * 200_000
+    node = ModelNode([(size, DATA)], size)
+    bitmaps = [DirtyBitmap(str(number), size, 512) for number in range(4)]
+    for bitmap in bitmaps[1:]:
+        bitmap.bits[::2] = True
+    answers = await asked(node, standard_contexts(depth=False, bitmaps=bitmaps), 0, size)
+    counts = [len(extents) for extents in answers.values()]
+    assert counts[:2] == [1, 1]
+    assert counts[2:] == [(131072 - 2) // 3] * 3
 
 
 @pytest.mark.parametrize("one", [False, True])
