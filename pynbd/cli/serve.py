@@ -32,6 +32,8 @@ from pynbd.server.server import Server, listen_tcp, listen_unix
 
 log = logging.getLogger("pynbd")
 
+# A client that asks for everything asks for all of these in each reply.
+_MAX_UNASKED_BITMAPS = 64
 # The first descriptor of socket activation (sd_listen_fds(3)).
 _LISTEN_FDS_START = 3
 _LOOPS: dict[str, Callable[[Coroutine[Any, Any, None]], None]] = {
@@ -229,7 +231,15 @@ def _bitmaps(node: BlockNode, wanted: ServeOptions) -> Sequence[DirtyBitmap]:
         return [_find_bitmap(node, name) for name in dict.fromkeys(wanted.bitmap)]
     if wanted.allocation_depth:
         return ()
-    return node.bitmaps()
+    there = node.bitmaps()
+    if len(there) > _MAX_UNASKED_BITMAPS:
+        log.warning(
+            "%s: %d of its %d bitmaps are offered; --bitmap offers others",
+            node.name,
+            _MAX_UNASKED_BITMAPS,
+            len(there),
+        )
+    return there[:_MAX_UNASKED_BITMAPS]
 
 
 def _find_bitmap(top: BlockNode, name: str) -> DirtyBitmap:

@@ -297,6 +297,18 @@ def test_contexts(image: Path, options: str, contexts: list[str]) -> None:
         )
 
 
+def test_very_many_bitmaps_are_not_offered_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    Image(size=M, bitmaps=[Bitmap(f"{number:02}") for number in range(65)]).write(path)
+    with started("-p", "0", path) as server:
+        names = [name for name in info(server.uri)["contexts"] if "bitmap" in name]
+        assert sorted(names) == [f"qemu:dirty-bitmap:{number:02}" for number in range(64)]
+        status, _, errors = server.end()
+    one_line((status, errors), 0, "disk.qcow2", "64 of its 65", "--bitmap")
+    with serving("-p", "0", "-B", "64", path) as uri:
+        assert "qemu:dirty-bitmap:64" in info(uri)["contexts"]
+
+
 def test_a_bitmap_of_a_backing_file_is_served_with_a_warning(image: Path) -> None:
     with started("-p", "0", "-B", "below", image) as server:
         assert "qemu:dirty-bitmap:below" in info(server.uri)["contexts"]
