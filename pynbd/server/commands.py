@@ -200,7 +200,8 @@ class Commands:
             if code == Error.ENOTSUP and not request.flags & _FAST_ZERO:
                 code = Error.EINVAL  # the specification keeps ENOTSUP for FAST_ZERO
             if code not in (Error.ENOTSUP, Error.EPERM):
-                log.error("%s: %s: %s", error.filename or self._node.name, request, text)
+                line = f"{error.filename or self._node.name}: {request}: {text}"
+                self._export.troubles.tell(line, (request.command, code), request.offset)
         return self._dialect.error(request.cookie, request.offset, code, text)
 
     # Reading

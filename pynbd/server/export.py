@@ -9,6 +9,7 @@ from pynbd.errors import ImageError
 from pynbd.protocol.handshake import ExportInfo
 from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, TransmissionFlag
 from pynbd.server.contexts import Context
+from pynbd.server.troubles import TroubleLog
 
 _ALWAYS = (
     TransmissionFlag.HAS_FLAGS
@@ -48,6 +49,7 @@ class Export:
         self.node = node
         self.contexts = contexts
         self.read_only = node.read_only
+        self.troubles = TroubleLog()
         flags = _ALWAYS | (TransmissionFlag.READ_ONLY if node.read_only else _WRITABLE)
         if multi_conn:
             flags |= TransmissionFlag.CAN_MULTI_CONN

@@ -272,11 +272,15 @@ async def talking(
     mode: Mode = Mode.SIMPLE,
     *,
     contexts: Mapping[str, Context] | None = None,
+    export: Export | None = None,
     budget: Budget | None = None,
     wrap: Callable[[socket.socket], socket.socket] = lambda sock: sock,
 ) -> AsyncIterator[Talk]:
-    """A session on ``node`` with all ``contexts`` selected; it ends when the client leaves."""
-    export = Export("", node, contexts=contexts or {})
+    """A session on ``node`` with all ``contexts`` selected; it ends when the client leaves.
+
+    ``export``: one that other sessions are on as well, in place of ``node`` and ``contexts``.
+    """
+    export = export or Export("", node, contexts=contexts or {})
     ours, theirs = socket.socketpair()
     stream = PlainStream(asyncio.get_running_loop(), wrap(ours))
     session = negotiated(export, mode, dict(enumerate(export.contexts)))

@@ -255,6 +255,30 @@ async def test_a_defect_is_an_error_like_others(
     assert any(record.exc_info for record in caplog.records)
 
 
+@pytest.mark.parametrize("command", [READ, BLOCK_STATUS])
+async def test_a_bad_cluster_does_not_fill_the_log(
+    tmp_path: Path, engine: WatchedEngine, caplog: pytest.LogCaptureFixture, command: int
+) -> None:
+    """However often it is asked for, on however many connections."""
+    path = tmp_path / "bad.qcow2"
+    image = Image(size=SIZE, clusters={0: Data(b"lies at an odd place")})
+    image.write(path)
+    with path.open("r+b") as file:
+        file.seek(40)
+        l1_table = int.from_bytes(file.read(8), "big")
+        file.seek(l1_table)
+        file.write((1 << 63 | 0x10200).to_bytes(8, "big"))
+    async with talk_of(path, engine, format="qcow2", read_only=True) as (_, node):
+        export = Export("", node, contexts=standard_contexts(depth=False, bitmaps=()))
+        for _ in range(3):
+            async with talking(node, Mode.STRUCTURED, export=export) as talk:
+                for n in range(100):
+                    assert (await talk.client.ask(command, n * 512, 512)).error == EIO
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) <= 2  # what the image says of its damage, and what could not be done then
+    assert all(str(path) in line for line in said)
+
+
 async def test_a_guarded_sector(path: Path, engine: WatchedEngine) -> None:
     """EPERM, with a reason that a person can act on."""
     async with talk_of(path, engine, format=None) as (talk, _):
