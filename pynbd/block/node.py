@@ -37,8 +37,10 @@ from pynbd.block.resolved import ResolvedWindows, Window
 # How much guest range is resolved at once around a read that was not mapped before.
 RESOLVE_WINDOW = 1 << 26
 
-# Runs of one layer that take about a millisecond to look up.
-_LONG_MAP = 1 << 12
+# Between two turns of the loop, a map looks up or merges so many runs, about two milliseconds'
+# worth. A layer without any takes as long as `_LAYER_WORK` of them.
+_TURN_WORK = 1 << 14
+_LAYER_WORK = 1 << 11
 
 
 class BlockNode(ABC):
@@ -102,33 +104,34 @@ class BlockNode(ABC):
         Bytes beyond the end of a short backing node read as zeroes, and it is that node that
         decides so.
         """
-        own = await self.layer(offset, length, want_zero=want_zero)
-        holes = own.kind == UNALLOCATED
-        if not holes.any():
-            return own
-        if self.backing is None:
-            return _zeroed(own)
-        if len(own) > _LONG_MAP:
-            await asyncio.sleep(0)  # each layer has a turn of the loop to itself
-        starts, ends = own.starts[holes], own.ends[holes]
-        first, last = int(starts[0]), int(ends[-1])
-        below = await self._map_backing(self.backing, first, last, want_zero)
-        if own.offset < first:  # the hull of the holes is all that is asked of the backing
-            lead = Runs.single(own.offset, first - own.offset, DATA)
-            below = _joined(lead, below)
-        if below.end >= last and last < own.end:
-            below = _joined(below, Runs.single(last, own.end - last, DATA))
-        return own.over(below)
+        above: list[tuple[Runs, int]] = []  # what each layer says, and where its last hole ends
+        first, last = offset, offset + length
+        work = 0
+        for node in self.chain():
+            runs = await node._layer_and_beyond(first, last, want_zero=want_zero)
+            holes = runs.kind == UNALLOCATED
+            if not holes.any():
+                break
+            # The hull of the holes is all that is asked of the next one.
+            first, last = int(runs.starts[holes][0]), int(runs.ends[holes][-1])
+            above.append((runs, last))
+            work = await _turn(work, runs)
+        else:
+            runs = _zeroed(above.pop()[0])
+        while above:
+            own, last = above.pop()
+            runs = _over(own, runs, last)
+            work = await _turn(work, runs)
+        return runs
 
-    async def _map_backing(
-        self, backing: BlockNode, first: int, last: int, want_zero: bool
-    ) -> Runs:
-        if first >= backing.size:
+    async def _layer_and_beyond(self, first: int, last: int, *, want_zero: bool) -> Runs:
+        """`layer` for guest bytes [first, last), which may lie beyond the end of this node."""
+        if first >= self.size:
             return Runs.single(first, last - first, ZERO)
-        below = await backing.map(first, min(last, backing.size) - first, want_zero=want_zero)
-        if below.end == backing.size < last:
-            below = _joined(below, Runs.single(below.end, last - below.end, ZERO))
-        return below
+        runs = await self.layer(first, min(last, self.size) - first, want_zero=want_zero)
+        if runs.end == self.size < last:
+            runs = concatenate([runs, Runs.single(self.size, last - self.size, ZERO)])
+        return runs
 
     @cached_property
     def resolved(self) -> ResolvedWindows:
@@ -281,9 +284,23 @@ def _zeroed(own: Runs) -> Runs:
     return Runs(own.offset, own.ends, kind, own.host, own.depth).coalesced()
 
 
-def _joined(left: Runs, right: Runs) -> Runs:
-    from_right = Runs(left.end, right.ends, right.kind, right.host, right.depth)
-    return concatenate([left, from_right])
+def _over(own: Runs, below: Runs, last: int) -> Runs:
+    """``own`` over ``below``, which begins at its first hole; its last one ends at ``last``."""
+    if own.offset < below.offset:
+        lead = Runs.single(own.offset, below.offset - own.offset, DATA)
+        below = concatenate([lead, below])
+    if below.end == last < own.end:
+        below = concatenate([below, Runs.single(last, own.end - last, DATA)])
+    return own.over(below)
+
+
+async def _turn(work: int, runs: Runs) -> int:
+    """Count ``runs`` of one layer as work; the loop has its turn when there was enough of it."""
+    work += _LAYER_WORK + len(runs)
+    if work < _TURN_WORK:
+        return work
+    await asyncio.sleep(0)
+    return 0
 
 
 def _extent(

@@ -173,6 +173,36 @@ async def test_a_backing_layer_is_asked_only_where_it_can_matter(host_path: Path
         assert below.questions == 0
 
 
+async def test_a_deep_chain_does_not_hold_the_loop(host_path: Path) -> None:
+    """A layer takes 0.2 ms to look up and 0.2 ms to merge; the loop has its turn every 2 ms."""
+    with opened(host_path) as file:
+        tables = [[(200, UNALLOCATED, NO_HOST)] for _ in range(200)]
+        tables[-1] = [(150, DATA, 0), (50, UNALLOCATED, NO_HOST)]
+        node = chain(file, tables, 200, 200)
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(others())
+        runs = await node.map(0, 200)
+        ticking.cancel()
+        assert list(runs) == [(0, 150, DATA, 0, 200), (150, 200, ZERO, NO_HOST, 0)]
+        assert turns >= 2 * 200 // 10
+
+
+async def test_a_shallow_chain_is_mapped_in_one_step(host_path: Path) -> None:
+    """What waits needs a Task, which costs more than the map of a few layers."""
+    with opened(host_path) as file:
+        node = chain(file, [[(8, UNALLOCATED, NO_HOST)]] * 3 + [[(8, DATA, 0)]], 64, 64)
+        with pytest.raises(StopIteration) as ended:
+            node.map(0, 8).send(None)
+        assert list(ended.value.value) == [(0, 8, DATA, 0, 4)]
+
+
 async def test_corrupt_metadata_fails_only_those_who_touch_it(host_path: Path) -> None:
     with opened(host_path) as file:
         node = chain(file, [[(4, DATA, 0), (4, CORRUPT, NO_HOST), (4, DATA, 8)]], 64, 64)
