@@ -7,8 +7,9 @@ Its rules:
 2. Everything else that can wait for a disk runs in the pool, in calls that release the GIL; the
    writes of a batch share one hop.
 3. What a file or its file system cannot do is found out once and remembered in the `HostFile`.
-4. After a failed fsync Linux may report success the next time although pages were lost. A file
-   remembers the failure: from then on flushes and writes fail, until the image is opened again.
+4. After a failed fsync Linux may report success the next time although pages were lost, and of
+   several at the same time it tells only one. A file remembers the failure: from then on flushes
+   and writes fail, those that were waiting too, until the image is opened again.
 5. A call in the pool outlives a request that is cancelled. The number of its descriptor is not
    given back before it returns: the next file or socket to get the number would get the call.
 """
@@ -43,12 +44,18 @@ FALLOC_PUNCH_HOLE = 0x02
 FALLOC_ZERO_RANGE = 0x10
 
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
+_NO_CACHESTAT = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+# Of a range that the page cache holds, one byte is read in every piece of this size.
+_PROBE_STEP = 256 * 1024
+_PROBE = bytearray(1)
+_TMPFS = 0x0102_1994  # the f_type of statfs(2)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _SYS_CACHESTAT = 451  # the same number on every architecture (Linux 6.5)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fstatfs = _libc.fstatfs
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
@@ -112,6 +119,8 @@ class HostFile:
         self._descriptor = Descriptor(fd)
         self.writable = writable
         self.sync_failed = False
+        self._sync_lock = threading.Lock()
+        self._syncs = 0
         # Whether send-file may lend this file's pages to a socket: a page that is overwritten
         # before the peer has taken it reaches the peer with the new bytes. True for files that
         # nothing here writes, and for raw exports, where only overlapping requests can meet.
@@ -121,6 +130,7 @@ class HostFile:
         self.is_device = stat.S_ISBLK(status.st_mode)
         self._nowait = hasattr(os, "RWF_NOWAIT")
         self._cachestat = True
+        self._always_read = _is_tmpfs(fd)
         self._fallocate_refused: set[int] = set()
 
     @classmethod
@@ -196,20 +206,28 @@ class HostFile:
         return bytes(data[:count])
 
     def resident(self, offset: int, length: int) -> bool:
-        """Whether the page cache holds all of a range, as far as the kernel can tell (Linux
-        6.5).
+        """Whether the page cache holds all of a range, and a send-file will not wait for a disk.
+
+        False where the kernel cannot tell: before Linux 6.5, or for this file.
         """
         if not self._cachestat:
             return False
         asked = (ctypes.c_uint64 * 2)(offset, length)
         answer = (ctypes.c_uint64 * 5)()
         if _syscall(_SYS_CACHESTAT, self.fd, asked, answer, 0):
-            self._cachestat = False
+            if ctypes.get_errno() in _NO_CACHESTAT:
+                self._cachestat = False
             return False
         end = offset + length
         pages: int = (end + _PAGE - 1) // _PAGE - offset // _PAGE
         # The last page is held whole, also where the file ends in the middle of it.
-        return answer[0] >= pages and end <= self.size()
+        if answer[0] < pages or end > self.size():
+            return False
+        # A page that is still being read is held too, and so is one that could not be read. Reading
+        # ahead goes on at the end: look there first.
+        return self._always_read or all(
+            self.read_now(_PROBE, at) for at in (end - 1, *range(offset, end, _PROBE_STEP))
+        )
 
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         """(length, is data) of consecutive pieces from ``offset``, at most ``limit`` of them
@@ -227,8 +245,6 @@ class HostFile:
         """Write each (buffer, offset) in one hop; what went wrong with each. ``fua``: on stable
         storage.
         """
-        if self.sync_failed:
-            return [self._lost() for _ in pieces]
         return await self.engine.run(self._write_batch, pieces, fua)
 
     async def write(self, data: Buffer, offset: int, *, fua: bool = False) -> None:
@@ -239,8 +255,6 @@ class HostFile:
 
     async def flush(self) -> None:
         """Everything written so far onto stable storage (fdatasync)."""
-        if self.sync_failed:
-            raise self._lost()
         if self.writable:
             await self.engine.run(self._sync)
 
@@ -286,14 +300,23 @@ class HostFile:
         return OSError(errno.EIO, "an earlier flush failed; data may be lost", self.path)
 
     def _sync(self) -> None:
-        try:
-            with self._descriptor as fd:
-                os.fdatasync(fd)
-        except OSError:
-            self.sync_failed = True
-            raise
+        asked_after = self._syncs
+        with self._sync_lock:
+            if self.sync_failed:
+                raise self._lost()
+            if self._syncs > asked_after:
+                return  # while this one waited, one for all who waited began and ended
+            self._syncs += 1
+            try:
+                with self._descriptor as fd:
+                    os.fdatasync(fd)
+            except OSError:
+                self.sync_failed = True
+                raise
 
     def _write_batch(self, pieces: Sequence[tuple[Buffer, int]], fua: bool) -> list[OSError | None]:
+        if self.sync_failed:
+            return [self._lost() for _ in pieces]
         errors: list[OSError | None] = []
         with self._descriptor as fd:
             for data, offset in pieces:
@@ -322,6 +345,12 @@ def _with_descriptor(
             return call(fd, *args, **kwargs)
 
     return held
+
+
+def _is_tmpfs(fd: int) -> bool:
+    """Whether what the page cache holds of a file has no disk to be read from."""
+    status = (ctypes.c_long * 32)()  # struct statfs, and to spare: f_type comes first
+    return not _fstatfs(fd, status) and status[0] == _TMPFS
 
 
 @_with_descriptor

@@ -28,6 +28,7 @@ from pynbd.block.engine import (
     Engine,
     HostFile,
 )
+from tests.block.devices import loop_device
 
 PUNCH = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
 ZERO = FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE
@@ -44,6 +45,26 @@ class CountingEngine(Engine):
     async def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.hops += 1
         return await super().run(call, *args, **kwargs)
+
+
+class HeldEngine(Engine):
+    """An engine of one thread, whose calls wait in the pool until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.entered = threading.Event()
+        self._go_on = threading.Semaphore(0)
+
+    async def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return await super().run(self._held, call, *args)
+
+    def _held(self, call: Callable[..., Any], *args: Any) -> Any:
+        self.entered.set()
+        assert self._go_on.acquire(timeout=10)
+        return call(*args)
+
+    def let_go(self, calls: int) -> None:
+        self._go_on.release(calls)
 
 
 @pytest.fixture
@@ -225,6 +246,65 @@ async def test_nothing_is_resident_past_the_end(engine: Engine, tmp_path: Path) 
     file.close()
 
 
+async def test_pages_that_are_being_read_are_not_resident(file: HostFile, path: Path) -> None:
+    """The page cache has them, but a send-file would wait for the disk."""
+    if not file.resident(0, 4096):
+        pytest.skip("cachestat needs Linux 6.5")
+    for _ in range(20):
+        evict(path)
+        os.posix_fadvise(file.fd, 0, len(DATA), os.POSIX_FADV_WILLNEED)
+        while not file.resident(0, len(DATA)):
+            pass
+        for offset in range(0, len(DATA), NOWAIT_MAX):
+            assert file.read_now(bytearray(NOWAIT_MAX), offset) == NOWAIT_MAX
+
+
+async def test_a_page_that_could_not_be_read_is_not_resident(engine: Engine, path: Path) -> None:
+    """It stays in the page cache, and the next who needs it asks the disk again."""
+    with loop_device(path) as device:
+        file = HostFile.open(engine, device, writable=False)
+        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+        half = len(DATA) // 2
+        await file.read_unless_hole(half, 0, sparse=False)
+        if not file.resident(0, half):
+            pytest.skip("cachestat needs Linux 6.5")
+        os.truncate(path, half)
+        os.posix_fadvise(file.fd, half, half, os.POSIX_FADV_DONTNEED)
+        error = await refused(file.read_unless_hole(4096, half, sparse=False))
+        assert error.errno == errno.EIO
+        assert not file.resident(half, 4096)
+        assert not file.resident(half - 8192, 8192 + 4096)
+        file.close()
+
+
+async def test_a_file_whose_pages_cannot_be_told(engine: Engine, file: HostFile) -> None:
+    """Huge pages are not told: nobody asks again. Any other trouble passes."""
+    if not file.resident(0, 4096):
+        pytest.skip("cachestat needs Linux 6.5")
+    try:
+        huge = HostFile(engine, "huge", os.memfd_create("huge", os.MFD_HUGETLB), writable=True)
+    except OSError:
+        pytest.skip("this kernel has no huge pages")
+    assert not huge.resident(0, 4096)
+    assert not huge._cachestat
+    huge.close()
+    number, file.fd = file.fd, -1
+    assert not file.resident(0, 4096)
+    file.fd = number
+    assert file.resident(0, 4096)
+
+
+async def test_tmpfs_has_no_disk_to_wait_for(engine: Engine, file: HostFile) -> None:
+    """It takes no RWF_NOWAIT, and needs none."""
+    if not file.resident(0, 4096):
+        pytest.skip("cachestat needs Linux 6.5")
+    memory = HostFile(engine, "memory", os.memfd_create("memory"), writable=True)
+    await memory.write(DATA, 0)
+    assert memory.resident(0, len(DATA))
+    assert not memory.resident(0, len(DATA) + 1)
+    memory.close()
+
+
 # Holes -------------------------------------------------------------------------------------------
 
 K = 1 << 10
@@ -373,22 +453,18 @@ def failing_sync(file: HostFile) -> Iterator[None]:
             os.close(fd)
 
 
-async def test_a_failed_flush_is_remembered(
-    file: HostFile, engine: CountingEngine, path: Path
-) -> None:
+async def test_a_failed_flush_is_remembered(engine: Engine, file: HostFile, path: Path) -> None:
     await file.flush()
     with failing_sync(file):
         await refused(file.flush())
     # The descriptor would flush again, but pages may be lost.
     os.fdatasync(file.fd)
-    hops = engine.hops
     for call in (file.flush(), file.write(b"x", 0), file.fallocate(PUNCH, 0, 4096)):
         error = await refused(call)
         assert error.errno == errno.EIO
         assert "an earlier flush failed" in str(error)
         assert str(path) in str(error)
     assert len(await file.write_batch([(b"x", 0), (b"y", 1)], fua=True)) == 2
-    assert engine.hops == hops
     assert content(path) == DATA
     # What was read stays readable, and whoever opens the file anew starts anew.
     assert await file.read_bytes(16, 0) == DATA[:16]
@@ -404,6 +480,41 @@ async def test_a_failed_fua_fails_every_write_of_its_batch(engine: Engine) -> No
         errors = await file.write_batch([(b"x", 0), (b"y", 9)], fua=True)
         assert [error and error.errno for error in errors] == [errno.EINVAL] * 2
         assert file.sync_failed
+
+
+async def test_a_failed_flush_fails_those_that_wait(path: Path) -> None:
+    """Linux tells of lost pages once: the flushes after the one that was told would succeed."""
+    engine = HeldEngine()
+    file = HostFile.open(engine, str(path), writable=True)
+    with failing_sync(file):
+        first = asyncio.ensure_future(file.flush())
+        others = [
+            asyncio.ensure_future(call)
+            for call in (file.flush(), file.write(b"x", 0), file.write(b"y", 1, fua=True))
+        ]
+        await asyncio.sleep(0)  # every one has gone to the pool, which has one thread
+        engine.let_go(1)
+        await refused(first)
+    engine.let_go(3)
+    for other in others:
+        assert (await refused(other)).errno == errno.EIO
+    assert content(path) == DATA
+    file.close()
+    engine.close()
+
+
+async def test_flushes_that_wait_share_one(path: Path) -> None:
+    engine = Engine(8)
+    file = HostFile.open(engine, str(path), writable=True)
+    with file._sync_lock:  # as if one were under way
+        flushes = [asyncio.ensure_future(file.flush()) for _ in range(8)]
+        await asyncio.sleep(0.1)
+    await asyncio.gather(*flushes)
+    assert file._syncs in (1, 2)
+    await file.flush()
+    assert file._syncs in (2, 3)
+    file.close()
+    engine.close()
 
 
 async def test_fua_of_writes_that_all_failed_flushes_nothing(engine: Engine) -> None:
@@ -483,15 +594,7 @@ def test_what_is_known_of_a_file(engine: Engine, path: Path) -> None:
 
 
 async def test_a_block_device(engine: Engine, path: Path) -> None:
-    """A loop device where this process may make one."""
-    losetup = await asyncio.create_subprocess_exec(
-        "losetup", "--find", "--show", str(path), stdout=-1, stderr=asyncio.subprocess.DEVNULL
-    )
-    said, _ = await losetup.communicate()
-    if losetup.returncode:
-        pytest.skip("no loop device can be made here")
-    device = said.decode().strip()
-    try:
+    with loop_device(path) as device:
         file = HostFile.open(engine, device, writable=True)
         assert (file.is_device, file.size()) == (True, len(DATA))
         assert await file.read_bytes(512, 4096) == DATA[4096 : 4096 + 512]
@@ -500,24 +603,6 @@ async def test_a_block_device(engine: Engine, path: Path) -> None:
         assert not await file.fallocate(PUNCH, 100, 1000)
         assert await file.fallocate(PUNCH, 8192, 8192)
         file.close()
-    finally:
-        await (await asyncio.create_subprocess_exec("losetup", "-d", device)).wait()
-
-
-class HeldEngine(Engine):
-    """An engine whose calls wait in the pool until they are let go."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-        self.entered, self.go_on = threading.Event(), threading.Event()
-
-    async def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return await super().run(self._held, call, *args)
-
-    def _held(self, call: Callable[..., Any], *args: Any) -> Any:
-        self.entered.set()
-        assert self.go_on.wait(10)
-        return call(*args)
 
 
 async def test_a_late_call_never_meets_another_file(path: Path, tmp_path: Path) -> None:
@@ -534,7 +619,7 @@ async def test_a_late_call_never_meets_another_file(path: Path, tmp_path: Path) 
     next_path.write_bytes(DATA)
     next_file = HostFile.open(engine, str(next_path), writable=True)
     assert next_file.fd == number
-    engine.go_on.set()
+    engine.let_go(1)
     engine.close()
     assert content(next_path) == DATA
     next_file.close()

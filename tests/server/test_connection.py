@@ -85,9 +85,7 @@ async def talking(tmp_path: Path, limit: float = 10) -> AsyncIterator[Talk]:
     path.write_bytes(BYTES)
     before = open_files()
     node = await open_image(path, format="raw")
-    exports = ExportTable(
-        [Export("x", node, contexts=standard_contexts(depth=True, bitmaps=()))]
-    )
+    exports = ExportTable([Export("x", node, contexts=standard_contexts(depth=True, bitmaps=()))])
     ours, theirs = socket.socketpair()
     talk = Talk(Connection(ours, exports, BufferPool(), handshake_limit=limit), theirs)
     try:
