@@ -130,7 +130,8 @@ class HostFile:
         self.is_device = stat.S_ISBLK(status.st_mode)
         self._nowait = hasattr(os, "RWF_NOWAIT")
         self._cachestat = True
-        self._always_read = _is_tmpfs(fd)
+        # On tmpfs there is no disk to wait for; but device nodes are there as well (devtmpfs).
+        self._always_read = not self.is_device and _is_tmpfs(fd)
         self._fallocate_refused: set[int] = set()
 
     @classmethod
@@ -348,7 +349,6 @@ def _with_descriptor(
 
 
 def _is_tmpfs(fd: int) -> bool:
-    """Whether what the page cache holds of a file has no disk to be read from."""
     status = (ctypes.c_long * 32)()  # struct statfs, and to spare: f_type comes first
     return not _fstatfs(fd, status) and status[0] == _TMPFS
 
