@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import socket
 import stat
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from pynbd.server.buffers import BufferPool
@@ -26,8 +29,14 @@ log = logging.getLogger("pynbd")
 GRACE = 2.0
 # Seconds to wait before accepting again when there are no descriptors left.
 _ACCEPT_PAUSE = 0.1
+# Seconds without such a failure after which the next one is news.
+_RECOVERED = 60.0
 BACKLOG = 128
 _NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+# How often a free port is looked for that is free at every address.
+_PORT_TRIES = 16
+
+_Address = tuple[int, tuple[Any, ...]]
 
 
 def listen_tcp(host: str, port: int) -> list[socket.socket]:
@@ -36,12 +45,24 @@ def listen_tcp(host: str, port: int) -> list[socket.socket]:
     An address that this machine does not have (IPv6 switched off, say) is left out, if another is
     left. Raises `OSError`.
     """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    # An address may be there twice, by two lines of /etc/hosts.
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    for _ in range(0 if port else _PORT_TRIES - 1):
+        try:
+            return _listen_everywhere(addresses, 0)
+        except OSError as error:
+            # What is free at the first address may be taken at another.
+            if error.errno != errno.EADDRINUSE:
+                raise
+    return _listen_everywhere(addresses, port)
+
+
+def _listen_everywhere(addresses: Sequence[_Address], port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     absent: OSError | None = None
     try:
-        for family, _, _, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
+        for family, address in addresses:
             try:
                 sock = _listen_at(family, (address[0], port, *address[2:]))
             except OSError as error:
@@ -96,7 +117,26 @@ def _is_stale(path: str) -> bool:
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         return False
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # one whose backlog is full lives: EAGAIN
         return probe.connect_ex(path) == errno.ECONNREFUSED
+
+
+class SocketFile:
+    """The file of a unix socket that was bound just now, for who has to remove it in the end."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._identity = self._found()
+
+    def remove(self) -> None:
+        """Remove it, unless it has gone, or another server has put its own in its place."""
+        with suppress(FileNotFoundError):
+            if self._found() == self._identity:
+                os.unlink(self._path)
+
+    def _found(self) -> tuple[int, int]:
+        status = os.lstat(self._path)
+        return status.st_dev, status.st_ino
 
 
 class Server:
@@ -125,6 +165,7 @@ class Server:
         self._place_free = asyncio.Event()
         self._served = False  # somebody came as far as transmission, and has left
         self._listeners: list[asyncio.Task[None]] = []
+        self._last_failure = -math.inf  # when a connection could not be accepted
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -132,10 +173,15 @@ class Server:
         ``until_idle``.
         """
         self._listeners = [asyncio.create_task(self._accept(sock)) for sock in self._sockets]
+        for listener in self._listeners:
+            listener.add_done_callback(lambda _: self.stop())  # it fails: that must be seen
         try:
             await self._stop.wait()
         finally:
             await self._end()
+        for listener in self._listeners:
+            if not listener.cancelled():
+                listener.result()
 
     def stop(self) -> None:
         """End in good order; `run` returns when it is done."""
@@ -148,21 +194,33 @@ class Server:
             await self._place()
             try:
                 sock, _ = await loop.sock_accept(listener)
+            except ConnectionAbortedError:
+                continue  # its client has left the backlog
             except OSError as error:
-                log.warning("a connection could not be accepted: %s", error.strerror)
+                self._tell(error)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
             try:
                 await self._place()  # another listener may have given the last one away
-            except asyncio.CancelledError:
+                self._begin(sock)
+            except BaseException:
                 sock.close()
                 raise
-            connection = Connection(
-                sock, self._exports, self._pool, handshake_limit=self._handshake_limit
-            )
-            task = loop.create_task(connection.run())
-            self._connections[task] = connection
-            task.add_done_callback(self._ended)
+            await asyncio.sleep(0)  # with others in the backlog, asyncio accepts without a turn
+
+    def _tell(self, failure: OSError) -> None:
+        now = time.monotonic()
+        if now - self._last_failure > _RECOVERED:
+            log.warning("a connection could not be accepted: %s", failure.strerror)
+        self._last_failure = now
+
+    def _begin(self, sock: socket.socket) -> None:
+        connection = Connection(
+            sock, self._exports, self._pool, handshake_limit=self._handshake_limit
+        )
+        task = asyncio.get_running_loop().create_task(connection.run())
+        self._connections[task] = connection
+        task.add_done_callback(self._ended)
 
     async def _place(self) -> None:
         """Wait until one more client may be served."""

@@ -9,19 +9,21 @@ import os
 import random
 import resource
 import socket
+import stat
 import struct
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pynbd.block.chain import open_image
+from pynbd.server import server
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
-from pynbd.server.server import GRACE, Server, listen_tcp, listen_unix
+from pynbd.server.server import GRACE, Server, SocketFile, listen_tcp, listen_unix
 from tests.server.session import (
     ESHUTDOWN,
     FLUSH,
@@ -104,13 +106,19 @@ class Scene:
 
 @asynccontextmanager
 async def serving(
-    path: Path, engine: WatchedEngine, *, listeners: int = 1, **options: Any
+    path: Path,
+    engine: WatchedEngine,
+    *,
+    listeners: int = 1,
+    sockets: list[socket.socket] | None = None,
+    **options: Any,
 ) -> AsyncIterator[Scene]:
     node = await open_image(path, format="raw", read_only=False, engine=engine)
     node.own_engine = engine
     engine.calls.clear()
     contexts = standard_contexts(depth=True, bitmaps=())
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(listeners)]
+    if sockets is None:
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(listeners)]
     exports = ExportTable([Export("", node, contexts=contexts)])
     scene = Scene(Server(exports, sockets, **options), sockets)
     try:
@@ -237,18 +245,69 @@ async def test_no_descriptor_left(
     path: Path, engine: WatchedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The server waits, serves those it has, and goes on when there is one."""
-    async with serving(path, engine) as scene:
+    async with serving(path, engine, listeners=2) as scene:
         client = await scene.client()
-        waiting = socket.socket()
-        scene.sockets.append(waiting)
-        waiting.setblocking(False)
-        with no_more_descriptors():
-            await asyncio.get_running_loop().sock_connect(waiting, scene.addresses[0])
-            assert not await scene.greeted(waiting, 0.15)
-            assert (await client.ask(READ, 0, 16)).data(0, 16) == BYTES[:16]
-        assert await scene.greeted(waiting)
-    said = {record.getMessage() for record in caplog.records if record.levelno > logging.INFO}
-    assert said == {"a connection could not be accepted: Too many open files"}
+        for listener in (0, 1, 0):
+            waiting = socket.socket()
+            scene.sockets.append(waiting)
+            waiting.setblocking(False)
+            with no_more_descriptors():
+                await asyncio.get_running_loop().sock_connect(waiting, scene.addresses[listener])
+                assert not await scene.greeted(waiting, 0.25)
+                assert (await client.ask(READ, 0, 16)).data(0, 16) == BYTES[:16]
+            assert await scene.greeted(waiting)
+    # Once, however often it is tried again, and however often a client makes room for a moment.
+    said = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    assert said == ["a connection could not be accepted: Too many open files"]
+
+
+async def test_a_client_that_left_the_backlog(
+    path: Path, engine: WatchedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ECONNABORTED is no trouble: there is nobody to be told, and the next one waits."""
+    left = [ConnectionAbortedError(errno.ECONNABORTED, "Software caused connection abort")] * 3
+
+    class Listener(socket.socket):
+        def accept(self) -> tuple[socket.socket, Any]:
+            if left:
+                raise left.pop()
+            return super().accept()
+
+    with Listener() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        async with serving(path, engine, sockets=[listener]) as scene:
+            assert await scene.greeted(await scene.connect())
+            assert not left
+    assert not caplog.records
+
+
+async def test_a_listener_that_fails_is_seen(path: Path, engine: WatchedEngine) -> None:
+    """It ends the server, which would go on without a door."""
+    async with serving(path, engine) as scene:
+
+        async def defect() -> None:
+            raise ValueError
+
+        scene.server._place = defect  # type: ignore[method-assign]
+        await asyncio.wait([scene.running], timeout=5)
+        assert isinstance(scene.running.exception(), ValueError)
+        scene.running = asyncio.get_running_loop().create_task(asyncio.sleep(0))
+
+
+async def test_others_have_their_turn_while_many_connect(path: Path, engine: WatchedEngine) -> None:
+    async with serving(path, engine) as scene:
+        clients = [socket.create_connection(scene.addresses[0]) for _ in range(50)]
+        scene.sockets += clients
+        clients[-1].setblocking(False)
+        turns = 0
+        while True:
+            with suppress(BlockingIOError):
+                assert clients[-1].recv(18) == b"NBDMAGICIHAVEOPT\0\3"
+                break
+            await asyncio.sleep(0)
+            turns += 1
+        assert turns >= 50
 
 
 # Until idle --------------------------------------------------------------------------------------
@@ -383,6 +442,44 @@ def test_a_taken_port() -> None:
     assert open_files() == before
 
 
+def test_addresses_that_are_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with two lines for localhost in /etc/hosts."""
+    lookup = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: lookup(*a, **k) * 2)
+    sockets = listen_tcp("localhost", 0)
+    assert len(sockets) == len({sock.family for sock in sockets})
+    for sock in sockets:
+        sock.close()
+
+
+def test_a_free_port_that_is_taken_at_the_other_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one is looked for. The machine lends us a second address of its loopback net."""
+    lookup = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda *a, **k: lookup("127.0.0.1", *a[1:], **k) + lookup("127.0.0.2", *a[1:], **k),
+    )
+    listen_at = server._listen_at
+    taken: list[socket.socket] = []
+
+    def taking(family: int, address: tuple[Any, ...]) -> socket.socket:
+        sock = listen_at(family, address)
+        if len(taken) < 3 and address[0] == "127.0.0.1":
+            taken.append(socket.create_server(("127.0.0.2", sock.getsockname()[1])))
+        return sock
+
+    monkeypatch.setattr(server, "_listen_at", taking)
+    before = open_files()
+    sockets = listen_tcp("localhost", 0)
+    assert [sock.getsockname()[0] for sock in sockets] == ["127.0.0.1", "127.0.0.2"]
+    assert len({sock.getsockname()[1] for sock in sockets}) == 1
+    assert len(taken) == 3
+    for sock in sockets + taken:
+        sock.close()
+    assert open_files() == before
+
+
 @pytest.fixture
 def short(tmp_path: Path) -> Iterator[str]:
     """A path that fits into the address of a unix socket."""
@@ -408,6 +505,36 @@ def test_a_live_socket_is_not_replaced(short: str) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(short)
     listener.close()
+
+
+def test_a_live_socket_whose_backlog_is_full(short: str) -> None:
+    """It is told at once."""
+    with ExitStack() as open_sockets:
+        listener = open_sockets.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(short)
+        listener.listen(0)
+        while True:
+            client = open_sockets.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            if client.connect_ex(short) == errno.EAGAIN:
+                break
+        with pytest.raises(OSError, match="in use"):
+            listen_unix(short)
+        assert stat.S_ISSOCK(os.stat(short).st_mode)
+
+
+def test_a_socket_file_is_removed_once(short: str) -> None:
+    """Not the one that another server has put in its place."""
+    with listen_unix(short):
+        file = SocketFile(short)
+    with socket.socket(socket.AF_UNIX) as another:
+        another.bind(f"{short}2")
+        os.rename(f"{short}2", short)
+        file.remove()
+        assert stat.S_ISSOCK(os.stat(short).st_mode)
+        SocketFile(short).remove()
+    assert not os.path.exists(short)
+    file.remove()
 
 
 def test_a_file_is_not_replaced(short: str) -> None:
