@@ -42,8 +42,9 @@ class Connection:
         """Serve until the client leaves, breaks a rule, or `stop` ends it. Always closes the
         socket.
         """
+        deadline = asyncio.timeout(self._handshake_limit or None)
         try:
-            async with asyncio.timeout(self._handshake_limit or None):
+            async with deadline:
                 session = await self._negotiate()
             if session is not None:
                 self.negotiated = True
@@ -54,10 +55,11 @@ class Connection:
                 await self._transmission.run()
         except ProtocolError as error:
             log.info("client disconnected: %s", error)
-        except TimeoutError:
-            log.info("client disconnected: no negotiation within %g s", self._handshake_limit)
-        except (EOFError, ConnectionError):
-            log.debug("the client has gone")
+        except (EOFError, OSError) as error:
+            if deadline.expired():
+                log.info("client disconnected: no negotiation within %g s", self._handshake_limit)
+            else:
+                log.debug("the client has gone: %s", error)
         finally:
             self._stream.close()
 

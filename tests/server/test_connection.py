@@ -7,7 +7,9 @@ rows; limits and endings are in `test_server`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import random
 import socket
 import struct
@@ -188,6 +190,32 @@ async def test_the_deadline(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         await talk.ended()
     (record,) = caplog.records
     assert record.getMessage() == "client disconnected: no negotiation within 0.1 s"
+
+
+class FailingSocket(socket.socket):
+    """Sends, but to receive fails as it does when a network breaks down."""
+
+    failure: OSError
+
+    def recv(self, length: int, flags: int = 0) -> bytes:
+        raise self.failure
+
+
+@pytest.mark.parametrize("number", [errno.EHOSTUNREACH, errno.ENETDOWN, errno.ETIMEDOUT])
+async def test_a_network_that_breaks_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """It is like a client that goes, and ETIMEDOUT is not the deadline."""
+    caplog.set_level(logging.INFO, "pynbd")
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.send(bytes(4))
+        failing = FailingSocket(fileno=ours.detach())
+        failing.failure = OSError(number, os.strerror(number))
+        await Connection(failing, ExportTable([]), BufferPool()).run()
+        assert failing.fileno() == -1
+        assert theirs.recv(18) == GREETING
+    assert not caplog.records
 
 
 async def test_a_violation_in_transmission(
