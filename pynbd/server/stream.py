@@ -11,16 +11,21 @@ rules:
    again.
 4. Once the peer is lost nothing more is sent: after a reply that was cut short, the next one would
    be taken for its data.
+5. A file that cannot be sent to its end is not the peer's fault: zeroes take the place of the rest,
+   and the reply ends with an error where its dialect can say so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
+
+log = logging.getLogger("pynbd")
 
 # sendmsg takes no more pieces than this in one call (IOV_MAX).
 _IOV_MAX = 1024
@@ -34,8 +39,8 @@ Buffer = bytes | bytearray | memoryview
 
 
 class ReplyEnd:
-    """The end of a reply that has file pieces: ``done``, or ``failed`` once a file was shorter than
-    it should be.
+    """The end of a reply that has file pieces: ``done``, or ``failed`` once a file could not be
+    read to the end of its piece.
 
     ``failed`` is None in a dialect that cannot say so any more: then the connection has to go.
     """
@@ -77,6 +82,7 @@ class PlainStream:
         self._queue: deque[Piece] = deque()
         self._writing = False
         self._lost = False
+        self._told = False  # that a file failed
         self.reading = False
         """Whether `on_readable` is called when there is something to receive."""
         self.queued = 0
@@ -233,7 +239,15 @@ class PlainStream:
             queue.popleft()
 
     def _send_file(self, piece: FilePiece) -> None:
-        sent = os.sendfile(self._fd, piece.fd, piece.offset, piece.length)
+        try:
+            sent = os.sendfile(self._fd, piece.fd, piece.offset, piece.length)
+        except (BlockingIOError, InterruptedError, ConnectionError):
+            raise
+        except OSError as error:  # if it was the socket's after all, the zeroes meet it again
+            sent = 0
+            if not self._told:
+                self._told = True
+                log.error("bytes of an image file could not be sent: %s", error.strerror)
         self.queued -= sent
         rest = piece.length - sent
         if not rest:
@@ -241,7 +255,7 @@ class PlainStream:
         elif sent:
             self._queue[0] = piece._replace(offset=piece.offset + sent, length=rest)
         elif piece.reply.failed is None:
-            raise ConnectionAbortedError("the file became shorter in the middle of a simple reply")
+            raise ConnectionAbortedError("a file failed in the middle of a simple reply")
         else:
             piece.reply.broken = True
             self._queue[0] = bytes(rest)

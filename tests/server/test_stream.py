@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pynbd.server.stream import FilePiece, Piece, PlainStream, ReplyEnd
+from tests.block.devices import loop_device
 from tests.server.session import open_files
 
 DATA = random.Random(8).randbytes(8 << 20)
@@ -240,6 +241,53 @@ async def test_a_file_that_is_too_short_in_a_simple_reply(file: int, small: bool
         assert peer.recv(100) == b""
 
 
+@pytest.mark.parametrize("small", [False, True])
+async def test_a_file_that_cannot_be_read(file: int, tmp_path: Path, small: bool) -> None:
+    """A disk that fails is told with the reply, and the connection goes on."""
+    whole = 2 << 20
+    path = tmp_path / "disk"
+    path.write_bytes(DATA[:whole])
+    with loop_device(path) as device:
+        disk = os.open(device, os.O_RDONLY)
+        os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+        os.truncate(path, whole // 2)
+        async with connected(small) as (stream, peer):
+            events = Events(stream)
+            end, other = ReplyEnd(b"done", b"it failed"), ReplyEnd(b"done", b"failed")
+            stream.send(
+                [
+                    FilePiece(disk, 4096, whole - 4096, end),
+                    b"more",
+                    end,
+                    FilePiece(file, 0, 10, other),
+                    other,
+                ]
+            )
+            expected = DATA[4096 : whole // 2] + bytes(whole // 2) + b"moreit failed"
+            expected += DATA[:10] + b"done"
+            assert await received(peer, len(expected)) == expected
+            assert stream.queued == 0
+            assert "lost" not in events.told
+        os.close(disk)
+
+
+async def test_a_file_that_cannot_be_sent(tmp_path: Path) -> None:
+    """The kernel sends no directory: EINVAL."""
+    directory = os.open(tmp_path, os.O_RDONLY)
+    async with connected() as (stream, peer):
+        end = ReplyEnd(b"done", b"it failed")
+        stream.send([FilePiece(directory, 0, 100, end), end])
+        assert await received(peer, 109) == bytes(100) + b"it failed"
+    async with connected() as (stream, peer):
+        events = Events(stream)
+        end = ReplyEnd(b"", None)
+        stream.send([b"head", FilePiece(directory, 0, 100, end), end, b"next"])
+        assert events.told == ["lost"]
+        stream.close()
+        assert await received(peer, 100) == b"head"
+    os.close(directory)
+
+
 async def test_an_end_without_words(file: int) -> None:
     """In simple replies the data is the end."""
     async with connected() as (stream, peer):
@@ -284,6 +332,17 @@ async def test_a_peer_that_has_gone() -> None:
         assert events.told == ["lost"]
         stream.send([b"x"])
         assert stream.queued == 0
+
+
+async def test_a_peer_that_has_gone_before_a_file(file: int) -> None:
+    """The file is not to blame."""
+    async with connected() as (stream, peer):
+        events = Events(stream)
+        peer.close()
+        end = ReplyEnd(b"done", b"failed")
+        stream.send([FilePiece(file, 0, 100, end), end])
+        assert events.told == ["lost"]
+        assert not end.broken
 
 
 async def test_a_peer_that_goes_while_something_waits() -> None:
