@@ -2,8 +2,8 @@
 tracking bitmaps").
 
 One bit for each granule of guest range, the least significant bit of each byte first, as on disk.
-The bits of a persistent bitmap stay on disk until somebody asks for them: an image may have 65535
-bitmaps.
+The bits of a persistent bitmap stay on disk until somebody asks for them, and whoever only looks at
+them borrows them for that moment: an image may have 65535 bitmaps.
 
 `DirtyBitmap.runs` is bounded by the runs that it returns and by the bits that it looks at, and it
 unpacks only words in which something changes.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from bitarray import bitarray
-from bitarray.util import intervals, zeros
+from bitarray.util import intervals
 
 from pynbd.block.extent import Int64s, UInt8s
 
@@ -48,7 +48,9 @@ class DirtyRuns:
 def blank(size: int, granularity: int) -> bitarray:
     """The bits of a clean bitmap: one a granule, then clean ones up to a whole 64-bit word."""
     granules = -(-size // granularity)
-    return zeros(-(-granules // _WORD_BITS) * _WORD_BITS, endian="little")
+    # The host gives memory to an array of zeroes only where something is written.
+    words = np.zeros(-(-granules // _WORD_BITS), np.uint64)
+    return bitarray(buffer=words, endian="little")
 
 
 class DirtyBitmap:
@@ -56,7 +58,7 @@ class DirtyBitmap:
     two).
 
     ``enabled``: writes are to be recorded (the auto flag of a persistent bitmap). ``source`` brings
-    the bits of a persistent bitmap when they are first needed; they are laid out as those of
+    the bits of a persistent bitmap each time they are needed; they are laid out as those of
     `blank`.
     """
 
@@ -79,11 +81,17 @@ class DirtyBitmap:
         self._bits = None if source else blank(size, granularity)
 
     async def load(self) -> None:
-        """Have the bits in memory. ``OSError`` if they cannot be read."""
+        """Have the bits in memory, to be changed. ``OSError`` if they cannot be read."""
         if self._bits is None and self._source:
             bits = await self._source()
             if self._bits is None:  # else somebody was faster, and may have marked his
                 self._bits = bits
+
+    async def _borrowed(self) -> bitarray:
+        """The bits for one step, without keeping them."""
+        if self._bits is None and self._source:
+            return await self._source()
+        return self.bits
 
     @property
     def bits(self) -> bitarray:
@@ -129,14 +137,14 @@ class DirtyBitmap:
         the granularity; what lies past the end of the bitmap is clean. ``OSError`` if the bits
         cannot be read.
         """
-        await self.load()
         end = offset + length
         if offset >= self.size:
             return DirtyRuns(offset, np.array([end], np.int64), np.zeros(1, np.uint8))
+        bits = await self._borrowed()
         first = offset // self.granularity
         last = -(-min(end, self.size) // self.granularity)
-        edges, seen = _edges(self.bits, first, min(last, first + _BITS_PER_STEP))
-        dirty = self.bits[first]
+        edges, seen = _edges(bits, first, min(last, first + _BITS_PER_STEP))
+        dirty = bits[first]
         ends = edges * self.granularity
         if seen < last:
             horizon = seen * self.granularity

@@ -118,7 +118,7 @@ async def test_one_call_is_bounded() -> None:
         assert longest < 0.1
 
 
-async def test_the_bits_are_brought_once_and_only_when_needed() -> None:
+async def test_the_bits_are_brought_when_needed_and_kept_when_loaded() -> None:
     asked = 0
 
     async def source() -> bitarray:
@@ -131,9 +131,13 @@ async def test_the_bits_are_brought_once_and_only_when_needed() -> None:
     bitmap = DirtyBitmap("b", 1000, GRANULARITY, source=source)
     assert bitmap.persistent
     assert asked == 0
-    for _ in range(2):
+    for times in (1, 2):
         assert rows(await bitmap.runs(0, 100, 9)) == [(0, 48, 0), (48, 64, 1), (64, 100, 0)]
-    assert asked == 1
+        assert asked == times
+    await bitmap.load()
+    bitmap.mark(64, 1)
+    assert rows(await bitmap.runs(0, 100, 9)) == [(0, 48, 0), (48, 80, 1), (80, 100, 0)]
+    assert asked == 3
 
 
 async def test_a_failed_source_is_asked_again() -> None:

@@ -3,7 +3,8 @@ side.
 
 The bitmap directory and the bitmap tables are read and checked when the image is opened, and one
 bad entry refuses the image, as QEMU does: nothing that is written later could tell which clusters
-are the bitmaps'. Bitmap data is read at a bitmap's first use.
+are the bitmaps'. Tables beyond `TABLE_BYTES_AT_OPEN` are checked when they are used. Bitmap data is
+read when a bitmap is used, one at a time; what was used last is kept, up to `BITMAP_CACHE_BYTES`.
 
 An entry that is in use was not saved: its bitmap keeps its name but cannot be used. Where autoclear
 bit 0 is not set the whole extension is out of date, and it is as if there were no bitmaps.
@@ -11,9 +12,10 @@ bit 0 is not set the whole extension is out of date, and it is as if there were 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +25,7 @@ from construct import Container
 
 from pynbd.block.bitmap import DirtyBitmap, blank
 from pynbd.block.engine import HostFile
-from pynbd.block.qcow2.cache import read_table
+from pynbd.block.qcow2.cache import SharedReads, read_table
 from pynbd.block.qcow2.entries import UInt64s
 from pynbd.block.qcow2.extensions import BitmapsExtension
 from pynbd.block.qcow2.format import (
@@ -49,12 +51,41 @@ log = logging.getLogger("pynbd")
 _KNOWN_FLAGS = int(BitmapFlags.IN_USE | BitmapFlags.AUTO)
 
 
+# Of bits that are kept for the next use; the last used ones are kept in any case.
+BITMAP_CACHE_BYTES = 64 << 20
+# Of bitmap tables: 65535 bitmaps of a disk of 4 TiB, with the usual granularity and clusters.
+TABLE_BYTES_AT_OPEN = 64 << 20
+
+# One step reads and checks so many table entries, or reads so many clusters or bytes of bits: about
+# a millisecond's worth.
+_ENTRIES_PER_STEP = 1 << 16
+_CLUSTERS_PER_STEP = 128
+_BYTES_PER_STEP = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Where a bitmap table is, what for, and how to call it."""
+
+    where: str  # the image file and the bitmap
+    offset: int
+    size: int  # entries
+    granularity: int  # bytes
+
+    @classmethod
+    def of(cls, entry: Container, where: str) -> _Table:
+        return cls(
+            where, entry.bitmap_table_offset, entry.bitmap_table_size, 1 << entry.granularity_bits
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class PersistentBitmaps:
     """The bitmaps of an image that can be used, and the names of those that cannot."""
 
     usable: tuple[DirtyBitmap, ...] = ()
     inconsistent: tuple[str, ...] = ()
+    data: BitmapData | None = None
 
 
 async def load(file: HostFile, header: Header) -> PersistentBitmaps:
@@ -70,25 +101,33 @@ async def load(file: HostFile, header: Header) -> PersistentBitmaps:
         )
         return PersistentBitmaps()
     directory = await file.read_bytes(extension.directory_size, extension.directory_offset)
-    usable: dict[str, DirtyBitmap] = {}
+    data = BitmapData(file, header)
+    usable: list[DirtyBitmap] = []
     inconsistent: list[str] = []
+    names: set[str] = set()
+    table_bytes = 0
     for entry, name in _entries(directory, extension, file.path):
-        where = f"{file.path}: bitmap {name!r}"
-        _check_entry(entry, header, where)
-        if name in usable or name in inconsistent:
-            raise CorruptImage(f"{where}: there are two of that name")
+        table = _Table.of(entry, f"{file.path}: bitmap {name!r}")
+        _check_entry(entry, header, table.where)
+        if name in names:
+            raise CorruptImage(f"{table.where}: there are two of that name")
+        names.add(name)
         if entry.flags & BitmapFlags.IN_USE:
             inconsistent.append(name)
             continue
-        await _read_bitmap_table(file, header, entry, where)
-        usable[name] = DirtyBitmap(
-            name,
-            header.virtual_size,
-            1 << entry.granularity_bits,
-            enabled=bool(entry.flags & BitmapFlags.AUTO),
-            source=partial(_load_bits, file, header, entry, where),
+        table_bytes += table.size * 8
+        if table_bytes <= TABLE_BYTES_AT_OPEN:
+            await _read_bitmap_table(file, header, table)
+        usable.append(
+            DirtyBitmap(
+                name,
+                header.virtual_size,
+                1 << entry.granularity_bits,
+                enabled=bool(entry.flags & BitmapFlags.AUTO),
+                source=data.source(table),
+            )
         )
-    return PersistentBitmaps(tuple(usable.values()), tuple(inconsistent))
+    return PersistentBitmaps(tuple(usable), tuple(inconsistent), data)
 
 
 def _entries(
@@ -155,34 +194,66 @@ def _data_bytes(header: Header, granularity: int) -> int:
     return -(-header.virtual_size // (granularity * 64)) * 8
 
 
-async def _read_bitmap_table(
-    file: HostFile, header: Header, entry: Container, where: str
-) -> UInt64s:
-    table = await read_table(file, entry.bitmap_table_offset, entry.bitmap_table_size)
-    host = table & np.uint64(BITMAP_TABLE_OFFSET_MASK)
-    bad = (table & np.uint64(BITMAP_TABLE_RESERVED_MASK) != 0) | (host % header.cluster_size != 0)
-    bad |= (host != 0) & (table & np.uint64(BITMAP_TABLE_ALL_ONES) != 0)
-    if bad.any():
-        index = int(np.argmax(bad))
-        raise CorruptImage(f"{where}: entry {index} of its table is {int(table[index]):#x}")
-    return table
+class BitmapData:
+    """The bits of an image's bitmaps: those that were used last, and how to read the others."""
+
+    def __init__(self, file: HostFile, header: Header) -> None:
+        self._file = file
+        self._header = header
+        self._tables: list[_Table] = []
+        self._one_at_a_time = asyncio.Lock()  # what is being read is not counted as kept
+        self.reads = SharedReads(self._read, BITMAP_CACHE_BYTES, lambda bits: bits.nbytes)
+
+    def source(self, table: _Table) -> Callable[[], Awaitable[bitarray]]:
+        """What brings the bits that ``table`` leads to; ``OSError`` if they cannot be read."""
+        self._tables.append(table)
+        return partial(self.reads.load, len(self._tables) - 1)
+
+    async def _read(self, index: int) -> bitarray:
+        async with self._one_at_a_time:
+            # Its table is read again: those of many bitmaps are a lot to keep.
+            table = self._tables[index]
+            try:
+                entries = await _read_bitmap_table(self._file, self._header, table)
+            except CorruptImage as error:
+                raise OSError(errno.EIO, str(error)) from error
+            return await self._read_bits(entries, table.granularity)
+
+    async def _read_bits(self, table: UInt64s, granularity: int) -> bitarray:
+        size, cluster_size = self._header.virtual_size, self._header.cluster_size
+        bits = blank(size, granularity)
+        in_cluster = cluster_size * 8
+        named = np.flatnonzero(table)
+        at_once = max(min(_CLUSTERS_PER_STEP, _BYTES_PER_STEP // cluster_size), 1)
+        with memoryview(bits) as data:
+            for step in range(0, len(named), at_once):
+                for index in named[step : step + at_once].tolist():
+                    if table[index] == BITMAP_TABLE_ALL_ONES:
+                        bits[index * in_cluster : (index + 1) * in_cluster] = 1
+                    else:
+                        first = index * cluster_size
+                        await self._file.read(data[first : first + cluster_size], int(table[index]))
+                await asyncio.sleep(0)
+        bits[-(-size // granularity) :] = 0
+        return bits
 
 
-async def _load_bits(file: HostFile, header: Header, entry: Container, where: str) -> bitarray:
-    """The bits of a bitmap. Its table is read again: those of many bitmaps are a lot to keep."""
-    try:
-        table = await _read_bitmap_table(file, header, entry, where)
-    except CorruptImage as error:
-        raise OSError(errno.EIO, str(error)) from error
-    granularity = 1 << entry.granularity_bits
-    bits = blank(header.virtual_size, granularity)
-    cluster_bits = header.cluster_size * 8
-    with memoryview(bits) as data:
-        for index in np.flatnonzero(table).tolist():
-            if table[index] == BITMAP_TABLE_ALL_ONES:
-                bits[index * cluster_bits : (index + 1) * cluster_bits] = 1
-            else:
-                first = index * header.cluster_size
-                await file.read(data[first : first + header.cluster_size], int(table[index]))
-    bits[-(-header.virtual_size // granularity) :] = 0
-    return bits
+async def _read_bitmap_table(file: HostFile, header: Header, table: _Table) -> UInt64s:
+    """The entries of a bitmap table. Raises `CorruptImage`."""
+    parts: list[UInt64s] = []
+    for first in range(0, table.size, _ENTRIES_PER_STEP):
+        if parts:
+            await asyncio.sleep(0)
+        count = min(_ENTRIES_PER_STEP, table.size - first)
+        part = await read_table(file, table.offset + first * 8, count)
+        host = part & np.uint64(BITMAP_TABLE_OFFSET_MASK)
+        bad = (part & np.uint64(BITMAP_TABLE_RESERVED_MASK) != 0) | (
+            host % header.cluster_size != 0
+        )
+        bad |= (host != 0) & (part & np.uint64(BITMAP_TABLE_ALL_ONES) != 0)
+        if bad.any():
+            index = int(np.argmax(bad))
+            problem = f"entry {first + index} of its table is {int(part[index]):#x}"
+            raise CorruptImage(f"{table.where}: {problem}")
+        parts.append(part)
+    return np.concatenate(parts)

@@ -1,6 +1,7 @@
-"""What was read from an image before and may be needed again: L2 tables and decompressed clusters.
+"""What was read from an image before and may be needed again: L2 tables, decompressed clusters,
+bitmaps.
 
-Both are read whole, by many requests at once, and in any order. Rules: the memory is bounded, the
+They are read whole, by many requests at once, and in any order. Rules: the memory is bounded, the
 least recently used goes first; requests that want the same thing at the same time share one read; a
 failed read is not remembered.
 """
@@ -24,16 +25,26 @@ TABLE_CACHE_BYTES = 16 << 20
 
 
 class SharedReads(Generic[T]):
-    """The ``limit`` last used results of ``read(key)``, each read once however many wait for it.
+    """The last used results of ``read(key)``, each read once however many wait for it.
 
-    ``lookups`` and ``loads`` count what was asked for and what was read.
+    ``limit`` of them are kept or, where ``weigh`` tells the weight of a result, so many that they
+    weigh no more together; the last one is kept in any case. ``lookups`` and ``loads`` count what
+    was asked for and what was read.
     """
 
-    def __init__(self, read: Callable[[int], Awaitable[T]], limit: int) -> None:
+    def __init__(
+        self,
+        read: Callable[[int], Awaitable[T]],
+        limit: int,
+        weigh: Callable[[T], int] = lambda _: 1,
+    ) -> None:
         self._read = read
         self._limit = limit
+        self._weigh = weigh
+        self._weight = 0
         self._kept: OrderedDict[int, T] = OrderedDict()
-        self._loading: dict[int, asyncio.Event] = {}
+        # Who waits for a read gets its result from there: it may be dropped before he has his turn.
+        self._loading: dict[int, tuple[asyncio.Event, list[T]]] = {}
         self.lookups = 0
         self.loads = 0
 
@@ -45,15 +56,17 @@ class SharedReads(Generic[T]):
         self.lookups += 1
         while key not in self._kept:
             if key in self._loading:
-                # If that read fails, or is cancelled, the next of those who wait tries for itself.
-                await self._loading[key].wait()
-                continue
-            done = self._loading[key] = asyncio.Event()
+                done, results = self._loading[key]
+                await done.wait()
+                if results:
+                    return results[0]
+                continue  # that read failed, or was cancelled: the next of those who wait tries
+            done, results = self._loading[key] = asyncio.Event(), []
             try:
                 self.loads += 1
-                result = await self._read(key)
-                self._keep(key, result)
-                return result
+                results.append(await self._read(key))
+                self._keep(key, results[0])
+                return results[0]
             finally:
                 del self._loading[key]
                 done.set()
@@ -62,8 +75,10 @@ class SharedReads(Generic[T]):
 
     def _keep(self, key: int, result: T) -> None:
         self._kept[key] = result
-        if len(self._kept) > self._limit:
-            self._kept.popitem(last=False)
+        self._weight += self._weigh(result)
+        while self._weight > self._limit and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._weight -= self._weigh(dropped)
 
 
 class TableCache(SharedReads[UInt64s]):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import logging
+import struct
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,11 @@ from interop import peers
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
+from pynbd.block.qcow2 import bitmaps
+from pynbd.block.qcow2 import header as headers
+from pynbd.block.qcow2.bitmaps import BitmapData
 from pynbd.block.qcow2.builder import Bitmap, Image, Written
+from pynbd.block.qcow2.extensions import BitmapsExtension
 from pynbd.block.qcow2.format import BitmapFlags
 from pynbd.block.qcow2.image import Qcow2Node
 from pynbd.errors import CorruptImage
@@ -96,8 +105,85 @@ async def test_a_table_entry_of_ones(tmp_path: Path) -> None:
     node = await open_image(path)
     (bitmap,) = node.bitmaps()
     assert await rows(bitmap, size) == [(0, 512 << 20, 0), (512 << 20, size - (512 << 20), 1)]
+    await bitmap.load()
     assert bitmap.dirty_bytes() == size - (512 << 20)
     await node.close()
+
+
+async def test_who_wants_a_bitmap_at_the_same_time_shares_its_reading(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    image(path, Bitmap("b", 65536, [(0, 65536)]))
+    node = await open_image(path)
+    (bitmap,) = node.bitmaps()
+    found = await asyncio.gather(*(rows(bitmap, SIZE) for _ in range(20)))
+    assert found == [[(0, 65536, 1), (65536, SIZE - 65536, 0)]] * 20
+    assert data(node).reads.loads == 1
+    await node.close()
+
+
+async def test_the_bits_in_memory_are_bounded_over_all_bitmaps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has 16384 bits, 2 KiB; those used last are kept, and one if it is larger."""
+    path = tmp_path / "disk.qcow2"
+    image(path, *(Bitmap(str(index), 512, [(index << 20, 512)]) for index in range(4)))
+    for limit, kept in ((5000, 2), (2048, 1), (100, 1)):
+        monkeypatch.setattr(bitmaps, "BITMAP_CACHE_BYTES", limit)
+        node = await open_image(path)
+        for index, bitmap in enumerate(node.bitmaps()):
+            assert (index << 20, 512, 1) in await rows(bitmap, SIZE)
+            assert len(data(node).reads) == min(index + 1, kept)
+        await node.close()
+
+
+async def test_reading_bits_does_not_hold_the_loop(tmp_path: Path) -> None:
+    """1024 clusters of bits."""
+    path = tmp_path / "disk.qcow2"
+    size = 1024 * 4096 * 512
+    image(path, Bitmap("b", 512, [(0, size - 512)]), size=size, cluster_bits=9)
+    node = await open_image(path)
+    (bitmap,) = node.bitmaps()
+    loading = asyncio.create_task(bitmap.load())
+    turns = 0
+    while not loading.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns >= 1024 // 256
+    assert bitmap.dirty_bytes() == size - 512
+    await node.close()
+
+
+async def test_tables_beyond_the_bound_are_checked_when_they_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    written = image(path, Bitmap("a"), Bitmap("b"))
+    poke(path, number(path, directory(written) + 32), b"\0\0\0\0\0\5\2\0")
+    assert await refusal(path) == (True, True)
+    monkeypatch.setattr(bitmaps, "TABLE_BYTES_AT_OPEN", 8)
+    node = await open_image(path)
+    whole, damaged = node.bitmaps()
+    assert await rows(whole, SIZE) == [(0, SIZE, 0)]
+    with pytest.raises(OSError, match="bitmap 'b': entry 0 of its table") as caught:
+        await rows(damaged, SIZE)
+    assert caught.value.errno == errno.EIO
+    await node.close()
+
+
+def test_opening_takes_no_longer_for_each_of_many_bitmaps(tmp_path: Path) -> None:
+    """For ten times as many about ten times as long, and not a hundred times."""
+    path = tmp_path / "disk.qcow2"
+
+    async def opened(count: int) -> float:
+        with_directory(path, count)
+        before = time.thread_time()
+        node = await open_image(path)
+        taken = time.thread_time() - before
+        assert len(node.inconsistent_bitmaps()) == count
+        await node.close()
+        return taken
+
+    assert asyncio.run(opened(20_000)) < 25 * asyncio.run(opened(2_000))
 
 
 async def test_in_use_is_named_but_not_usable(tmp_path: Path) -> None:
@@ -163,8 +249,7 @@ async def test_one_bad_entry_refuses_the_image(
 @pytest.mark.parametrize("data", [b"\0\0\0\2", b"\0\0\0\1"], ids=["too few", "too many"])
 async def test_the_directory_holds_as_many_as_the_header_says(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "disk.qcow2"
-    bitmaps = [Bitmap("b")] if data[-1] == 2 else [Bitmap("b"), Bitmap("c")]
-    image(path, *bitmaps)
+    image(path, *([Bitmap("b")] if data[-1] == 2 else [Bitmap("b"), Bitmap("c")]))
     first_cluster = path.read_bytes()[:65536]
     extension = first_cluster.index(bytes.fromhex("23852875"))
     poke(path, extension + 8, data)
@@ -179,6 +264,27 @@ async def test_two_of_one_name(tmp_path: Path) -> None:
 
 def image(path: Path, *bitmaps: Bitmap, size: int = SIZE, cluster_bits: int = 16) -> Written:
     return Image(size=size, bitmaps=bitmaps, cluster_bits=cluster_bits).write(path)
+
+
+def with_directory(path: Path, count: int) -> None:
+    """An image with ``count`` bitmaps in use, whose entries all lead to one table."""
+    header = image(path, Bitmap("b")).header
+    assert header.bitmaps is not None
+    table = number(path, header.bitmaps.directory_offset)
+    entries = b"".join(
+        struct.pack(">QIIBBHI8s", table, 1, BitmapFlags.IN_USE, 1, 16, 8, 0, b"%08d" % index)
+        for index in range(count)
+    )
+    place = -(-path.stat().st_size >> 16) << 16
+    extension = BitmapsExtension(count, len(entries), place)
+    poke(path, 0, headers.encode(replace(header, bitmaps=extension)))
+    poke(path, place, entries)
+
+
+def data(node: BlockNode) -> BitmapData:
+    assert isinstance(node, Qcow2Node)
+    assert node._persistent.data is not None
+    return node._persistent.data
 
 
 def directory(written: Written) -> int:

@@ -78,6 +78,32 @@ async def test_the_least_recently_used_goes_first() -> None:
     assert slow.reads == [1, 2, 3, 4, 2]
 
 
+async def test_what_weighs_more_takes_the_place_of_several() -> None:
+    """The last one is kept, whatever it weighs."""
+    slow = Slow()
+    slow.go.set()
+    weights = {f"result {key}": key for key in range(1, 100)}
+    shared = SharedReads(slow, 10, weights.__getitem__)
+    for key, kept in ((3, 1), (4, 2), (2, 3), (5, 2), (99, 1), (1, 1), (9, 2)):
+        await shared.load(key)
+        assert len(shared) == kept
+    await shared.load(1)
+    assert slow.reads == [3, 4, 2, 5, 99, 1, 9]
+
+
+async def test_who_waits_needs_no_second_read() -> None:
+    """However many things are wanted at a time, and however few are kept."""
+    slow = Slow()
+    shared = SharedReads(slow, 1)
+    keys = [1, 2, 3] * 10
+    tasks = [asyncio.create_task(shared.load(key)) for key in keys]
+    await asyncio.sleep(0)
+    slow.go.set()
+    assert await asyncio.gather(*tasks) == [f"result {key}" for key in keys]
+    assert slow.reads == [1, 2, 3]
+    assert len(shared) == 1
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[HostFile]:
     path = tmp_path / "tables"
