@@ -82,8 +82,8 @@ class Qcow2Node(BlockNode):
         self.window = min(max(granules, _MIN_WINDOW), _MAX_WINDOW)
         self._damage = damage
         self._persistent = persistent
-        self._refcounts = Refcounts(metadata_file, header)
-        self._preallocated: bool | None = None
+        refcounts = Refcounts(metadata_file, header)
+        self._preallocated = SharedReads(lambda _: refcounts.metadata_preallocated(), 1)
         self.clusters = SharedReads(
             self._read_compressed, max(_CLUSTER_CACHE_BYTES // header.cluster_size, 1)
         )
@@ -134,9 +134,8 @@ class Qcow2Node(BlockNode):
         runs = await self.mapping.runs(offset, length)
         if not want_zero:
             return runs
-        if self._preallocated is None:
-            self._preallocated = await self._refcounts.metadata_preallocated()
-        return await with_holes(self.file, runs) if self._preallocated else runs
+        preallocated = await self._preallocated.load(0)
+        return await with_holes(self.file, runs) if preallocated else runs
 
     async def fetch_compressed(self, host: int, guest_offset: int) -> memoryview:
         try:

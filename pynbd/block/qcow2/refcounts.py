@@ -7,6 +7,8 @@ those of less than a byte fill it from its least significant bit, longer ones ar
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,13 @@ from pynbd.block.qcow2.cache import read_table
 from pynbd.block.qcow2.format import MAX_OFFSET, REFT_OFFSET_MASK
 from pynbd.block.qcow2.header import Header
 from pynbd.errors import CorruptImage
+
+# Refcount blocks that are counted at most, about a second's worth; with the usual clusters and
+# refcounts they speak of 8 TiB.
+MAX_BLOCKS = 1 << 14
+MAX_BLOCK_BYTES = 256 << 20
+# Table entries that are read between two turns of the loop.
+_ENTRIES_PER_STEP = 1 << 16
 
 
 def decode_block(block: bytes | bytearray, refcount_order: int) -> npt.NDArray[np.unsignedinteger]:
@@ -35,7 +44,7 @@ class Refcounts:
 
     async def count_in_use(self, clusters: int, threshold: int) -> int:
         """How many of the first ``clusters`` host clusters are in use. Counting ends soon after
-        ``threshold``.
+        ``threshold``, and with the last block that the bounds above allow.
 
         Raises `CorruptImage` if a refcount block is misplaced.
         """
@@ -43,22 +52,33 @@ class Refcounts:
         in_block = header.cluster_size * 8 // header.refcount_bits
         blocks = -(-clusters // in_block)
         entries = min(blocks, header.refcount_table_clusters * header.cluster_size // 8)
-        table = await read_table(self._file, header.refcount_table_offset, entries)
+        left = min(MAX_BLOCKS, MAX_BLOCK_BYTES // header.cluster_size)
         found = 0
-        for index in np.flatnonzero(table & np.uint64(REFT_OFFSET_MASK)).tolist():
-            host_offset = int(table[index]) & REFT_OFFSET_MASK
-            if host_offset % header.cluster_size or host_offset > MAX_OFFSET:
-                raise CorruptImage(
-                    f"{self._file.path}: refcount block {index} is at {host_offset:#x}, "
-                    "not a cluster of the file"
-                )
-            block = bytearray(header.cluster_size)
-            await self._file.read(memoryview(block), host_offset)
-            rest = clusters - index * in_block
-            found += await self._file.engine.run(_count, block, header.refcount_order, rest)
-            if found >= threshold:
-                break
+        for first in range(0, entries, _ENTRIES_PER_STEP):
+            count = min(_ENTRIES_PER_STEP, entries - first)
+            table = await read_table(self._file, header.refcount_table_offset + first * 8, count)
+            named = np.flatnonzero(table & np.uint64(REFT_OFFSET_MASK))[:left]
+            for index in named.tolist():
+                rest = clusters - (first + index) * in_block
+                found += await self._count_block(first + index, int(table[index]), rest)
+                if found >= threshold:
+                    return found
+            left -= len(named)
+            await asyncio.sleep(0)
         return found
+
+    async def _count_block(self, index: int, entry: int, clusters: int) -> int:
+        """How many of the first ``clusters`` of refcount block ``index`` are in use."""
+        header = self._header
+        host_offset = entry & REFT_OFFSET_MASK
+        if host_offset % header.cluster_size or host_offset > MAX_OFFSET:
+            raise CorruptImage(
+                f"{self._file.path}: refcount block {index} is at {host_offset:#x}, "
+                "not a cluster of the file"
+            )
+        block = bytearray(header.cluster_size)
+        await self._file.read(memoryview(block), host_offset)
+        return await self._file.engine.run(_count, block, header.refcount_order, clusters)
 
     async def metadata_preallocated(self) -> bool:
         """Whether the image seems to be preallocated with holes: more clusters in use than the host

@@ -11,6 +11,7 @@ import pytest
 
 from interop import peers
 from pynbd.block.engine import Engine, HostFile
+from pynbd.block.qcow2 import refcounts
 from pynbd.block.qcow2.builder import Data, Image
 from pynbd.block.qcow2.image import read_header
 from pynbd.block.qcow2.refcounts import Refcounts, decode_block
@@ -54,14 +55,29 @@ async def test_clusters_in_use(tmp_path: Path, bits: int) -> None:
     checked = json.loads(peers.run("qemu-img", "check", "--output=json", path).stdout)
     assert checked.get("leaks", 0) == 0
     with opened(path) as file:
-        refcounts = Refcounts(file, await read_header(file))
+        counted = Refcounts(file, await read_header(file))
         total = path.stat().st_size // 512
         # The image has no cluster that is not in use: all up to its end are counted.
         assert checked["image-end-offset"] == total * 512
-        assert await refcounts.count_in_use(total, 1 << 40) == total
-        assert await refcounts.count_in_use(total + 5000, 1 << 40) == total
-        assert await refcounts.count_in_use(7, 1 << 40) == 7
-        assert 10 <= await refcounts.count_in_use(total, 10) <= total
+        assert await counted.count_in_use(total, 1 << 40) == total
+        assert await counted.count_in_use(total + 5000, 1 << 40) == total
+        assert await counted.count_in_use(7, 1 << 40) == 7
+        assert 10 <= await counted.count_in_use(total, 10) <= total
+
+
+@pytest.mark.parametrize("bound, value", [("MAX_BLOCKS", 3), ("MAX_BLOCK_BYTES", 3 * 512 + 511)])
+async def test_counting_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
+) -> None:
+    """A block of 512 bytes speaks of 256 clusters, all of which are in use; a table may be long."""
+    path = tmp_path / "disk.qcow2"
+    clusters = {at * 512: Data(b"x") for at in range(2000)}
+    Image(size=1 << 20, cluster_bits=9, clusters=clusters).write(path)
+    with opened(path) as file:
+        counted = Refcounts(file, await read_header(file))
+        assert await counted.count_in_use(2000, 1 << 40) == 2000
+        monkeypatch.setattr(refcounts, bound, value)
+        assert await counted.count_in_use(2000, 1 << 40) == 3 * 256
 
 
 async def test_a_misplaced_block(tmp_path: Path) -> None:
@@ -71,10 +87,10 @@ async def test_a_misplaced_block(tmp_path: Path) -> None:
         file.seek(written.header.refcount_table_offset + 6)
         file.write(b"\2")
     with opened(path) as host:
-        refcounts = Refcounts(host, written.header)
+        counted = Refcounts(host, written.header)
         with pytest.raises(CorruptImage, match="refcount block 0"):
-            await refcounts.count_in_use(5, 5)
-        assert not await refcounts.metadata_preallocated()
+            await counted.count_in_use(5, 5)
+        assert not await counted.metadata_preallocated()
 
 
 @pytest.mark.parametrize(
@@ -96,5 +112,5 @@ async def test_metadata_preallocated(tmp_path: Path, preallocation: str, expecte
         "4M",
     )
     with opened(path) as file:
-        refcounts = Refcounts(file, await read_header(file))
-        assert await refcounts.metadata_preallocated() is expected
+        counted = Refcounts(file, await read_header(file))
+        assert await counted.metadata_preallocated() is expected
