@@ -35,6 +35,8 @@ Buffer = bytes | bytearray | memoryview
 
 # A NOWAIT read copies in the loop's own time: a longer one goes to the pool even on a hit.
 NOWAIT_MAX = 256 * 1024
+# What Linux reads ahead for one posix_fadvise, unless the device is set to less; it drops the rest.
+WILL_NEED_PIECE = 128 * 1024
 # preadv and pwritev take no more pieces than this (IOV_MAX), and no more bytes in one call.
 IOV_MAX = 1024
 TRANSFER_MAX = 0x7FFF_F000
@@ -277,9 +279,9 @@ class HostFile:
             raise OSError(code, os.strerror(code), self.path)
         return True
 
-    def will_need(self, offset: int, length: int) -> None:
-        """Ask the host to read a range ahead; returns at once."""
-        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+    async def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Ask the host to read each (offset, length) ahead."""
+        await self.engine.run(_will_need, self._descriptor, ranges)
 
     # Locks
 
@@ -415,6 +417,14 @@ def _data_runs(fd: int, offset: int, length: int, limit: int) -> list[tuple[int,
         else:
             offset = end
     return runs[:limit]
+
+
+@_with_descriptor
+def _will_need(fd: int, ranges: Sequence[tuple[int, int]]) -> None:
+    for offset, length in ranges:
+        end = offset + length
+        for at in range(offset, end, WILL_NEED_PIECE):
+            os.posix_fadvise(fd, at, min(WILL_NEED_PIECE, end - at), os.POSIX_FADV_WILLNEED)
 
 
 @_with_descriptor

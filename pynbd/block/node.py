@@ -34,6 +34,9 @@ from pynbd.block.extent import (
 from pynbd.block.pins import Pins
 from pynbd.block.resolved import ResolvedWindows, Window
 
+# Guest bytes that one NBD_CMD_CACHE brings near.
+PREFETCH_MAX = 32 << 20
+
 # How much guest range is resolved at once around a read that was not mapped before.
 RESOLVE_WINDOW = 1 << 26
 
@@ -255,16 +258,18 @@ class BlockNode(ABC):
                 await node.file.flush()
 
     async def prefetch(self, offset: int, length: int) -> None:
-        """Bring guest bytes near (NBD_CMD_CACHE)."""
-        stop = offset + length
-        while offset < stop:
-            end = min(offset + self.window, stop)
-            for extent in await self.resolve(offset, end):
-                if extent.file is not None:
-                    first, last = max(extent.offset, offset), min(extent.end, end)
-                    extent.file.will_need(first + extent.shift, last - first)
-            offset = end
-            await asyncio.sleep(0)
+        """Bring guest bytes near (NBD_CMD_CACHE): the host begins to read the plain data among the
+        first `PREFETCH_MAX`.
+
+        The rest of a longer range is a hint that nobody takes: a client may name a whole disk.
+        """
+        ranges: dict[HostFile, list[tuple[int, int]]] = {}
+        for extent in await self.resolve(offset, offset + min(length, PREFETCH_MAX)):
+            if extent.file is not None:
+                piece = extent.offset + extent.shift, extent.end - extent.offset
+                ranges.setdefault(extent.file, []).append(piece)
+        for file, pieces in ranges.items():
+            await file.will_need(pieces)
 
     async def close(self) -> None:
         """Close every file of the chain, once the system calls under way have returned."""

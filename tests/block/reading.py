@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from interop import peers
@@ -72,3 +74,12 @@ def merged(found: list[Row]) -> list[Row]:
                 continue
         result.append((start, end, zero, data, host, depth))
     return result
+
+
+async def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait until the host has done what it was asked to do."""
+    for _ in range(5000):
+        if is_so():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("not within five seconds")

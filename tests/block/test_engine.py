@@ -29,6 +29,7 @@ from pynbd.block.engine import (
     HostFile,
 )
 from tests.block.devices import loop_device
+from tests.block.reading import eventually
 
 PUNCH = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
 ZERO = FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE
@@ -244,6 +245,19 @@ async def test_nothing_is_resident_past_the_end(engine: Engine, tmp_path: Path) 
     assert not file.resident(0, 12_288)
     assert not file.resident(8192, 4096)
     file.close()
+
+
+async def test_reading_ahead(engine: CountingEngine, file: HostFile, path: Path) -> None:
+    if not file.resident(0, 4096):
+        pytest.skip("cachestat needs Linux 6.5")
+    evict(path)
+    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)  # only what is asked for
+    await file.will_need([(0, 300_000), (500_000, 1), (600_000, 200_000)])
+    assert engine.hops == 1
+    await eventually(lambda: file.resident(0, 300_000) and file.resident(600_000, 200_000))
+    await eventually(lambda: file.resident(500_000, 1))
+    assert not file.resident(300_000, 200_000)
+    assert not file.resident(800_000, 100_000)
 
 
 async def test_pages_that_are_being_read_are_not_resident(file: HostFile, path: Path) -> None:
@@ -587,7 +601,6 @@ def test_what_is_known_of_a_file(engine: Engine, path: Path) -> None:
     assert file.identity == (status.st_dev, status.st_ino)
     assert (file.size(), file.is_device) == (len(DATA), False)
     assert not os.get_inheritable(file.fd)
-    file.will_need(0, 1 << 20)
     file.close()
     file.close()  # once is enough
     assert open_files() == before

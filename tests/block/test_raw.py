@@ -18,8 +18,9 @@ from pynbd.block.chain import open_image
 from pynbd.block.engine import Engine
 from pynbd.block.extent import DATA
 from pynbd.block.file import open_host_file
+from pynbd.block.node import PREFETCH_MAX
 from pynbd.block.raw import RawNode
-from tests.block.reading import contents, qemu_rows, rows
+from tests.block.reading import contents, eventually, qemu_rows, rows
 
 SIZE = 1 << 20
 BYTES = random.Random(3).randbytes(SIZE)
@@ -110,6 +111,21 @@ async def test_a_file_that_became_shorter(path: Path) -> None:
             for sparse in (False, True):
                 with pytest.raises(OSError, match="the file became shorter"):
                     await node.read_plain(node.file, offset, 2, sparse=sparse)
+
+
+async def test_prefetch(tmp_path: Path) -> None:
+    """One WILLNEED brings what Linux reads ahead at most, and a client may name a whole disk."""
+    path = tmp_path / "long"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    async with opened(path, format="raw") as node:
+        await node.pread(0, 4096)
+        if not node.file.resident(0, 4096):
+            pytest.skip("cachestat needs Linux 6.5")
+        await node.prefetch(4096, (1 << 40) - 4096)
+        end = 4096 + PREFETCH_MAX
+        await eventually(lambda: node.file.resident(0, end))
+        assert not node.file.resident(end + (1 << 20), 4096)
 
 
 async def test_an_empty_file(tmp_path: Path) -> None:
