@@ -197,11 +197,6 @@ class HostFile:
         """
         return await self.engine.run(_read_unless_hole, self._descriptor, length, offset, sparse)
 
-    async def is_hole(self, offset: int, length: int) -> bool:
-        """Whether the file has no data in a range (SEEK_DATA)."""
-        (first, *rest) = await self.data_runs(offset, length, 2)
-        return not rest and not first[1]
-
     async def read_bytes(self, length: int, offset: int) -> bytes:
         """Up to ``length`` bytes from ``offset``, fewer only at the end of the file."""
         data = bytearray(length)
