@@ -25,11 +25,13 @@ from typing import Any, Final
 
 from pynbd.block.extent import DATA
 from pynbd.errors import ProtocolError, RequestError
+from pynbd.protocol import wire
 from pynbd.protocol.handshake import Session
 from pynbd.protocol.transmission import Request, dialect
 from pynbd.protocol.values import MAX_PAYLOAD, Command
 from pynbd.server.buffers import INLINE_SIZE, BufferPool, Lease
 from pynbd.server.commands import SEND_FILE_MIN, Commands
+from pynbd.server.contexts import MAX_EXTENTS_PER_REPLY
 from pynbd.server.export import Export
 from pynbd.server.steps import Finished, first_step
 from pynbd.server.stream import Piece, PlainStream, size_of
@@ -37,6 +39,9 @@ from pynbd.server.stream import Piece, PlainStream, size_of
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
+_BLOCK_STATUS = int(Command.BLOCK_STATUS)
+# Bytes that the answer to a BLOCK_STATUS may take.
+_STATUS_HELD = MAX_EXTENTS_PER_REPLY * wire.DESCRIPTOR_EXT.size
 _CHANGES = frozenset(map(int, (Command.FLUSH, Command.TRIM, Command.WRITE_ZEROES)))
 
 # What one receive may bring. A payload longer than half of it gets a buffer of its own.
@@ -276,7 +281,7 @@ class Transmission:
             if command == _WRITE:
                 self._accept(request, memoryview(b""))
             else:
-                held = length if command == _READ else 0
+                held = length if command == _READ else _STATUS_HELD * (command == _BLOCK_STATUS)
                 self._start(self.commands.serve(request), held, changes=command in _CHANGES)
             return True
         if payload_length > MAX_PAYLOAD:
@@ -315,7 +320,7 @@ class Transmission:
         if request.command != _WRITE:
             # A filter is short, and the buffer is received into again before it is answered.
             request = request._replace(payload=memoryview(bytes(payload)))
-            self._start(self.commands.serve(request), len(payload))
+            self._start(self.commands.serve(request), _STATUS_HELD)
             return
         try:
             self.commands.validate(request)
