@@ -93,8 +93,10 @@ class _Opening:
                 " and guessing is not safe (--probe-backing guesses, qemu-img rebase -u -F FORMAT"
                 " records it)"
             )
-        file = self._open(path, role=f"{_BACKING_FILE} of {overlay.name}")
-        return await self._node(file, format_name)
+        try:
+            return await self._node(self._open(path), format_name)
+        except ImageError as error:
+            raise type(error)(f"{error} ({_BACKING_FILE} of {overlay.name})") from None
 
     async def _node(
         self,
@@ -126,17 +128,15 @@ class _Opening:
             if header.data_file is None:
                 raise ImageError(f"{path}: it needs an external data file, and does not name it")
             data_path = _named_path(path, header.data_file, _DATA_FILE)
-            data_file = self._open(data_path, role=f"{_DATA_FILE} of {path}")
+            try:
+                data_file = self._open(data_path)
+            except ImageError as error:
+                raise type(error)(f"{error} ({_DATA_FILE} of {path})") from None
         return await Qcow2Node.open(file, header, data_file=data_file, snapshot=snapshot)
 
-    def _open(self, path: str, *, writable: bool = False, role: str = "") -> HostFile:
-        """Open a file of the chain; ``role`` says whose it is, if not the user named it."""
-        try:
-            file = open_host_file(
-                self.engine, path, writable=writable, force_share=self._force_share
-            )
-        except ImageError as error:
-            raise type(error)(f"{error} ({role})" if role else str(error)) from None
+    def _open(self, path: str, *, writable: bool = False) -> HostFile:
+        """Open a file of the chain."""
+        file = open_host_file(self.engine, path, writable=writable, force_share=self._force_share)
         self.files.append(file)
         for other in self.files[:-1]:
             if other.identity == file.identity:

@@ -50,7 +50,9 @@ def open_host_file(
     try:
         file = HostFile.open(engine, path, writable=writable)
     except OSError as error:
-        raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
+        denied = writable and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        hint = " for writing (-r serves it read-only)" if denied else ""
+        raise ImageError(f"{path}: cannot be opened{hint}: {error.strerror}") from None
     try:
         _lock(file, force_share=force_share)
     except BaseException:
@@ -85,17 +87,16 @@ def _lock(file: HostFile, *, force_share: bool) -> None:
     for bit in uses:
         if file.byte_is_locked(LOCK_UNSHARED + bit):
             raise ImageLocked(
-                f"{file.path}: another process forbids others to {_VERB[bit]} it"
-                + ("" if file.writable else " (--force-share reads it all the same)")
+                f"{file.path}: another process forbids others to {_VERB[bit]} it {_WAY_OUT}"
             )
     for bit in forbids:
         if file.byte_is_locked(LOCK_USED + bit):
             raise ImageLocked(
-                f"{file.path}: another process has it open to {_VERB[bit]} it"
-                + ("" if file.writable else " (--force-share reads it all the same)")
+                f"{file.path}: another process has it open to {_VERB[bit]} it {_WAY_OUT}"
             )
 
 
+_WAY_OUT = "(--force-share reads it all the same)"
 _VERB = {
     Permission.CONSISTENT_READ: "read",
     Permission.WRITE: "write",
