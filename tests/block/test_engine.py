@@ -162,11 +162,14 @@ async def test_a_hit_never_leaves_the_loop(file: HostFile, engine: CountingEngin
 
 
 async def test_a_miss_goes_to_the_pool(file: HostFile, engine: CountingEngine, path: Path) -> None:
-    evict(path)
     view = bytearray(4096)
-    assert await file.read(memoryview(view), 8192) == 4096
+    for _ in range(20):  # the look into the page cache begins to read, and the disk may be quick
+        evict(path)
+        assert await file.read(memoryview(view), 8192) == 4096
+        assert view == DATA[8192:12288]
+        if engine.hops:
+            break
     assert engine.hops == 1
-    assert view == DATA[8192:12288]
     # And now it is a hit.
     assert await file.read(memoryview(view), 8192) == 4096
     assert engine.hops == 1
