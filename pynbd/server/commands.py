@@ -215,7 +215,7 @@ class Commands:
         extents = await self._node.resolve(offset, offset + request.length)
         failed = None
         if dialect.structured:
-            failed = dialect.error(cookie, offset, Error.EIO, "the file became shorter")
+            failed = dialect.error(cookie, offset, Error.EIO, "the file could not be read")
         reply_end = ReplyEnd(dialect.done(cookie, offset) if dialect.structured else b"", failed)
         pins = self._node.pins
         with pins.hold(extents) if pins else nullcontext():
