@@ -1,4 +1,11 @@
-"""``python -m pynbd``."""
+"""The program ``pynbd``, and ``python -m pynbd``."""
+
+import sys
+
+from pynbd.cli.signals import watch
+
+if sys.argv[1:2] == ["serve"]:
+    watch()  # a signal that comes while the rest is imported ends it like any other
 
 from pynbd.cli.main import main
 

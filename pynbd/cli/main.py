@@ -7,7 +7,6 @@ status 2.
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 
 import click
 
@@ -16,7 +15,7 @@ from pynbd.errors import PynbdError, UsageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("pynbd"), prog_name="pynbd")
+@click.version_option(package_name="pynbd", prog_name="pynbd")
 def commands() -> None:
     """Serve disk images over NBD."""
 

@@ -10,25 +10,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
-import uvloop
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.chain import FORMATS, open_image
 from pynbd.block.node import BlockNode
+from pynbd.cli.signals import watch
 from pynbd.errors import ImageError, PynbdError, UnsupportedFeature, UsageError
 from pynbd.protocol.uri import NbdUri, Transport
 from pynbd.protocol.values import DEFAULT_PORT, MAX_STRING
 from pynbd.server.connection import HANDSHAKE_LIMIT
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
-from pynbd.server.server import Server, listen_tcp, listen_unix
+from pynbd.server.server import Server, SocketFile, listen_tcp, listen_unix
+
+_Run = Callable[[Coroutine[Any, Any, None]], None]
+_LOOPS: dict[str, _Run] = {}
+try:
+    import uvloop
+except ImportError:
+    pass  # asyncio's own loop does, more slowly
+else:
+    _LOOPS["uvloop"] = uvloop.run
+_LOOPS["asyncio"] = asyncio.run
 
 log = logging.getLogger("pynbd")
 
@@ -36,10 +47,8 @@ log = logging.getLogger("pynbd")
 _MAX_UNASKED_BITMAPS = 64
 # The first descriptor of socket activation (sd_listen_fds(3)).
 _LISTEN_FDS_START = 3
-_LOOPS: dict[str, Callable[[Coroutine[Any, Any, None]], None]] = {
-    "uvloop": uvloop.run,
-    "asyncio": asyncio.run,
-}
+# Bytes of the path of a unix socket: sun_path with its final NUL has 108 (unix(7)).
+_MAX_SOCKET_PATH = 107
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +154,7 @@ Examples:
     help="Time for the negotiation; 0 is no limit.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Tell of clients that come and go.")
-@click.option("--loop", type=click.Choice(sorted(_LOOPS)), default="uvloop", hidden=True)
+@click.option("--loop", type=click.Choice(list(_LOOPS)), default=next(iter(_LOOPS)), hidden=True)
 def serve(verbose: bool, **options: Any) -> None:  # the options are ServeOptions, name by name
     """Serve IMAGE over NBD until a signal ends it (TERM, INT, QUIT).
 
@@ -155,9 +164,30 @@ def serve(verbose: bool, **options: Any) -> None:  # the options are ServeOption
         level=logging.INFO if verbose else logging.WARNING, format="pynbd: %(message)s"
     )
     wanted = ServeOptions(**options)
-    if len(wanted.export_name.encode(errors="surrogateescape")) > MAX_STRING:
-        raise UsageError(f"--export-name: at most {MAX_STRING} bytes")
+    _check(wanted)
+    watch()
     _LOOPS[wanted.loop](_serve(wanted))
+
+
+def _check(wanted: ServeOptions) -> None:
+    for option, text in (
+        ("--export-name", wanted.export_name),
+        ("--description", wanted.description),
+    ):
+        try:
+            length = len(text.encode())
+        except UnicodeEncodeError:
+            raise UsageError(f"{option}: it has to be UTF-8") from None
+        if length > MAX_STRING:
+            raise UsageError(f"{option}: it has {length} bytes; at most {MAX_STRING} are allowed")
+    if wanted.socket is not None:
+        if wanted.bind is not None or wanted.port is not None:
+            raise UsageError("--socket excludes --bind and --port")
+        length = len(os.fsencode(wanted.socket))
+        if not 0 < length <= _MAX_SOCKET_PATH:
+            raise UsageError(
+                f"--socket: the path has {length} bytes; 1 to {_MAX_SOCKET_PATH} are allowed"
+            )
 
 
 async def _serve(wanted: ServeOptions) -> None:
@@ -167,8 +197,6 @@ async def _serve(wanted: ServeOptions) -> None:
         raise UsageError(
             "--socket, --bind and --port say nothing beside socket activation (LISTEN_FDS)"
         )
-    if wanted.socket is not None and (wanted.bind, wanted.port) != (None, None):
-        raise UsageError("--socket excludes --bind and --port")
     node = await _open(wanted)
     try:
         export = Export(
@@ -181,26 +209,30 @@ async def _serve(wanted: ServeOptions) -> None:
             ),
             multi_conn=wanted.shared != 1,
         )
-        exports = ExportTable([export])
-        if not activated:
-            sockets = _listen(wanted)
-        server = Server(
-            exports,
-            sockets,
-            max_clients=wanted.shared,
-            until_idle=activated,
-            handshake_limit=wanted.handshake_limit,
-        )
-        _end_on_signals(server)
-        if not activated:
-            print(_uri(sockets[0], wanted), flush=True)
-        try:
-            await server.run()
-        finally:
+        with ExitStack() as cleanup:
+            if not activated:
+                sockets = _listen(wanted)
             if wanted.socket is not None:
-                os.unlink(wanted.socket)
+                socket_file = SocketFile(wanted.socket)
+                watch().clean = cleanup.callback(socket_file.remove)
+            server = Server(
+                ExportTable([export]),
+                sockets,
+                max_clients=wanted.shared,
+                until_idle=activated,
+                handshake_limit=wanted.handshake_limit,
+            )
+            watch().stop = partial(_stop, server, asyncio.get_running_loop())
+            if not activated:
+                print(_uri(sockets[0], wanted), flush=True)
+            await server.run()
     finally:
         await node.close()
+
+
+def _stop(server: Server, loop: asyncio.AbstractEventLoop) -> None:
+    with suppress(RuntimeError):  # the loop is closed: the server has ended by itself
+        loop.call_soon_threadsafe(server.stop)
 
 
 async def _open(wanted: ServeOptions) -> BlockNode:
@@ -284,6 +316,8 @@ def _listen(wanted: ServeOptions) -> list[socket.socket]:
         if wanted.socket is not None:
             return [listen_unix(wanted.socket)]
         return listen_tcp(host, port)
+    except UnicodeError:
+        raise UsageError(f"--bind: {host!r} is neither an address nor the name of a host") from None
     except OSError as error:
         where = wanted.socket or f"{host}, port {port or 'any'}"
         raise PynbdError(f"cannot listen on {where}: {error.strerror}") from None
@@ -295,18 +329,3 @@ def _uri(listener: socket.socket, wanted: ServeOptions) -> NbdUri:
         return NbdUri(transport=Transport.UNIX, socket=path, export=wanted.export_name)
     port = listener.getsockname()[1]
     return NbdUri(host=wanted.bind or "localhost", port=port, export=wanted.export_name)
-
-
-def _end_on_signals(server: Server) -> None:
-    """TERM, INT and QUIT end in good order; a second one ends at once, with nothing closed."""
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-
-    def end() -> None:
-        for number in signals:
-            loop.remove_signal_handler(number)
-            signal.signal(number, lambda *_: os._exit(0))
-        server.stop()
-
-    for number in signals:
-        loop.add_signal_handler(number, end)

@@ -126,13 +126,14 @@ class SocketFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._identity = self._found()
+        self._identity: tuple[int, int] | None = self._found()
 
     def remove(self) -> None:
         """Remove it, unless it has gone, or another server has put its own in its place."""
         with suppress(FileNotFoundError):
             if self._found() == self._identity:
                 os.unlink(self._path)
+        self._identity = None  # the next file may well get the number of this one
 
     def _found(self) -> tuple[int, int]:
         status = os.lstat(self._path)

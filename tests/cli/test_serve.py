@@ -401,7 +401,6 @@ def test_a_backing_file_without_a_format(tmp_path: Path) -> None:
         ["-f", "vmdk", "x"],
         ["-k", "s", "-p", "1", "x"],
         ["-k", "s", "-b", "::1", "x"],
-        ["-x", "x" * 4097, "x"],
         ["x", "y"],
     ],
     ids=" ".join,
@@ -411,6 +410,48 @@ def test_arguments_that_make_no_sense(arguments: list[str]) -> None:
     assert status == 2
     assert said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "option, value, parts",
+    [
+        ("-x", "x" * 4097, ["--export-name", 4097, 4096]),
+        ("-x", b"\xff", ["--export-name", "UTF-8"]),
+        ("-D", "ü" * 2049, ["--description", 4098, 4096]),
+        ("-D", b"\xc3", ["--description", "UTF-8"]),
+        ("-k", "/tmp/" + "x" * 103, ["--socket", 108, 107]),
+        ("-k", "", ["--socket", 0, 107]),
+        ("-b", "x" * 64, ["--bind", "x" * 64]),
+    ],
+)
+def test_values_that_make_no_sense(
+    disk: Path, option: str, value: str | bytes, parts: list[object]
+) -> None:
+    """A line that names the option and what is allowed."""
+    one_line(failing(option, os.fsdecode(value), disk), 2, *parts)
+
+
+def test_values_that_are_just_right(disk: Path) -> None:
+    with serving("-p", "0", "-x", "ü" * 2048, "-D", "x" * 4096, disk) as uri:
+        export = info(uri)
+        assert (export["export-name"], export["description"]) == ("ü" * 2048, "x" * 4096)
+    with peers.socket_path() as path:
+        longest = f"{path}{'x' * (107 - len(str(path)))}"
+        with serving("-k", longest, disk) as uri, connect(uri) as sock:
+            assert greeted(sock)
+
+
+def test_where_uvloop_is_missing(disk: Path) -> None:
+    """asyncio's own loop serves."""
+    program = "import sys; sys.modules['uvloop'] = None; from pynbd.__main__ import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "serve", "-p", "0", disk], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        with connect(process.stdout.readline()) as sock:
+            assert export_name(sock) == M
+        process.terminate()
+        assert process.wait(10) == 0
 
 
 # Socket activation -------------------------------------------------------------------------------
