@@ -1,0 +1,83 @@
+"""An NBD server for raw and qcow2 images, with every part of the protocol.
+
+The program is ``pynbd serve``; this is the same from Python::
+
+    import asyncio
+
+    from pynbd import Export, ExportTable, Server, listen_tcp, open_image, standard_contexts
+
+
+    async def main() -> None:
+        disk = await open_image("disk.qcow2")
+        try:
+            contexts = standard_contexts(depth=True, bitmaps=disk.bitmaps())
+            exports = ExportTable([Export("disk", disk, contexts=contexts)])
+            await Server(exports, listen_tcp("localhost", 10809)).run()
+        finally:
+            await disk.close()
+
+
+    asyncio.run(main())
+
+Everything that is promised stands in ``__all__``; other modules may change. What is asked for is
+imported then, and not before: `import pynbd` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pynbd.errors import (
+    CorruptImage,
+    ImageError,
+    ImageLocked,
+    OptionError,
+    ProtocolError,
+    PynbdError,
+    RequestError,
+    UnsupportedFeature,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from pynbd.block.chain import open_image
+    from pynbd.server.contexts import standard_contexts
+    from pynbd.server.export import Export, ExportTable
+    from pynbd.server.server import Server, listen_tcp, listen_unix
+
+__all__ = [
+    "CorruptImage",
+    "Export",
+    "ExportTable",
+    "ImageError",
+    "ImageLocked",
+    "OptionError",
+    "ProtocolError",
+    "PynbdError",
+    "RequestError",
+    "Server",
+    "UnsupportedFeature",
+    "UsageError",
+    "listen_tcp",
+    "listen_unix",
+    "open_image",
+    "standard_contexts",
+]
+
+_HOMES = {
+    "Export": "pynbd.server.export",
+    "ExportTable": "pynbd.server.export",
+    "Server": "pynbd.server.server",
+    "listen_tcp": "pynbd.server.server",
+    "listen_unix": "pynbd.server.server",
+    "open_image": "pynbd.block.chain",
+    "standard_contexts": "pynbd.server.contexts",
+}
+
+if not TYPE_CHECKING:  # a type checker has to notice a name that is not there
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,60 @@
+"""The public names of the package, and the example that shows them."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import pynbd
+from pynbd.block.qcow2.builder import Image
+
+
+def test_every_public_name_is_there() -> None:
+    namespace: dict[str, object] = {}
+    exec("from pynbd import *", namespace)
+    assert set(pynbd.__all__) == namespace.keys() - {"__builtins__"}
+    assert set(pynbd.__all__) >= {"open_image", "Export", "ExportTable", "Server"}
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = pynbd.nonsense  # type: ignore[attr-defined]
+
+
+def test_every_exception_is_public() -> None:
+    tree = [pynbd.PynbdError]
+    for error in tree:
+        assert getattr(pynbd, error.__name__) is error
+        tree += error.__subclasses__()
+
+
+def test_importing_is_cheap() -> None:
+    program = "import pynbd, sys; sys.exit(not {'asyncio', 'numpy'}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], timeout=20, check=False).returncode == 0
+
+
+def test_the_example_serves(tmp_path: Path) -> None:
+    Image(size=1 << 20).write(tmp_path / "disk.qcow2")
+    with socket.create_server(("127.0.0.1", 0)) as lent:
+        port = lent.getsockname()[1]
+    assert pynbd.__doc__
+    example = textwrap.dedent(pynbd.__doc__.split("::\n", 1)[1].split("\nEverything", 1)[0])
+    program = tmp_path / "example.py"
+    program.write_text(example.replace("10809", str(port)))
+    with subprocess.Popen([sys.executable, program], cwd=tmp_path) as process:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                client = socket.create_connection(("localhost", port), 10)
+            except ConnectionRefusedError:
+                time.sleep(0.02)
+                continue
+            with client:
+                assert client.recv(18, socket.MSG_WAITALL) == b"NBDMAGICIHAVEOPT\0\3"
+            break
+        process.terminate()
+        assert process.wait(10) == -signal.SIGTERM
