@@ -1,7 +1,7 @@
 """``python -m pynbd.cli.demo DIR``: a small family of images, a chain of three with a bitmap.
 
 ``make serve`` serves it. The path of the top image goes to standard output, what to type next to
-standard error.
+standard error. A family that is there already is left as it is: it may be being served.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ _CLUSTER = 1 << 16
 _SIZE = 64 << 20
 
 _NEXT = """\
-A chain of three images was written: {directory}/monday, tuesday and wednesday.qcow2,
-with the dirty bitmap "since-tuesday" in the last one. While it is served, in another terminal:
+There is a chain of three images, {directory}/monday, tuesday and wednesday.qcow2,
+with the dirty bitmap "since-tuesday" in the last one. While it is served with the default
+port, in another terminal:
 
   nbdinfo nbd://localhost
   nbdinfo --map nbd://localhost
@@ -31,26 +32,37 @@ Ctrl-C ends it.
 
 
 def write_family(directory: Path) -> Path:
-    """Write the three images into ``directory``, which is made; the path of the top one."""
+    """Write the three images into ``directory``, which is made; the path of the top one.
+
+    Each comes whole to its name, and the top one last: where that is, nothing is written.
+    """
+    top = directory / "wednesday.qcow2"
+    if top.exists():
+        return top
     directory.mkdir(parents=True, exist_ok=True)
 
     def page(day: str, number: int) -> bytes:
         return f"{day}, page {number}\n".encode() * (_CLUSTER // 32)
 
+    def write(image: Image, path: Path) -> None:
+        unfinished = path.with_suffix(".new")
+        image.write(unfinished)
+        unfinished.rename(path)
+
     monday: dict[int, Cluster] = {}
     monday |= {n * _CLUSTER: Data(page("monday", n)) for n in range(64)}
     monday |= {n * _CLUSTER: Compressed(page("monday", n)) for n in range(64, 96)}
-    Image(size=_SIZE, clusters=monday).write(directory / "monday.qcow2")
-    Image(
+    write(Image(size=_SIZE, clusters=monday), directory / "monday.qcow2")
+    tuesday = Image(
         size=_SIZE,
         clusters={n * _CLUSTER: Data(page("tuesday", n)) for n in (*range(16, 24), 200)},
         backing_file="monday.qcow2",
         backing_format="qcow2",
-    ).write(directory / "tuesday.qcow2")
+    )
+    write(tuesday, directory / "tuesday.qcow2")
     changed = range(20, 28)
     zeroed = range(40, 44)
-    top = directory / "wednesday.qcow2"
-    Image(
+    wednesday = Image(
         size=_SIZE,
         clusters={n * _CLUSTER: Data(page("wednesday", n)) for n in changed}
         | {n * _CLUSTER: Zero() for n in zeroed},
@@ -63,7 +75,8 @@ def write_family(directory: Path) -> Path:
                 dirty=[(days[0] * _CLUSTER, len(days) * _CLUSTER) for days in (changed, zeroed)],
             )
         ],
-    ).write(top)
+    )
+    write(wednesday, top)
     return top
 
 

@@ -45,3 +45,22 @@ def test_what_to_type_next(tmp_path: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True)
     for word in ("nbdinfo --map nbd://localhost", "since-tuesday", "qemu-img convert"):
         assert word in done.stderr
+
+
+def test_a_family_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    """It may be being served; what was interrupted is written again."""
+    line = [sys.executable, "-m", "pynbd.cli.demo", str(tmp_path)]
+
+    def family() -> dict[str, tuple[int, int]]:
+        subprocess.run(line, capture_output=True, timeout=20, check=True)
+        return {
+            path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()
+        }
+
+    first = family()
+    assert first.keys() == {"monday.qcow2", "tuesday.qcow2", "wednesday.qcow2"}
+    assert family() == first
+    (tmp_path / "wednesday.qcow2").rename(tmp_path / "wednesday.new")
+    again = family()
+    assert again.keys() == first.keys()
+    assert not set(again.values()) & set(first.values())
