@@ -272,6 +272,35 @@ def test_the_handshake_limit(disk: Path) -> None:
         assert time.monotonic() - start < 5
 
 
+def test_verbose(disk: Path) -> None:
+    """Clients that come, ask for what is not there, and leave; a probe of the port is not one."""
+    with started("-v", "-p", "0", "-b", "127.0.0.1", "-x", "disk", disk) as server:
+        with connect(server.uri) as sock:
+            one = sock.getsockname()[1]
+            assert export_name(sock, b"disk") == M
+        with connect(server.uri) as sock:
+            two = sock.getsockname()[1]
+            assert greeted(sock)
+            sock.sendall(struct.pack(">I", 3))
+            for option, data in ((8, b""), (7, b"other"), (7, b"disk")):
+                data = struct.pack(">I", len(data)) + data + bytes(2) if data else b""
+                sock.sendall(struct.pack(">8sII", b"IHAVEOPT", option, len(data)) + data)
+            time.sleep(0.1)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(1 << 16):
+                pass
+        connect(server.uri).close()
+        status, said, errors = server.end()
+    assert (status, said) == (0, "")
+    assert errors.splitlines() == [
+        f"pynbd: 127.0.0.1:{one} has come: export 'disk', simple replies",
+        f"pynbd: 127.0.0.1:{one} has left",
+        f"pynbd: 127.0.0.1:{two} asked for export 'other', which is not there",
+        f"pynbd: 127.0.0.1:{two} has come: export 'disk', structured replies",
+        f"pynbd: 127.0.0.1:{two} has left",
+    ]
+
+
 # Contexts ----------------------------------------------------------------------------------------
 
 BASE, DEPTH = "base:allocation", "qemu:allocation-depth"
@@ -378,6 +407,18 @@ def test_a_locked_image(disk: Path) -> None:
             assert info(server.uri)["is_read_only"] is True
             status, _, errors = server.end()
         one_line((status, errors), 0, disk, "inconsistent")
+
+
+def test_an_image_that_may_only_be_read(disk: Path) -> None:
+    """A line that says how it is served all the same."""
+    disk.chmod(0o444)
+    # Root may write everything, but not without its capabilities.
+    bare = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.getuid() == 0 else []
+    line = [*bare, *PYNBD, "serve", "-p", "0", str(disk)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=False)
+    one_line((done.returncode, done.stderr), 1, disk, "Permission denied", "-r serves it")
+    with serving("-p", "0", "-r", disk) as uri:
+        assert info(uri)["is_read_only"] is True
 
 
 def test_a_backing_file_without_a_format(tmp_path: Path) -> None:
