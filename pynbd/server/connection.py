@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Iterable
 
 from pynbd.errors import ProtocolError
-from pynbd.protocol.handshake import Read, Session, Skip, negotiate
+from pynbd.protocol.handshake import ExportInfo, Read, Session, Skip, negotiate
+from pynbd.protocol.wire import quote
 from pynbd.server.buffers import BufferPool
 from pynbd.server.export import ExportTable
 from pynbd.server.stream import PlainStream
 from pynbd.server.transmission import Transmission
 
 log = logging.getLogger("pynbd")
+# Two lines for every client are news only for who asks for them, whatever else `log` tells.
+arrivals = logging.getLogger("pynbd.clients")
+arrivals.setLevel(logging.WARNING)
 
 # Seconds for the whole negotiation, as qemu-nbd has it: who idles here holds a place that others
 # want.
@@ -33,6 +38,7 @@ class Connection:
     ) -> None:
         self._stream = PlainStream(asyncio.get_running_loop(), sock)
         self._exports = exports
+        self._peer = _address(sock)
         self._pool = pool
         self._handshake_limit = handshake_limit
         self._transmission: Transmission | None = None
@@ -52,6 +58,12 @@ class Connection:
                 self._transmission = Transmission(self._stream, export, session, self._pool)
                 if self._exports.stopping:
                     self._transmission.stop()
+                arrivals.info(
+                    "%s has come: export %s, %s",
+                    self._peer,
+                    quote(session.export.name),
+                    _dialect(session),
+                )
                 await self._transmission.run()
         except ProtocolError as error:
             log.info("client disconnected: %s", error)
@@ -62,6 +74,8 @@ class Connection:
                 log.debug("the client has gone: %s", error)
         finally:
             self._stream.close()
+            if self.negotiated:
+                arrivals.info("%s has left", self._peer)
 
     def stop(self) -> bool:
         """Begin to end: requests under way are answered. False if there is no transmission to
@@ -73,7 +87,7 @@ class Connection:
         return True
 
     async def _negotiate(self) -> Session | None:
-        negotiation = negotiate(self._exports)
+        negotiation = negotiate(_Asked(self._exports, self._peer))
         brought: bytes | None = None
         while True:
             try:
@@ -90,3 +104,42 @@ class Connection:
                 await self._stream.write(step.data)
                 # Pipelined options never make the stream wait: others have their turn here.
                 await asyncio.sleep(0)
+
+
+class _Asked:
+    """The exports as one client asks for them: what it does not find is told."""
+
+    def __init__(self, exports: ExportTable, peer: str) -> None:
+        self._exports = exports
+        self._peer = peer
+
+    @property
+    def stopping(self) -> bool:
+        return self._exports.stopping
+
+    def find(self, name: str) -> ExportInfo | None:
+        export = self._exports.find(name)
+        if export is None:
+            arrivals.info("%s asked for export %s, which is not there", self._peer, quote(name))
+        return export
+
+    def listing(self) -> Iterable[ExportInfo]:
+        return self._exports.listing()
+
+
+def _address(sock: socket.socket) -> str:
+    """Who is at the other end, for people."""
+    try:
+        address = sock.getpeername()
+    except OSError:
+        return "a client"  # it has gone already
+    if sock.family == socket.AF_UNIX:
+        return "a local client"
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _dialect(session: Session) -> str:
+    if session.extended:
+        return "extended headers"
+    return "structured replies" if session.structured else "simple replies"
