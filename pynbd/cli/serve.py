@@ -8,13 +8,16 @@ nothing, and ends when the last client has left.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+import stat
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import click
@@ -22,6 +25,8 @@ import click
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.chain import FORMATS, open_image
 from pynbd.block.node import BlockNode
+from pynbd.block.qcow2.format import MAX_BITMAP_NAME
+from pynbd.cli.activation import activated_sockets
 from pynbd.cli.signals import watch
 from pynbd.errors import ImageError, PynbdError, UnsupportedFeature, UsageError
 from pynbd.protocol.uri import NbdUri, Transport
@@ -45,8 +50,6 @@ log = logging.getLogger("pynbd")
 
 # A client that asks for everything asks for all of these in each reply.
 _MAX_UNASKED_BITMAPS = 64
-# The first descriptor of socket activation (sd_listen_fds(3)).
-_LISTEN_FDS_START = 3
 # Bytes of the path of a unix socket: sun_path with its final NUL has 108 (unix(7)).
 _MAX_SOCKET_PATH = 107
 
@@ -95,7 +98,8 @@ Examples:
     "-f",
     "--format",
     type=click.Choice(FORMATS),
-    help="The format of IMAGE (default: told by its first bytes).",
+    help="The format of IMAGE (default: told by its first bytes; a raw image is then kept from"
+    " being made to look like another format).",
 )
 @click.option(
     "-r", "--read-only", is_flag=True, help="Refuse writes. A qcow2 image is read-only for now."
@@ -154,7 +158,13 @@ Examples:
     help="Time for the negotiation; 0 is no limit.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Tell of clients that come and go.")
-@click.option("--loop", type=click.Choice(list(_LOOPS)), default=next(iter(_LOOPS)), hidden=True)
+@click.option(
+    "--loop",
+    type=click.Choice(list(_LOOPS)),
+    default=next(iter(_LOOPS)),
+    show_default=True,
+    help="The event loop.",
+)
 def serve(verbose: bool, **options: Any) -> None:  # the options are ServeOptions, name by name
     """Serve IMAGE over NBD until a signal ends it (TERM, INT, QUIT).
 
@@ -166,8 +176,13 @@ def serve(verbose: bool, **options: Any) -> None:  # the options are ServeOption
     arrivals.setLevel(logging.getLogger().level)
     wanted = ServeOptions(**options)
     _check(wanted)
+    sockets = activated_sockets()
+    if sockets and (wanted.socket, wanted.bind, wanted.port) != (None, None, None):
+        raise UsageError(
+            "--socket, --bind and --port cannot be used with socket activation (LISTEN_FDS)"
+        )
     watch()
-    _LOOPS[wanted.loop](_serve(wanted))
+    _LOOPS[wanted.loop](_serve(wanted, sockets))
 
 
 def _check(wanted: ServeOptions) -> None:
@@ -181,6 +196,16 @@ def _check(wanted: ServeOptions) -> None:
             raise UsageError(f"{option}: it has to be UTF-8") from None
         if length > MAX_STRING:
             raise UsageError(f"{option}: it has {length} bytes; at most {MAX_STRING} are allowed")
+    if not wanted.image:
+        raise UsageError("IMAGE: the name of a file is expected")
+    if wanted.bind == "":
+        raise UsageError("--bind: an address or the name of a host is expected")
+    for name in wanted.bitmap:
+        length = len(os.fsencode(name))
+        if length > MAX_BITMAP_NAME:
+            raise UsageError(
+                f"--bitmap: the name has {length} bytes; at most {MAX_BITMAP_NAME} are allowed"
+            )
     if wanted.socket is not None:
         if wanted.bind is not None or wanted.port is not None:
             raise UsageError("--socket excludes --bind and --port")
@@ -191,13 +216,8 @@ def _check(wanted: ServeOptions) -> None:
             )
 
 
-async def _serve(wanted: ServeOptions) -> None:
-    sockets = _activated_sockets()
+async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None:
     activated = bool(sockets)
-    if activated and (wanted.socket, wanted.bind, wanted.port) != (None, None, None):
-        raise UsageError(
-            "--socket, --bind and --port say nothing beside socket activation (LISTEN_FDS)"
-        )
     node = await _open(wanted)
     try:
         export = Export(
@@ -225,10 +245,19 @@ async def _serve(wanted: ServeOptions) -> None:
             )
             watch().stop = partial(_stop, server, asyncio.get_running_loop())
             if not activated:
-                print(_uri(sockets[0], wanted), flush=True)
+                _print(_uri(sockets[0], wanted))
             await server.run()
     finally:
         await node.close()
+
+
+def _print(uri: NbdUri) -> None:
+    try:
+        print(uri, flush=True)
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:  # where the interpreter flushes it in the end
+            os.dup2(nowhere.fileno(), 1)
+        raise PynbdError(f"standard output: {error.strerror}") from None
 
 
 def _stop(server: Server, loop: asyncio.AbstractEventLoop) -> None:
@@ -264,6 +293,8 @@ def _bitmaps(node: BlockNode, wanted: ServeOptions) -> Sequence[DirtyBitmap]:
         return [_find_bitmap(node, name) for name in dict.fromkeys(wanted.bitmap)]
     if wanted.allocation_depth:
         return ()
+    if torn := node.inconsistent_bitmaps():
+        log.warning("%s: inconsistent bitmaps are not offered: %s", node.name, _listed(torn))
     there = node.bitmaps()
     if len(there) > _MAX_UNASKED_BITMAPS:
         log.warning(
@@ -291,23 +322,27 @@ def _find_bitmap(top: BlockNode, name: str) -> DirtyBitmap:
                 f"{node.name}: bitmap {name!r} is inconsistent (it was in use when its last writer"
                 " ended) and cannot be served"
             )
-    known = ", ".join(repr(bitmap.name) for node in top.chain() for bitmap in node.bitmaps())
-    raise ImageError(f"{top.name}: no bitmap {name!r}; there is {known or 'none'}")
+    raise ImageError(f"{top.name}: no bitmap {name!r}; {_known_bitmaps(top)}")
 
 
-def _activated_sockets() -> list[socket.socket]:
-    """The sockets of socket activation; the variables are cleared, so that no child takes them."""
-    names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
-    pid, count, _ = (os.environ.pop(name, "") for name in names)
-    if pid != str(os.getpid()):
-        return []
-    if not count.isdigit() or not int(count):
-        raise UsageError(f"LISTEN_FDS={count!r}: the number of sockets is expected, 1 or more")
-    sockets = []
-    for fd in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
-        os.set_inheritable(fd, False)
-        sockets.append(socket.socket(fileno=fd))
-    return sockets
+def _known_bitmaps(top: BlockNode) -> str:
+    known: dict[str, str] = {}
+    for depth, node in enumerate(top.chain()):
+        where = f" (in {os.path.basename(node.name)})" if depth else ""
+        for bitmap in node.bitmaps():
+            known.setdefault(bitmap.name, where)
+    if not known:
+        return "there is none"
+    verb = "is" if len(known) == 1 else "are"
+    return f"there {verb} {_listed(known, known.values())}"
+
+
+def _listed(names: Collection[str], where: Iterable[str] = repeat("")) -> str:
+    """Names in quotes, each with ``where`` it is; the first ones, if there are very many."""
+    shown = [f"{name!r}{place}" for name, place in zip(names, where, strict=False)]
+    more = len(shown) - _MAX_UNASKED_BITMAPS
+    rest = [f"{more} more"] if more > 0 else []
+    return ", ".join(shown[:_MAX_UNASKED_BITMAPS] + rest)
 
 
 def _listen(wanted: ServeOptions) -> list[socket.socket]:
@@ -321,7 +356,14 @@ def _listen(wanted: ServeOptions) -> list[socket.socket]:
         raise UsageError(f"--bind: {host!r} is neither an address nor the name of a host") from None
     except OSError as error:
         where = wanted.socket or f"{host}, port {port or 'any'}"
-        raise PynbdError(f"cannot listen on {where}: {error.strerror}") from None
+        reason = error.strerror
+        if wanted.socket and error.errno == errno.EADDRINUSE and not _is_socket(wanted.socket):
+            reason = "it exists and is not a socket"
+        raise PynbdError(f"cannot listen on {where}: {reason}") from None
+
+
+def _is_socket(path: str) -> bool:
+    return stat.S_ISSOCK(os.stat(path).st_mode)
 
 
 def _uri(listener: socket.socket, wanted: ServeOptions) -> NbdUri:

@@ -37,7 +37,7 @@ def disk(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """An overlay with bitmaps, good and bad, an internal snapshot, and a backing file with a
+    """An overlay with bitmaps, an internal snapshot, and a backing file with a
     bitmap.
     """
     Image(size=M, clusters={0: Data(b"base")}, bitmaps=[Bitmap("below"), Bitmap("both")]).write(
@@ -53,8 +53,21 @@ def image(tmp_path: Path) -> Path:
         bitmaps=[
             Bitmap("one"),
             Bitmap("both", dirty=[(0, 1)]),
-            Bitmap("torn", flags=BitmapFlags.AUTO | BitmapFlags.IN_USE),
         ],
+    ).write(path)
+    return path
+
+
+@pytest.fixture
+def torn(tmp_path: Path, image: Path) -> Path:
+    """An overlay of that one with inconsistent bitmaps, and nothing else."""
+    flags = BitmapFlags.AUTO | BitmapFlags.IN_USE
+    path = tmp_path / "torn.qcow2"
+    Image(
+        size=M,
+        backing_file="top.qcow2",
+        backing_format="qcow2",
+        bitmaps=[Bitmap("torn", flags=flags), Bitmap("worn", flags=flags)],
     ).write(path)
     return path
 
@@ -208,7 +221,8 @@ def test_a_live_socket_is_not(disk: Path, image: Path) -> None:
 
 
 def test_a_file_is_not_a_socket(disk: Path, image: Path) -> None:
-    one_line(failing("-k", disk, image), 1, disk, "in use")
+    for path in (disk, disk.parent):
+        one_line(failing("-k", path, image), 1, path, "exists and is not a socket")
     assert disk.read_bytes()[:9] == b"raw bytes"
 
 
@@ -359,14 +373,36 @@ def test_a_bitmap_of_a_backing_file_is_hidden_by_its_namesake(image: Path) -> No
 @pytest.mark.parametrize(
     "options, status, parts",
     [
-        ("-B torn", 1, ["top.qcow2", "'torn'", "inconsistent"]),
-        ("-B nosuch", 1, ["top.qcow2", "'nosuch'", "'one'", "'both'", "'below'"]),
+        (
+            "-B nosuch",
+            1,
+            ["no bitmap 'nosuch'; there are 'one', 'both', 'below' (in base.qcow2)\n"],
+        ),
         ("-B one -l before", 2, ["--bitmap", "-l"]),
         ("-l nosuch", 1, ["top.qcow2", "nosuch"]),
     ],
 )
 def test_what_cannot_be_offered(image: Path, options: str, status: int, parts: list[str]) -> None:
     one_line(failing("-p", "0", *options.split(), image), status, *parts)
+
+
+def test_inconsistent_bitmaps(torn: Path) -> None:
+    """They are named, and not offered; with -A nobody wanted any."""
+    line = f"pynbd: {torn}: inconsistent bitmaps are not offered: 'torn', 'worn'\n"
+    with serving("-p", "0", torn, errors=line) as uri:
+        assert not any("bitmap" in context for context in info(uri)["contexts"])
+    with serving("-p", "0", "-A", torn):
+        pass
+    one_line(failing("-p", "0", "-B", "torn", torn), 1, torn, "'torn'", "inconsistent")
+    known = "there are 'one' (in top.qcow2), 'both' (in top.qcow2), 'below' (in base.qcow2)\n"
+    one_line(failing("-p", "0", "-B", "no", torn), 1, known)
+
+
+def test_images_with_a_bitmap_or_none(tmp_path: Path, disk: Path) -> None:
+    path = tmp_path / "one.qcow2"
+    Image(size=M, bitmaps=[Bitmap("one")]).write(path)
+    one_line(failing("-p", "0", "-B", "no", path), 1, "there is 'one'\n")
+    one_line(failing("-p", "0", "-B", "no", disk), 1, "there is none\n")
 
 
 @pytest.mark.parametrize("name", ["before", "snapshot.name=before", "1", "snapshot.id=1"])
@@ -463,6 +499,8 @@ def test_arguments_that_make_no_sense(arguments: list[str]) -> None:
         ("-k", "/tmp/" + "x" * 103, ["--socket", 108, 107]),
         ("-k", "", ["--socket", 0, 107]),
         ("-b", "x" * 64, ["--bind", "x" * 64]),
+        ("-b", "", ["--bind", "address"]),
+        ("-B", "ü" * 512, ["--bitmap", 1024, 1023]),
     ],
 )
 def test_values_that_make_no_sense(
@@ -470,6 +508,27 @@ def test_values_that_make_no_sense(
 ) -> None:
     """A line that names the option and what is allowed."""
     one_line(failing(option, os.fsdecode(value), disk), 2, *parts)
+
+
+def test_no_name_of_an_image() -> None:
+    one_line(failing(""), 2, "IMAGE")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_output_that_cannot_be_written(disk: Path, closed: bool) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full, open(writer, "w") as broken:
+        done = subprocess.run(
+            [*PYNBD, "serve", "-p", "0", disk],
+            stdout=broken if closed else full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    reason = "Broken pipe" if closed else "No space left on device"
+    assert (done.returncode, done.stderr) == (1, f"pynbd: standard output: {reason}\n")
 
 
 def test_values_that_are_just_right(disk: Path) -> None:
@@ -549,7 +608,25 @@ def test_socket_activation_and_an_address(disk: Path) -> None:
         activated([listener], "-p", "0", disk) as process,
     ):
         _, errors = process.communicate(timeout=10)
-        one_line((process.returncode, errors), 2, "LISTEN_FDS")
+        one_line((process.returncode, errors), 2, "cannot be used with", "LISTEN_FDS")
+
+
+def test_what_cannot_be_accepted_on(disk: Path) -> None:
+    idle = socket.socket()
+    with idle, activated([idle], disk) as process:
+        _, errors = process.communicate(timeout=10)
+        one_line((process.returncode, errors), 1, "LISTEN_FDS", "descriptor 3", "not listen")
+    for redirection, reason in (("3</dev/null", "not a socket"), ("3<&-", "not open")):
+        script = f'LISTEN_PID=$$ LISTEN_FDS=50 exec "$@" {redirection}'
+        done = subprocess.run(
+            ["bash", "-c", script, "-", *PYNBD, "serve", disk],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        line = f"LISTEN_FDS: descriptor 3 is {reason}"
+        one_line((done.returncode, done.stderr), 1, line)
 
 
 def test_variables_that_are_meant_for_another(disk: Path) -> None:
