@@ -2,9 +2,11 @@
 
 import sys
 
+from pynbd.cli.descriptors import fill_standard_descriptors
 from pynbd.cli.signals import watch
 
 if sys.argv[1:2] == ["serve"]:
+    fill_standard_descriptors()
     watch()  # a signal that comes while the rest is imported ends it like any other
 
 from pynbd.cli.main import main

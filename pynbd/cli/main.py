@@ -34,5 +34,5 @@ def main() -> None:
 
 
 def _complain(error: Exception, status: int) -> None:
-    print(f"pynbd: {error}", file=sys.stderr)
+    click.echo(f"pynbd: {error}", err=True)
     sys.exit(status)

@@ -531,6 +531,28 @@ def test_output_that_cannot_be_written(disk: Path, closed: bool) -> None:
     assert (done.returncode, done.stderr) == (1, f"pynbd: standard output: {reason}\n")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_closed_standard_descriptors(disk: Path, closed: str, loop: str) -> None:
+    """Neither the image nor a client takes their place."""
+    with peers.socket_path() as path:
+        line = [*PYNBD, "serve", "--loop", loop, "-k", str(path), str(disk)]
+        with subprocess.Popen(["bash", "-c", f'exec "$@" {closed}', "-", *line]) as process:
+            deadline = time.monotonic() + 10
+            while not path.is_socket() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.05)
+            with connect(f"nbd+unix:///?socket={path}") as sock:
+                assert export_name(sock) == M
+                assert read(sock, 0, 9) == b"raw bytes"
+                for name in "<&- 0", ">&- 1", "2>&- 2":
+                    redirection, number = name.split()
+                    if redirection in closed.split():
+                        assert os.readlink(f"/proc/{process.pid}/fd/{number}") == "/dev/null"
+            process.terminate()
+            assert process.wait(10) == 0
+
+
 def test_values_that_are_just_right(disk: Path) -> None:
     with serving("-p", "0", "-x", "ü" * 2048, "-D", "x" * 4096, disk) as uri:
         export = info(uri)
@@ -639,7 +661,7 @@ def test_variables_that_are_meant_for_another(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
 def test_signals_end_it(disk: Path, loop: str, number: signal.Signals) -> None:
     """With a client in transmission and one that still negotiates; at once, with status 0."""
     with started("--loop", loop, "-p", "0", disk) as server:
