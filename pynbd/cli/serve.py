@@ -166,7 +166,7 @@ Examples:
     help="The event loop.",
 )
 def serve(verbose: bool, **options: Any) -> None:  # the options are ServeOptions, name by name
-    """Serve IMAGE over NBD until a signal ends it (TERM, INT, QUIT).
+    """Serve IMAGE over NBD until a signal ends it (TERM, INT, QUIT, HUP).
 
     Any number of clients, on localhost by default. The first line of output is the URI.
     """

@@ -1,10 +1,12 @@
-"""How signals end ``pynbd serve``: TERM, INT and QUIT, from the first import to the last line.
+"""How signals end ``pynbd serve``: TERM, INT, QUIT and HUP, from the first import to the last line.
 
 They are blocked in every thread, and one thread waits for them. So there is no moment at which one
 of them does what it does by default, whatever the loop, a library or the interpreter is busy with.
 
 1. Until there is something to end, a signal ends the process; with status 0, as always.
 2. Then the first one ends it in good order, and the second one at once.
+3. HUP is left alone where it was ignored from the start: that is what nohup(1) is for. INT and QUIT
+   are not: shells ignore them for everything in the background.
 
 This module is light, because it comes before all that takes long to import.
 """
@@ -17,7 +19,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 
-ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
+ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
 
 
 class Watch:
@@ -28,14 +30,16 @@ class Watch:
         """Ends in good order, when there is something to end. Called in a thread of its own."""
         self.clean: Callable[[], object] = lambda: None
         """Removes what must not stay behind a process that ends at once."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._ending = ENDING - ignored
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._ending)
         threading.Thread(target=self._wait, name="signals", daemon=True).start()
 
     def _wait(self) -> None:
-        signal.sigwait(ENDING)
+        signal.sigwait(self._ending)
         if self.stop:
             self.stop()
-            signal.sigwait(ENDING)
+            signal.sigwait(self._ending)
         self.clean()
         os._exit(0)
 

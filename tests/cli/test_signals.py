@@ -20,7 +20,7 @@ import pytest
 from interop import peers
 
 M = 1 << 20
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 both_loops = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 
 
@@ -70,7 +70,7 @@ def watches(server: subprocess.Popen[str]) -> bool:
 
 @pytest.mark.parametrize(
     "number, later",
-    [*((number, 0) for number in ENDING), *zip(ENDING, (0.03, 0.08, 0.15), strict=True)],
+    [*((number, 0) for number in ENDING), *zip(ENDING, (0.03, 0.08, 0.15, 0.2), strict=True)],
 )
 def test_while_it_starts(disk: Path, number: signal.Signals, later: float) -> None:
     """While it imports, while it opens the image, and when it has just begun to listen."""
@@ -142,6 +142,20 @@ def test_after_a_shell_that_ignores_them(disk: Path, loop: str) -> None:
             ready(server)
             server.send_signal(number)
             ended(server)
+
+
+def test_nohup(disk: Path) -> None:
+    """It outlives the terminal."""
+    line = ["nohup", sys.executable, "-m", "pynbd", "serve", "-p", "0", str(disk)]
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        ready(server)
+        server.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert server.poll() is None
+        server.terminate()
+        assert server.wait(10) == 0
 
 
 def test_other_subcommands_end_as_programs_do() -> None:
