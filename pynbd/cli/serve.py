@@ -27,6 +27,7 @@ from pynbd.block.chain import FORMATS, open_image
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.format import MAX_BITMAP_NAME
 from pynbd.cli.activation import activated_sockets
+from pynbd.cli.numbers import seconds, whole_number
 from pynbd.cli.signals import watch
 from pynbd.errors import ImageError, PynbdError, UnsupportedFeature, UsageError
 from pynbd.protocol.uri import NbdUri, Transport
@@ -91,7 +92,8 @@ Examples:
 @click.option(
     "-p",
     "--port",
-    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    type=whole_number(0, 65535),
     help=f"Listen on this port, 0 for any free one (default: {DEFAULT_PORT}).",
 )
 @click.option(
@@ -137,7 +139,7 @@ Examples:
     "-e",
     "--shared",
     metavar="NUM",
-    type=click.IntRange(0),
+    type=whole_number(0),
     default=0,
     help="Clients at a time; more wait. 0 is any number, the default.",
 )
@@ -152,7 +154,7 @@ Examples:
 @click.option(
     "--handshake-limit",
     metavar="SECONDS",
-    type=click.FloatRange(0),
+    type=seconds,
     default=HANDSHAKE_LIMIT,
     show_default=True,
     help="Time for the negotiation; 0 is no limit.",

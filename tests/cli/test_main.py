@@ -32,4 +32,11 @@ def test_help(args: list[str]) -> None:
 def test_an_unknown_subcommand() -> None:
     done = pynbd("nonsense")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "nonsense" in done.stderr
+    assert done.stderr == "pynbd: no such command 'nonsense'\n"
+
+
+def test_no_arguments() -> None:
+    """The help, for people."""
+    done = pynbd()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: pynbd ")
