@@ -200,6 +200,9 @@ def _check(wanted: ServeOptions) -> None:
             raise UsageError(f"{option}: it has {length} bytes; at most {MAX_STRING} are allowed")
     if not wanted.image:
         raise UsageError("IMAGE: the name of a file is expected")
+    # "nbd://host", "json:{}": as QEMU tells them from files, by a colon before any slash.
+    if ":" in wanted.image.partition("/")[0] and not os.path.lexists(wanted.image):
+        raise UsageError(f"IMAGE: {wanted.image!r} is a protocol name, not a file")
     if wanted.bind == "":
         raise UsageError("--bind: an address or the name of a host is expected")
     for name in wanted.bitmap:

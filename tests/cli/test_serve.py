@@ -517,6 +517,19 @@ def test_no_name_of_an_image() -> None:
     one_line(failing(""), 2, "IMAGE")
 
 
+@pytest.mark.parametrize("name", ["nbd://localhost/", "json:{}", "ssh://a/b", "nbd:unix:/s"])
+def test_the_name_of_something_else(name: str) -> None:
+    one_line(failing(name), 2, "IMAGE", name, "protocol name, not a file")
+
+
+def test_a_file_with_a_colon(tmp_path: Path) -> None:
+    """It is a file, because it is there."""
+    (tmp_path / "a:b").write_bytes(bytes(M))
+    with serving("-p", "0", "a:b", cwd=tmp_path) as uri, connect(uri) as sock:
+        assert export_name(sock) == M
+    one_line(failing("a/b:c", cwd=tmp_path), 1, "No such file")
+
+
 @pytest.mark.parametrize("closed", [False, True])
 def test_output_that_cannot_be_written(disk: Path, closed: bool) -> None:
     reader, writer = os.pipe()
