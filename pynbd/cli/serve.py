@@ -32,7 +32,7 @@ from pynbd.cli.signals import watch
 from pynbd.errors import ImageError, PynbdError, UnsupportedFeature, UsageError
 from pynbd.protocol.uri import NbdUri, Transport
 from pynbd.protocol.values import DEFAULT_PORT, MAX_STRING
-from pynbd.server.connection import HANDSHAKE_LIMIT, arrivals
+from pynbd.server.connection import HANDSHAKE_LIMIT
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.server import Server, SocketFile, listen_tcp, listen_unix
@@ -175,7 +175,6 @@ def serve(verbose: bool, **options: Any) -> None:  # the options are ServeOption
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="pynbd: %(message)s"
     )
-    arrivals.setLevel(logging.getLogger().level)
     wanted = ServeOptions(**options)
     _check(wanted)
     sockets = activated_sockets()

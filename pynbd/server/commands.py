@@ -199,7 +199,7 @@ class Commands:
             code, text = nbd_error(error), error.strerror or str(error)
             if code == Error.ENOTSUP and not request.flags & _FAST_ZERO:
                 code = Error.EINVAL  # the specification keeps ENOTSUP for FAST_ZERO
-            if code not in (Error.ENOTSUP, Error.EPERM):
+            if code != Error.ENOTSUP:
                 line = f"{error.filename or self._node.name}: {request}: {text}"
                 self._export.troubles.tell(line, (request.command, code), request.offset)
         return self._dialect.error(request.cookie, request.offset, code, text)

@@ -16,9 +16,8 @@ from pynbd.server.stream import PlainStream
 from pynbd.server.transmission import Transmission
 
 log = logging.getLogger("pynbd")
-# Two lines for every client are news only for who asks for them, whatever else `log` tells.
+# Who comes and goes, apart from what goes wrong.
 arrivals = logging.getLogger("pynbd.clients")
-arrivals.setLevel(logging.WARNING)
 
 # Seconds for the whole negotiation, as qemu-nbd has it: who idles here holds a place that others
 # want.
@@ -38,7 +37,7 @@ class Connection:
     ) -> None:
         self._stream = PlainStream(asyncio.get_running_loop(), sock)
         self._exports = exports
-        self._peer = _address(sock)
+        self._peer = self._stream.peer()
         self._pool = pool
         self._handshake_limit = handshake_limit
         self._transmission: Transmission | None = None
@@ -125,18 +124,6 @@ class _Asked:
 
     def listing(self) -> Iterable[ExportInfo]:
         return self._exports.listing()
-
-
-def _address(sock: socket.socket) -> str:
-    """Who is at the other end, for people."""
-    try:
-        address = sock.getpeername()
-    except OSError:
-        return "a client"  # it has gone already
-    if sock.family == socket.AF_UNIX:
-        return "a local client"
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _dialect(session: Session) -> str:

@@ -91,6 +91,17 @@ class PlainStream:
         self.on_drained: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None
 
+    def peer(self) -> str:
+        """Who is at the other end, for people."""
+        try:
+            address = self._sock.getpeername()
+        except OSError:
+            return "a client"  # it has gone already
+        if self._sock.family == socket.AF_UNIX:
+            return "a local client"
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     # The handshake: exactly what is asked for
 
     async def read_exactly(self, length: int) -> bytes:
