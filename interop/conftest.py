@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,11 @@ PynbdServe = Callable[..., str]
 
 
 @contextmanager
-def serving(image: str | Path, *args: str) -> Iterator[str]:
+def serving(image: str | Path, *args: str, says: str = "") -> Iterator[str]:
     """``pynbd serve`` on a unix socket of its own; the URI that it prints.
 
-    At the end SIGTERM: it must leave with status 0 and must have said nothing on standard error.
+    At the end SIGTERM: it must leave with status 0, and what it has said on standard error must
+    match ``says``, which is nothing for most.
     """
     with peers.socket_path() as socket, tempfile.TemporaryFile() as errors:
         line = [sys.executable, "-m", "pynbd", "serve", "-k", str(socket), *args, str(image)]
@@ -40,11 +42,12 @@ def serving(image: str | Path, *args: str) -> Iterator[str]:
         errors.seek(0)
         said = errors.read().decode()
         assert uri, f"{line} does not start: {said}"
-        assert (status, said) == (0, "")
+        assert status == 0, said
+        assert re.fullmatch(says, said), said
 
 
 @pytest.fixture
 def pynbd_serve() -> Iterator[PynbdServe]:
     """``pynbd_serve(image, *args) -> uri``; the servers end with the test."""
     with ExitStack() as stack:
-        yield lambda image, *args: stack.enter_context(serving(image, *args))
+        yield lambda image, *args, **rest: stack.enter_context(serving(image, *args, **rest))
