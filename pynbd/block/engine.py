@@ -37,9 +37,6 @@ Buffer = bytes | bytearray | memoryview
 NOWAIT_MAX = 256 * 1024
 # What Linux reads ahead for one posix_fadvise, unless the device is set to less; it drops the rest.
 WILL_NEED_PIECE = 128 * 1024
-# preadv and pwritev take no more pieces than this (IOV_MAX), and no more bytes in one call.
-IOV_MAX = 1024
-TRANSFER_MAX = 0x7FFF_F000
 
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
@@ -354,7 +351,7 @@ def _is_tmpfs(fd: int) -> bool:
 def _read_fully(fd: int, view: memoryview, offset: int) -> int:
     done = 0
     while done < len(view):
-        count = os.preadv(fd, (view[done : done + TRANSFER_MAX],), offset + done)
+        count = os.preadv(fd, (view[done:],), offset + done)
         if not count:
             break
         done += count

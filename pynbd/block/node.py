@@ -221,10 +221,9 @@ class BlockNode(ABC):
         """Guest bytes [offset, offset + length), which lie inside the size."""
         data = bytearray(length)
         view = memoryview(data)
-        end = offset + length
-        for extent in await self.resolve(offset, end):
-            first, last = max(extent.offset, offset), min(extent.end, end)
-            await self.fetch(extent, first, view[first - offset : last - offset])
+        for extent in await self.resolve(offset, offset + length):
+            piece = view[extent.offset - offset : extent.end - offset]
+            await self.fetch(extent, extent.offset, piece)
         return data
 
     # Writing; a node that is not read-only overrides these
@@ -266,7 +265,7 @@ class BlockNode(ABC):
         ranges: dict[HostFile, list[tuple[int, int]]] = {}
         for extent in await self.resolve(offset, offset + min(length, PREFETCH_MAX)):
             if extent.file is not None:
-                piece = extent.offset + extent.shift, extent.end - extent.offset
+                piece = extent.host, extent.end - extent.offset
                 ranges.setdefault(extent.file, []).append(piece)
         for file, pieces in ranges.items():
             await file.will_need(pieces)

@@ -8,11 +8,9 @@ nothing, and ends when the last client has left.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import socket
-import stat
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -360,14 +358,7 @@ def _listen(wanted: ServeOptions) -> list[socket.socket]:
         raise UsageError(f"--bind: {host!r} is neither an address nor the name of a host") from None
     except OSError as error:
         where = wanted.socket or f"{host}, port {port or 'any'}"
-        reason = error.strerror
-        if wanted.socket and error.errno == errno.EADDRINUSE and not _is_socket(wanted.socket):
-            reason = "it exists and is not a socket"
-        raise PynbdError(f"cannot listen on {where}: {reason}") from None
-
-
-def _is_socket(path: str) -> bool:
-    return stat.S_ISSOCK(os.stat(path).st_mode)
+        raise PynbdError(f"cannot listen on {where}: {error.strerror}") from None
 
 
 def _uri(listener: socket.socket, wanted: ServeOptions) -> NbdUri:

@@ -234,47 +234,39 @@ class Commands:
     ) -> Sequence[tuple[int, int, list[Piece]]]:
         """(start, end, content) of each stretch that makes one chunk; a hole has no content."""
         sparse = self._dialect.structured and not request.flags & _DF
-        end = request.offset + request.length
-        ranges = [
-            (extent, max(extent.offset, request.offset), min(extent.end, end)) for extent in extents
-        ]
         pieces: list[Piece | None] = []
-        for batch in range(0, len(ranges), EXTENTS_AT_ONCE):
+        for batch in range(0, len(extents), EXTENTS_AT_ONCE):
             if batch:
                 await asyncio.sleep(0)  # thousands of them would hold the loop
             pieces += await together(
-                self._content(extent, first, last, reply, sparse=sparse)
-                for extent, first, last in ranges[batch : batch + EXTENTS_AT_ONCE]
+                self._content(extent, reply, sparse=sparse)
+                for extent in extents[batch : batch + EXTENTS_AT_ONCE]
             )
         stretches: list[tuple[int, int, list[Piece]]] = []
-        for (_, first, last), piece in zip(ranges, pieces, strict=True):
+        for extent, piece in zip(extents, pieces, strict=True):
+            first, content = extent.offset, list[Piece]()
             if stretches and bool(stretches[-1][2]) == (piece is not None):
                 first, _, content = stretches.pop()
-            else:
-                content = []
             if piece is not None:
                 content.append(piece)
-            stretches.append((first, last, content))
+            stretches.append((first, extent.end, content))
         return stretches
 
-    async def _content(
-        self, extent: Extent, first: int, last: int, reply: ReplyEnd, *, sparse: bool
-    ) -> Piece | None:
-        """What to send for guest bytes [first, last) of an extent; None for a hole."""
-        length = last - first
+    async def _content(self, extent: Extent, reply: ReplyEnd, *, sparse: bool) -> Piece | None:
+        """What to send for an extent; None for a hole."""
+        length = extent.end - extent.offset
         if extent.kind == ZERO:
             return None if sparse else bytes(length)
         file = extent.file
         if file is not None and length >= SEND_FILE_MIN:
-            host_offset = first + extent.shift
-            if file.lends_pages and file.resident(host_offset, length):
-                return FilePiece(file.fd, host_offset, length, reply)
+            if file.lends_pages and file.resident(extent.host, length):
+                return FilePiece(file.fd, extent.host, length, reply)
             data: bytes | None = await extent.node.read_plain(
-                file, host_offset, length, sparse=sparse
+                file, extent.host, length, sparse=sparse
             )
             return data
         content = bytearray(length)
-        await self._node.fetch(extent, first, memoryview(content))
+        await self._node.fetch(extent, extent.offset, memoryview(content))
         return content
 
     # Everything else

@@ -96,13 +96,19 @@ def _listen_at(family: int, address: tuple[Any, ...]) -> socket.socket:
 
 
 def listen_unix(path: str) -> socket.socket:
-    """A listening unix socket. A socket that nobody listens on any more is replaced."""
+    """A listening unix socket. A socket that nobody listens on any more is replaced; whatever else
+    is there stays. Raises `OSError`.
+    """
     sock = socket.socket(socket.AF_UNIX)
     try:
         try:
             sock.bind(path)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+            if error.errno != errno.EADDRINUSE:
+                raise
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise OSError(errno.EEXIST, "it exists and is not a socket") from None
+            if not _is_stale(path):
                 raise
             os.unlink(path)
             sock.bind(path)
@@ -114,8 +120,6 @@ def listen_unix(path: str) -> socket.socket:
 
 
 def _is_stale(path: str) -> bool:
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
-        return False
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)  # one whose backlog is full lives: EAGAIN
         return probe.connect_ex(path) == errno.ECONNREFUSED

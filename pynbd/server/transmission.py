@@ -133,6 +133,8 @@ class Transmission:
         finally:
             self._closing = True
             self._stream.pause_reading()
+        if self._violation:
+            raise self._violation
 
     async def _settled(self) -> None:
         """Until nothing of this session is under way."""
@@ -161,6 +163,10 @@ class Transmission:
             self._buffer = self._pool.take(RECEIVE_SIZE)
             self._view = memoryview(self._buffer)
         self._receive()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Keep no buffer that has nothing in it: most connections are idle most of the time."""
         if not self._have:
             self._pool.give(self._buffer)
             self._buffer = _NO_BUFFER
@@ -376,6 +382,7 @@ class Transmission:
             self._turn_ends = monotonic() + TURN_SECONDS
             self._serve_batch()
             self._flush()
+            self._let_go()
             if self._closing:
                 self._close()
                 return
@@ -477,11 +484,7 @@ class Transmission:
             self._end()
 
     def _end(self) -> None:
-        if self._ended.done():
-            return
-        if self._violation:
-            self._ended.set_exception(self._violation)
-        else:
+        if not self._ended.done():
             self._ended.set_result(None)
 
     def _lost(self) -> None:
