@@ -8,7 +8,7 @@ import random
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -492,7 +492,7 @@ async def test_disc_waits_for_requests_in_flight(
     async with opened(path, engine) as node, talking(node, mode) as talk:
         client = talk.client
         node.file.lends_pages = False
-        engine.held = {"_read_fully", "_write_batch"}
+        engine.held = {"_read_unless_hole", "_write_batch"}
         await client.send(
             client.request(READ, 0, 300 * K, cookie=1),
             client.request(WRITE, 2 << 20, payload=b"last", cookie=2),
@@ -580,20 +580,22 @@ async def test_a_peer_that_vanishes_before_its_write_is_done(
     assert content(path)[:7] == b"written"
 
 
+@pytest.mark.parametrize("last_words", [b"", b"\1\2\3\4" + bytes(24)], ids=["none", "magic"])
 async def test_a_peer_that_is_lost_while_a_write_is_under_way(
-    path: Path, engine: WatchedEngine
+    path: Path, engine: WatchedEngine, last_words: bytes
 ) -> None:
     """Nothing can be sent any more, and still the session waits for the system call."""
     async with opened(path, engine) as node, talking(node) as talk:
         engine.held = {"_write_batch"}
         await talk.client.send(talk.client.request(WRITE, 0, payload=b"written"))
         await asyncio.sleep(0.02)
-        talk.client.sock.send(talk.client.request(READ, 0, 512))
+        talk.client.sock.send(talk.client.request(READ, 0, 512) + last_words)
         talk.client.sock.close()  # the reply to this read cannot be sent
         await asyncio.sleep(0.02)
         assert not talk.running.done()
         engine.release()
-        await talk.ends()
+        with pytest.raises(ProtocolError) if last_words else nullcontext():
+            await talk.ends()
     assert content(path)[:7] == b"written"
 
 
