@@ -64,14 +64,6 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def engine() -> Iterator[WatchedEngine]:
-    engine = WatchedEngine()
-    yield engine
-    engine.release()
-    engine.close()
-
-
 @asynccontextmanager
 async def talk_of(
     path: Path, engine: WatchedEngine, *, mode: Mode = Mode.STRUCTURED, **options: Any

@@ -47,14 +47,6 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def engine() -> Iterator[WatchedEngine]:
-    engine = WatchedEngine()
-    yield engine
-    engine.release()
-    engine.close()
-
-
 class Scene:
     """A server on one or two loopback ports, and those who connect to it."""
 

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,6 @@ BYTES = random.Random(4).randbytes(SIZE)
 K, M = 1 << 10, 1 << 20
 
 every_mode = pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.value)
-
-
-@pytest.fixture
-def engine() -> Iterator[WatchedEngine]:
-    engine = WatchedEngine()
-    yield engine
-    engine.release()
-    engine.close()
 
 
 @pytest.fixture
