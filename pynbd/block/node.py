@@ -50,13 +50,14 @@ class BlockNode(ABC):
     """An open image: guest bytes 0..size at guest offsets, with ``backing`` below it or None.
 
     ``name`` is the file name as it is told to people, ``format`` "raw" or "qcow2", ``file`` the
-    host file that holds guest data. ``window``: guest bytes that are resolved at once.
+    host file that holds guest data; a node whose bytes come from elsewhere has none, and brings
+    them itself (`fetch_own`). ``window``: guest bytes that are resolved at once.
     """
 
     name: str
     format: str
     size: int
-    file: HostFile
+    file: HostFile | None = None
     read_only: bool
     backing: BlockNode | None = None
     own_engine: Engine | None = None  # an engine that was made for this chain, and ends with it
@@ -84,6 +85,12 @@ class BlockNode(ABC):
         """The decompressed cluster of an L2 descriptor (the ``host`` of a COMPRESSED extent)."""
         raise AssertionError("only qcow2 has compressed clusters")
 
+    async def fetch_own(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with this layer's data from guest offset ``offset``; for a node without a
+        host file.
+        """
+        raise AssertionError("this node has a host file")
+
     def bitmaps(self) -> Sequence[DirtyBitmap]:
         """The persistent dirty bitmaps of this layer that can be used."""
         return ()
@@ -96,7 +103,7 @@ class BlockNode(ABC):
 
     def files(self) -> Sequence[HostFile]:
         """The files that this node, without those below it, keeps open."""
-        return (self.file,)
+        return (self.file,) if self.file else ()
 
     # Reading
 
@@ -190,6 +197,8 @@ class BlockNode(ABC):
                 count = min(len(view) - done, len(cluster) - within)
                 view[done : done + count] = cluster[within : within + count]
                 done += count
+        elif extent.kind == DATA:
+            await extent.node.fetch_own(offset, view)
         else:
             assert extent.kind == CORRUPT
             raise OSError(
@@ -253,7 +262,7 @@ class BlockNode(ABC):
     async def flush(self) -> None:
         """Every completed write onto stable storage."""
         for node in self.chain():
-            if not node.read_only:
+            if node.file is not None and not node.read_only:
                 await node.file.flush()
 
     async def prefetch(self, offset: int, length: int) -> None:
@@ -311,6 +320,6 @@ def _extent(
     layers: list[BlockNode], start: int, end: int, kind: int, place: int, depth: int
 ) -> Extent:
     node = layers[max(depth, 1) - 1]
-    if kind == DATA:
+    if kind == DATA and node.file is not None:
         return Extent(start, end, kind, depth, start + place, node, node.file, place)
     return Extent(start, end, kind, depth, place, node)

@@ -30,6 +30,7 @@ class RawNode(BlockNode):
     """
 
     format = "raw"
+    file: HostFile
 
     def __init__(
         self, file: HostFile, *, read_only: bool, guard: Callable[[bytes], str] | None = None

@@ -250,7 +250,8 @@ class Transmission:
                         data = used + head
                         target = inline_view[data : data + length]
                         file = files[window.depths[row]]
-                        if file.read_now(target, offset + window.places[row]) == length:
+                        at_host = offset + window.places[row]
+                        if file is not None and file.read_now(target, at_host) == length:
                             put_data_head(inline, used, cookie, offset, length)
                             used = data + length
                             at += request_size

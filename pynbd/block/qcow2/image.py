@@ -60,6 +60,7 @@ class Qcow2Node(BlockNode):
 
     format = "qcow2"
     read_only = True
+    file: HostFile
 
     def __init__(
         self,
