@@ -253,6 +253,10 @@ class HostFile:
         if self.writable:
             await self.engine.run(self._sync)
 
+    async def empty(self, size: int) -> None:
+        """Make a regular file ``size`` bytes that are one hole, whatever it was."""
+        await self.engine.run(_empty, self._descriptor, size)
+
     async def fallocate(self, mode: int, offset: int, length: int) -> bool:
         """fallocate(2); False if this file or its file system does not do ``mode``, and nothing
         happened.
@@ -386,6 +390,12 @@ def _write_fully(fd: int, data: Buffer, offset: int) -> None:
             if not count:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             done += count
+
+
+@_with_descriptor
+def _empty(fd: int, size: int) -> None:
+    os.ftruncate(fd, 0)
+    os.ftruncate(fd, size)
 
 
 @_with_descriptor
