@@ -4,17 +4,13 @@ The program is ``pynbd serve``; this is the same from Python::
 
     import asyncio
 
-    from pynbd import Export, ExportTable, Server, listen_tcp, open_image, standard_contexts
+    import pynbd
 
 
     async def main() -> None:
-        disk = await open_image("disk.qcow2")
-        try:
-            contexts = standard_contexts(depth=True, bitmaps=disk.bitmaps())
-            exports = ExportTable([Export("disk", disk, contexts=contexts)])
-            await Server(exports, listen_tcp("localhost", 10809)).run()
-        finally:
-            await disk.close()
+        async with pynbd.serve("disk.qcow2", read_only=True) as server:
+            print(server.uri)
+            await server.ended()
 
 
     asyncio.run(main())
@@ -44,7 +40,9 @@ if TYPE_CHECKING:
     from pynbd.block.chain import open_image
     from pynbd.server.contexts import standard_contexts
     from pynbd.server.export import Export, ExportTable
-    from pynbd.server.server import Server, listen_tcp, listen_unix
+    from pynbd.server.listening import listen_tcp, listen_unix
+    from pynbd.server.server import Server
+    from pynbd.server.serving import serve
 
 __all__ = [
     "CorruptImage",
@@ -62,6 +60,7 @@ __all__ = [
     "listen_tcp",
     "listen_unix",
     "open_image",
+    "serve",
     "standard_contexts",
 ]
 
@@ -69,9 +68,10 @@ _HOMES = {
     "Export": "pynbd.server.export",
     "ExportTable": "pynbd.server.export",
     "Server": "pynbd.server.server",
-    "listen_tcp": "pynbd.server.server",
-    "listen_unix": "pynbd.server.server",
+    "listen_tcp": "pynbd.server.listening",
+    "listen_unix": "pynbd.server.listening",
     "open_image": "pynbd.block.chain",
+    "serve": "pynbd.server.serving",
     "standard_contexts": "pynbd.server.contexts",
 }
 

@@ -1,4 +1,4 @@
-"""The server: listeners, connections, and an end in good order.
+"""The server: connections on its listening sockets, and an end in good order.
 
 Ending (`Server.stop`): requests under way have `GRACE` seconds, new ones get NBD_ESHUTDOWN, clients
 that still negotiate are dropped; then the rest is dropped unacknowledged. The images are closed by
@@ -8,16 +8,11 @@ their owner, after the system calls under way have returned.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import math
-import os
 import socket
-import stat
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
 
 from pynbd.server.buffers import BufferPool
 from pynbd.server.connection import HANDSHAKE_LIMIT, Connection
@@ -31,117 +26,6 @@ GRACE = 2.0
 _ACCEPT_PAUSE = 0.1
 # Seconds without such a failure after which the next one is news.
 _RECOVERED = 60.0
-BACKLOG = 128
-_NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
-# How often a free port is looked for that is free at every address.
-_PORT_TRIES = 16
-
-_Address = tuple[int, tuple[Any, ...]]
-
-
-def listen_tcp(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on every address of ``host``, all on one port; port 0 takes a free one.
-
-    An address that this machine does not have (IPv6 switched off, say) is left out, if another is
-    left. Raises `OSError`.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    # An address may be there twice, by two lines of /etc/hosts.
-    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
-    for _ in range(0 if port else _PORT_TRIES - 1):
-        try:
-            return _listen_everywhere(addresses, 0)
-        except OSError as error:
-            # What is free at the first address may be taken at another.
-            if error.errno != errno.EADDRINUSE:
-                raise
-    return _listen_everywhere(addresses, port)
-
-
-def _listen_everywhere(addresses: Sequence[_Address], port: int) -> list[socket.socket]:
-    sockets: list[socket.socket] = []
-    absent: OSError | None = None
-    try:
-        for family, address in addresses:
-            try:
-                sock = _listen_at(family, (address[0], port, *address[2:]))
-            except OSError as error:
-                if error.errno not in _NO_SUCH_ADDRESS:
-                    raise
-                absent = error
-            else:
-                sockets.append(sock)
-                port = sock.getsockname()[1]
-        if absent and not sockets:
-            raise absent
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
-    return sockets
-
-
-def _listen_at(family: int, address: tuple[Any, ...]) -> socket.socket:
-    sock = socket.socket(family)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def listen_unix(path: str) -> socket.socket:
-    """A listening unix socket. A socket that nobody listens on any more is replaced; whatever else
-    is there stays. Raises `OSError`.
-    """
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise OSError(errno.EEXIST, "it exists and is not a socket") from None
-            if not _is_stale(path):
-                raise
-            os.unlink(path)
-            sock.bind(path)
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _is_stale(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # one whose backlog is full lives: EAGAIN
-        return probe.connect_ex(path) == errno.ECONNREFUSED
-
-
-class SocketFile:
-    """The file of a unix socket that was bound just now, for who has to remove it in the end."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._identity: tuple[int, int] | None = self._found()
-
-    def remove(self) -> None:
-        """Remove it, unless it has gone, or another server has put its own in its place."""
-        with suppress(FileNotFoundError):
-            if self._found() == self._identity:
-                os.unlink(self._path)
-        self._identity = None  # the next file may well get the number of this one
-
-    def _found(self) -> tuple[int, int]:
-        status = os.lstat(self._path)
-        return status.st_dev, status.st_ino
 
 
 class Server:

@@ -347,7 +347,7 @@ def test_very_many_bitmaps_are_not_offered_unasked(tmp_path: Path) -> None:
         names = [name for name in info(server.uri)["contexts"] if "bitmap" in name]
         assert sorted(names) == [f"qemu:dirty-bitmap:{number:02}" for number in range(64)]
         status, _, errors = server.end()
-    one_line((status, errors), 0, "disk.qcow2", "64 of its 65", "--bitmap")
+    one_line((status, errors), 0, "disk.qcow2", "64 of its 65", "naming")
     with serving("-p", "0", "-B", "64", path) as uri:
         assert "qemu:dirty-bitmap:64" in info(uri)["contexts"]
 

@@ -24,7 +24,8 @@ from pynbd.block.node import BlockNode
 from pynbd.block.raw import RawNode
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
-from pynbd.server.server import Server, listen_unix
+from pynbd.server.listening import listen_unix
+from pynbd.server.server import Server
 from tests.conformance.client import Mode, Peer
 from tests.conformance.server import pattern
 

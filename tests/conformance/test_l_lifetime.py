@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pynbd.server.server import listen_tcp
+from pynbd.server.listening import listen_tcp
 from tests.conformance.asking import each_mode, is_refusal, still_serves
 from tests.conformance.client import (
     Cmd,

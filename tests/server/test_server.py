@@ -9,21 +9,19 @@ import os
 import random
 import resource
 import socket
-import stat
 import struct
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pynbd.block.chain import open_image
-from pynbd.server import server
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
-from pynbd.server.server import GRACE, Server, SocketFile, listen_tcp, listen_unix
+from pynbd.server.server import GRACE, Server
 from tests.server.session import (
     ESHUTDOWN,
     FLUSH,
@@ -410,129 +408,3 @@ async def test_nothing_stays_open(path: Path, engine: WatchedEngine) -> None:
         for _ in range(20):
             await scene.connect()
     assert open_files() == before
-
-
-# Listening ---------------------------------------------------------------------------------------
-
-
-def test_a_free_port() -> None:
-    sockets = listen_tcp("localhost", 0)
-    assert len({sock.getsockname()[1] for sock in sockets}) == 1
-    assert sockets[0].getsockname()[1] > 0
-    for sock in sockets:
-        sock.close()
-
-
-def test_a_taken_port() -> None:
-    before = open_files()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(OSError, match="in use") as caught:
-            listen_tcp("127.0.0.1", taken.getsockname()[1])
-        assert caught.value.errno == errno.EADDRINUSE
-    with pytest.raises(OSError):  # noqa: PT011
-        listen_tcp("name.invalid", 0)
-    assert open_files() == before
-
-
-def test_addresses_that_are_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with two lines for localhost in /etc/hosts."""
-    lookup = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: lookup(*a, **k) * 2)
-    sockets = listen_tcp("localhost", 0)
-    assert len(sockets) == len({sock.family for sock in sockets})
-    for sock in sockets:
-        sock.close()
-
-
-def test_a_free_port_that_is_taken_at_the_other_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another one is looked for. The machine lends us a second address of its loopback net."""
-    lookup = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket,
-        "getaddrinfo",
-        lambda *a, **k: lookup("127.0.0.1", *a[1:], **k) + lookup("127.0.0.2", *a[1:], **k),
-    )
-    listen_at = server._listen_at
-    taken: list[socket.socket] = []
-
-    def taking(family: int, address: tuple[Any, ...]) -> socket.socket:
-        sock = listen_at(family, address)
-        if len(taken) < 3 and address[0] == "127.0.0.1":
-            taken.append(socket.create_server(("127.0.0.2", sock.getsockname()[1])))
-        return sock
-
-    monkeypatch.setattr(server, "_listen_at", taking)
-    before = open_files()
-    sockets = listen_tcp("localhost", 0)
-    assert [sock.getsockname()[0] for sock in sockets] == ["127.0.0.1", "127.0.0.2"]
-    assert len({sock.getsockname()[1] for sock in sockets}) == 1
-    assert len(taken) == 3
-    for sock in sockets + taken:
-        sock.close()
-    assert open_files() == before
-
-
-@pytest.fixture
-def short(tmp_path: Path) -> Iterator[str]:
-    """A path that fits into the address of a unix socket."""
-    folder = os.open(tmp_path, os.O_PATH)
-    yield f"/proc/self/fd/{folder}/socket"
-    os.close(folder)
-
-
-def test_a_stale_socket_is_replaced(short: str) -> None:
-    listen_unix(short).close()
-    listener = listen_unix(short)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(short)
-    listener.close()
-
-
-def test_a_live_socket_is_not_replaced(short: str) -> None:
-    listener = listen_unix(short)
-    before = open_files()
-    with pytest.raises(OSError, match="in use"):
-        listen_unix(short)
-    assert open_files() == before
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(short)
-    listener.close()
-
-
-def test_a_live_socket_whose_backlog_is_full(short: str) -> None:
-    """It is told at once."""
-    with ExitStack() as open_sockets:
-        listener = open_sockets.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(short)
-        listener.listen(0)
-        while True:
-            client = open_sockets.enter_context(socket.socket(socket.AF_UNIX))
-            client.setblocking(False)
-            if client.connect_ex(short) == errno.EAGAIN:
-                break
-        with pytest.raises(OSError, match="in use"):
-            listen_unix(short)
-        assert stat.S_ISSOCK(os.stat(short).st_mode)
-
-
-def test_a_socket_file_is_removed_once(short: str) -> None:
-    """Not the one that another server has put in its place."""
-    with listen_unix(short):
-        file = SocketFile(short)
-    with socket.socket(socket.AF_UNIX) as another:
-        another.bind(f"{short}2")
-        os.rename(f"{short}2", short)
-        file.remove()
-        assert stat.S_ISSOCK(os.stat(short).st_mode)
-        SocketFile(short).remove()
-    assert not os.path.exists(short)
-    file.remove()
-
-
-def test_a_file_is_not_replaced(short: str) -> None:
-    with open(short, "x") as file:
-        file.write("precious")
-    with pytest.raises(OSError, match="not a socket"):
-        listen_unix(short)
-    with open(short) as file:
-        assert file.read() == "precious"

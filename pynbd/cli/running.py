@@ -1,0 +1,128 @@
+"""Running a server in the foreground: the event loop, signals, the socket file, socket activation.
+
+`pynbd serve` and the drop-in for qemu-nbd share it; they differ in what they open, where they
+listen, and when they end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import closing, suppress
+from functools import partial
+from typing import Any
+
+import click
+
+from pynbd.cli.signals import watch
+from pynbd.errors import PynbdError, UsageError
+from pynbd.protocol.values import MAX_STRING
+from pynbd.server.export import Export, ExportTable
+from pynbd.server.listening import MAX_SOCKET_PATH, Listening
+from pynbd.server.server import Server
+
+_Run = Callable[[Coroutine[Any, Any, None]], None]
+LOOPS: dict[str, _Run] = {}
+try:
+    import uvloop
+except ImportError:
+    pass  # asyncio's own loop does, more slowly
+else:
+    LOOPS["uvloop"] = uvloop.run
+LOOPS["asyncio"] = asyncio.run
+
+
+async def run_server(
+    export: Export,
+    listen: Callable[[], Listening],
+    ready: Callable[[Listening], object],
+    *,
+    max_clients: int,
+    until_idle: bool,
+    handshake_limit: float,
+) -> None:
+    """Serve ``export`` until a signal ends it, or with ``until_idle`` the last client has left.
+
+    ``ready`` is called once clients can connect.
+    """
+    with closing(listen()) as listening:
+        watch().clean = listening.remove
+        server = Server(
+            ExportTable([export]),
+            listening.sockets,
+            max_clients=max_clients,
+            until_idle=until_idle,
+            handshake_limit=handshake_limit,
+        )
+        watch().stop = partial(_stop, server, asyncio.get_running_loop())
+        ready(listening)
+        await server.run()
+
+
+def listen_on(
+    sockets: Sequence[socket.socket], path: str | None, host: str, port: int
+) -> Listening:
+    """On ``sockets`` that somebody has activated, on a unix socket, or on TCP."""
+    if sockets:
+        return Listening.given(sockets)
+    if path is not None:
+        return Listening.unix(path)
+    try:
+        return Listening.tcp(host, port)
+    except UsageError as error:
+        raise UsageError(f"--bind: {error}") from None
+
+
+def _stop(server: Server, loop: asyncio.AbstractEventLoop) -> None:
+    with suppress(RuntimeError):  # the loop is closed: the server has ended by itself
+        loop.call_soon_threadsafe(server.stop)
+
+
+def print_first_line(line: object) -> None:
+    """Print to standard output at once. Raises `PynbdError` if there is nobody to read it."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:  # where the interpreter flushes it in the end
+            os.dup2(nowhere.fileno(), 1)
+        raise PynbdError(f"standard output: {error.strerror}") from None
+
+
+# What the options of both have in common ---------------------------------------------------------
+
+
+def export_text(_context: click.Context, parameter: click.Parameter, text: str | None) -> str:
+    """The callback of an option whose text clients see: a name, a description."""
+    text = text or ""
+    option = max(parameter.opts, key=len)
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"{option}: it has to be UTF-8") from None
+    if length > MAX_STRING:
+        raise UsageError(f"{option}: it has {length} bytes; at most {MAX_STRING} are allowed")
+    return text
+
+
+def check_addresses(
+    sockets: Sequence[socket.socket], path: str | None, bind: str | None, port: int | None
+) -> None:
+    """Raise `UsageError` where --socket, --bind, --port and socket activation exclude each other,
+    or have no sense.
+    """
+    if sockets and (path, bind, port) != (None, None, None):
+        raise UsageError(
+            "--socket, --bind and --port cannot be used with socket activation (LISTEN_FDS)"
+        )
+    if bind == "":
+        raise UsageError("--bind: an address or the name of a host is expected")
+    if path is not None:
+        if bind is not None or port is not None:
+            raise UsageError("--socket excludes --bind and --port")
+        length = len(os.fsencode(path))
+        if not 0 < length <= MAX_SOCKET_PATH:
+            raise UsageError(
+                f"--socket: the path has {length} bytes; 1 to {MAX_SOCKET_PATH} are allowed"
+            )

@@ -1,0 +1,143 @@
+"""`serve`: an image under a URI for as long as a ``with`` block lasts; the server as a library."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+
+from pynbd.block.chain import open_image
+from pynbd.block.node import BlockNode
+from pynbd.errors import UnsupportedFeature, UsageError
+from pynbd.protocol.values import DEFAULT_PORT
+from pynbd.server.export import Export, ExportTable
+from pynbd.server.listening import Listening
+from pynbd.server.offers import offered_contexts
+from pynbd.server.server import Server
+
+
+class Serving:
+    """A server that runs. ``uri``: where clients find the export."""
+
+    def __init__(self, uri: str, export: Export, server: Server, running: asyncio.Task[None]):
+        self.uri = uri
+        self.export = export
+        self._server = server
+        self._running = running
+
+    def stop(self) -> None:
+        """End in good order, before the ``with`` block does."""
+        self._server.stop()
+
+    async def ended(self) -> None:
+        """Until the server has ended. Raises what ended it, if something did."""
+        await asyncio.shield(self._running)
+
+
+@asynccontextmanager
+async def serve(
+    image: str | os.PathLike[str] | BlockNode,
+    *,
+    export_name: str = "",
+    description: str = "",
+    format: str | None = None,  # noqa: A002 (the word of the command lines)
+    read_only: bool = False,
+    snapshot: str | None = None,
+    probe_backing: bool = False,
+    force_share: bool = False,
+    depth: bool | None = None,
+    bitmaps: Sequence[str] | None = None,
+    socket: str | os.PathLike[str] | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    max_clients: int = 0,
+) -> AsyncIterator[Serving]:
+    """Serve an image; it listens when the block is entered, and has gone when it is left::
+
+        async with pynbd.serve("disk.qcow2", read_only=True) as server:
+            print(server.uri)
+            await server.ended()
+
+    ``image``: a file, or what is open already, and stays so. ``format``, ``snapshot``,
+    ``probe_backing`` and ``force_share`` as `open_image` takes them. Without ``read_only``, what
+    can be written is opened for writing: raw images, so far.
+
+    It listens on a unix socket in a private folder; or on the unix ``socket``; or, with ``host`` or
+    ``port``, on TCP: localhost unless ``host`` says otherwise, any free port if ``port`` is 0.
+    ``max_clients``: more than these wait; 0 is any number.
+
+    ``base:allocation`` is always offered; with ``depth`` also qemu:allocation-depth, and the named
+    ``bitmaps``; where both are None, depth and every consistent bitmap of the active layer.
+
+    Raises `ImageError`, `PynbdError` where it cannot listen, `UsageError` for arguments that
+    exclude each other.
+    """
+    if socket is not None and (host is not None or port is not None):
+        raise UsageError("socket excludes host and port")
+    async with AsyncExitStack() as stack:
+        if isinstance(image, BlockNode):
+            node = image
+        else:
+            node = await open_as_writable_as_can_be(
+                image,
+                format=format,
+                read_only=read_only,
+                snapshot=snapshot,
+                probe_backing=probe_backing,
+                force_share=force_share,
+            )
+            stack.push_async_callback(node.close)
+        contexts = offered_contexts(node, depth=depth, bitmaps=bitmaps)
+        multi_conn = max_clients != 1
+        export = Export(
+            export_name, node, description=description, contexts=contexts, multi_conn=multi_conn
+        )
+        listening = _listen(socket, host, port)
+        stack.callback(listening.close)
+        server = Server(ExportTable([export]), listening.sockets, max_clients=max_clients)
+        running = asyncio.create_task(server.run())
+        try:
+            uri = str(replace(listening.where, export=export_name))
+            yield Serving(uri, export, server, running)
+        finally:
+            server.stop()
+            await running
+
+
+def _listen(socket: str | os.PathLike[str] | None, host: str | None, port: int | None) -> Listening:
+    if socket is not None:
+        return Listening.unix(socket)
+    if host is None and port is None:
+        return Listening.private()
+    return Listening.tcp(host or "localhost", DEFAULT_PORT if port is None else port)
+
+
+async def open_as_writable_as_can_be(
+    image: str | os.PathLike[str],
+    *,
+    format: str | None,  # noqa: A002
+    read_only: bool,
+    snapshot: str | None,
+    probe_backing: bool,
+    force_share: bool,
+) -> BlockNode:
+    """`open_image`, for writing where neither the arguments nor the image are against it."""
+
+    async def attempt(*, read_only: bool) -> BlockNode:
+        return await open_image(
+            image,
+            format=format,
+            read_only=read_only,
+            snapshot=snapshot,
+            probe_backing=probe_backing,
+            force_share=force_share,
+        )
+
+    if not (read_only or force_share or snapshot is not None):
+        try:
+            return await attempt(read_only=False)
+        except UnsupportedFeature:
+            pass  # a qcow2 image: it cannot be written yet; what else it may lack shows below
+    return await attempt(read_only=True)

@@ -1,0 +1,92 @@
+"""`serve`: ready when it is entered, gone when it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from interop import peers
+from pynbd.block.chain import open_image
+from pynbd.errors import ImageError, PynbdError, UsageError
+from pynbd.protocol.uri import NbdUri
+from pynbd.server.serving import serve
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def exists(path: str | Path) -> bool:
+    return os.path.lexists(path)
+
+
+async def nbdinfo(uri: str, *args: str) -> str:
+    """What nbdinfo says of it, while the loop serves."""
+    return (await asyncio.to_thread(peers.run, "nbdinfo", *args, uri)).stdout
+
+
+async def test_it_serves_while_the_block_lasts(disk: Path) -> None:
+    peers.require("nbdinfo")
+    async with serve(disk, read_only=True, export_name="a b") as server:
+        uri = NbdUri.parse(server.uri)
+        assert uri.export == "a b"
+        assert await nbdinfo(server.uri, "--size") == f"{SIZE}\n"
+        assert await nbdinfo(server.uri, "--is", "readonly") == ""
+    assert not exists(os.path.dirname(uri.socket))
+
+
+async def test_a_raw_image_is_written(disk: Path) -> None:
+    peers.require("qemu-io")
+    async with serve(disk, format="raw", host="127.0.0.1", port=0) as server:
+        assert server.uri.startswith("nbd://127.0.0.1:")
+        await asyncio.to_thread(
+            peers.run, "qemu-io", "-f", "raw", "-c", "write -P 7 4k 4k", server.uri
+        )
+    assert content(disk)[4096:8192] == b"\7" * 4096
+
+
+async def test_an_open_image_stays_open(disk: Path) -> None:
+    node = await open_image(disk)
+    async with serve(node, socket=disk.with_suffix(".sock")) as server:
+        assert server.export.read_only
+    assert await node.pread(0, SIZE) == content(disk)
+    await node.close()
+
+
+async def test_it_may_be_stopped_inside(disk: Path) -> None:
+    async with serve(disk) as server:
+        server.stop()
+        await asyncio.wait_for(server.ended(), 5)
+
+
+async def test_a_failure_inside_ends_it_too(disk: Path) -> None:
+    async def fail() -> None:
+        async with serve(disk, socket=disk.with_suffix(".sock")):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        await fail()
+    assert not exists(disk.with_suffix(".sock"))
+
+
+async def test_what_cannot_be_served(disk: Path) -> None:
+    with pytest.raises(ImageError, match="nowhere"):
+        await serve(disk.parent / "nowhere").__aenter__()
+    with pytest.raises(ImageError, match="no bitmap 'b'"):
+        await serve(disk, bitmaps=["b"]).__aenter__()
+    with pytest.raises(UsageError, match="socket excludes"):
+        await serve(disk, socket="s", port=0).__aenter__()
+    with pytest.raises(PynbdError, match="not a socket"):
+        await serve(disk, socket=disk).__aenter__()
