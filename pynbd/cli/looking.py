@@ -1,0 +1,58 @@
+"""What the commands that look at a disk have in common: how the disk is named and opened."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from pynbd.block.chain import FORMATS, open_image
+from pynbd.block.node import BlockNode
+from pynbd.errors import UsageError
+
+_URI = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
+
+
+def is_uri(disk: str) -> bool:
+    """Whether an argument is an NBD URI; a file of such a name is ``./nbd:...``."""
+    return bool(_URI.match(disk))
+
+
+def image_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of how an image is opened, in all commands the same; see `Opening`."""
+    for option in (
+        click.option(
+            "--probe-backing",
+            is_flag=True,
+            help="Guess the format of backing files that have none recorded.",
+        ),
+        click.option(
+            "-U",
+            "--force-share",
+            is_flag=True,
+            help="Look at an image that another process may be writing.",
+        ),
+        click.option(
+            "-f",
+            "--format",
+            type=click.Choice(FORMATS),
+            help="The format of the image (default: told by its first bytes).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+async def open_disk(disk: str, **options: Any) -> BlockNode:
+    """The image that an argument names, for reading; ``options`` are `image_options`."""
+    if not disk:
+        raise UsageError("the name of an image or an NBD URI is expected")
+    return await open_image(disk, **options)
+
+
+def tell_warnings() -> None:
+    """What the layers below warn of goes to standard error."""
+    logging.basicConfig(level=logging.WARNING, format="pynbd: %(message)s")

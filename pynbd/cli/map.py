@@ -1,0 +1,102 @@
+"""``pynbd map``: which bytes of a disk are data, holes or zeroes, by which layer, dirty since when.
+
+One context is printed as ``nbdinfo --map`` of libnbd prints it, to the byte; several are printed
+side by side. ``--image`` draws the same for people.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pynbd.cli.looking import image_options, is_uri, open_disk, tell_warnings
+from pynbd.cli.map_lines import JsonMap, TextMap, Totals
+from pynbd.cli.map_rows import rows_of
+from pynbd.cli.map_sources import (
+    ImageSource,
+    full_names,
+)
+from pynbd.cli.output import standard_output
+from pynbd.errors import UnsupportedFeature, UsageError
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pynbd map disk.qcow2
+  pynbd map --totals nbd://localhost
+  pynbd map --context depth --context qemu:dirty-bitmap:monday disk.qcow2
+  pynbd map --context base: --context qemu: --json disk.qcow2
+  pynbd map --image disk.svg disk.qcow2
+"""
+)
+@click.argument("disk", metavar="IMAGE|URI")
+@click.option(
+    "-c",
+    "--context",
+    "contexts",
+    metavar="CTX",
+    multiple=True,
+    help="A metadata context: base:allocation, qemu:allocation-depth, qemu:dirty-bitmap:NAME; short"
+    " are allocation and depth. A name that ends in a colon is all that begin so. Repeatable: a"
+    " table (default: base:allocation).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (default: lines of text).")
+@click.option("--totals", is_flag=True, help="Print the sums of each status, not each extent.")
+@click.option(
+    "--image",
+    "picture",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Draw the layers and bitmaps of an image: FILE.svg or FILE.png.",
+)
+@image_options
+def map(  # noqa: A001 (the name of the command)
+    disk: str,
+    contexts: tuple[str, ...],
+    as_json: bool,
+    totals: bool,
+    picture: Path | None,
+    **options: Any,
+) -> None:
+    """Print what each range of IMAGE or of an export is: data, hole, zero; whose; dirty."""
+    tell_warnings()
+    wanted = full_names(contexts)
+    if picture is not None and (as_json or totals or contexts or is_uri(disk)):
+        raise UsageError("--image draws all of an image: without --context, --json, --totals, URI")
+    asyncio.run(_map(disk, wanted, as_json, totals, picture, options))
+
+
+async def _map(
+    disk: str,
+    contexts: list[str],
+    as_json: bool,
+    totals: bool,
+    picture: Path | None,
+    options: dict[str, Any],
+) -> None:
+    if is_uri(disk):
+        raise UnsupportedFeature(f"{disk}: maps of exports are not printed yet")
+    node = await open_disk(disk, **options)
+    try:
+        await _print(ImageSource(node, contexts), as_json, totals)
+    finally:
+        await node.close()
+
+
+async def _print(source: ImageSource, as_json: bool, totals: bool) -> None:
+    with standard_output() as write:
+        if totals:
+            sums = Totals(source.contexts, source.size)
+            async for rows in rows_of(source, source.contexts):
+                sums.add(rows)
+            write(sums.json() if as_json else sums.text())
+            return
+        shape = JsonMap(source.contexts) if as_json else TextMap(source.contexts, source.size)
+        write(shape.head())
+        async for rows in rows_of(source, source.contexts):
+            write(shape.lines(rows))
+        write(shape.foot())

@@ -1,0 +1,82 @@
+"""Whose block status a map shows: that of an image, through the contexts that a server would
+offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pynbd.block.bitmap import DirtyBitmap
+from pynbd.block.node import BlockNode
+from pynbd.cli.map_rows import Statuses
+from pynbd.errors import ImageError
+from pynbd.protocol.metadata import (
+    BASE_ALLOCATION,
+    QEMU_ALLOCATION_DEPTH,
+    QEMU_DIRTY_BITMAP,
+    list_contexts,
+)
+from pynbd.server.contexts import block_status, standard_contexts
+
+# Without a colon they cannot be names of contexts.
+_SHORT = {"allocation": BASE_ALLOCATION, "depth": QEMU_ALLOCATION_DEPTH}
+
+_SHOWN = 64
+
+
+def full_names(contexts: Sequence[str]) -> list[str]:
+    """What was asked for, each once and by its full name; base:allocation if nothing was."""
+    return list(dict.fromkeys(_SHORT.get(name, name) for name in contexts)) or [BASE_ALLOCATION]
+
+
+def bitmaps_of_chain(top: BlockNode) -> dict[str, DirtyBitmap]:
+    """The bitmaps that can be used, by name: those of the active layer first."""
+    found: dict[str, DirtyBitmap] = {}
+    for node in top.chain():
+        for bitmap in node.bitmaps():
+            found.setdefault(bitmap.name, bitmap)
+    return found
+
+
+class ImageSource:
+    """An open image. ``contexts``: those of `full_names` and wildcards; `ImageError` for one that
+    is not there.
+    """
+
+    def __init__(self, node: BlockNode, contexts: Sequence[str]) -> None:
+        self._node = node
+        self.size = node.size
+        offered = standard_contexts(depth=True, bitmaps=list(bitmaps_of_chain(node).values()))
+        self.contexts = _chosen(contexts, list(offered), node)
+        self._asked = dict(enumerate(offered[name] for name in self.contexts))
+
+    async def status(self, offset: int, length: int) -> Statuses:
+        answers = await block_status(self._node, self._asked, offset, length, one=False)
+        return dict(zip(self.contexts, answers.values(), strict=True))
+
+
+def _chosen(wanted: Sequence[str], there: Sequence[str], node: BlockNode) -> list[str]:
+    for layer in node.chain():
+        for torn in layer.inconsistent_bitmaps():
+            if QEMU_DIRTY_BITMAP + torn in wanted and QEMU_DIRTY_BITMAP + torn not in there:
+                raise ImageError(
+                    f"{layer.name}: bitmap {torn!r} is inconsistent (it was in use when its last"
+                    " writer ended): nobody knows what is dirty"
+                )
+    missing, found = _matched(wanted, there)
+    if missing:
+        raise ImageError(_not_there(node.name, missing, there))
+    return found
+
+
+def _matched(wanted: Sequence[str], there: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Which of the queries match nothing, and the contexts that match any, in the order asked."""
+    matches = {query: list_contexts(there, [query]) for query in wanted}
+    missing = [query for query, found in matches.items() if not found]
+    return missing, list(dict.fromkeys(name for found in matches.values() for name in found))
+
+
+def _not_there(disk: str, missing: Sequence[str], there: Sequence[str]) -> str:
+    more = len(there) - _SHOWN
+    listed = ", ".join([*there[:_SHOWN], *([f"{more} more"] if more > 0 else [])])
+    return f"{disk}: no metadata context {missing[0]!r}; there are: {listed or 'none'}"

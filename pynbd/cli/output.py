@@ -1,0 +1,81 @@
+"""What the commands that look print: sizes, tables, text from strangers; and who reads it.
+
+A reader that leaves early (``| head``) ends a command without a word, with the status that a shell
+gives to a program that SIGPIPE ended.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+
+from pynbd.errors import PynbdError
+
+_STATUS_OF_SIGPIPE = 141
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+@contextmanager
+def standard_output() -> Iterator[Callable[[str], object]]:
+    """What writes text to standard output; all of it has arrived at the end of the context.
+
+    Bytes of names that are not UTF-8 leave as they came. Raises `PynbdError` where it cannot be
+    written.
+    """
+
+    def write(text: str) -> None:
+        try:
+            stream.write(text.encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            _give_up(error)
+
+    stream = sys.stdout.buffer
+    yield write
+    try:
+        stream.flush()
+    except OSError as error:
+        _give_up(error)
+
+
+def _give_up(error: OSError) -> None:
+    with open(os.devnull, "wb") as nowhere:  # where the interpreter flushes it in the end
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(_STATUS_OF_SIGPIPE)
+    raise PynbdError(f"standard output: {error.strerror}") from None
+
+
+def printable(text: str) -> str:
+    """A name from an image or a server, without what a terminal would take for a command."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
+def in_units(count: int) -> str:
+    """A number of bytes for people: ``1.5 MiB``; three digits, as many as tell something."""
+    if count < 1 << 10:
+        return f"{count} B"
+    size, unit = count / (1 << 10), 0
+    while size >= 999.5 and unit + 1 < len(_UNITS):
+        size, unit = size / (1 << 10), unit + 1
+    return f"{size:.3g} {_UNITS[unit]}"
+
+
+def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
+    """Lines of columns that begin below each other; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    lines = [line.rstrip() for line in lines]
+    return "\n".join([heading(lines[0]), *lines[1:]]) + "\n"
+
+
+def heading(text: str) -> str:
+    """Bold where a person reads it (and does not mind: NO_COLOR)."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    return text if plain else click.style(text, bold=True)
