@@ -51,7 +51,8 @@ class BlockNode(ABC):
 
     ``name`` is the file name as it is told to people, ``format`` "raw" or "qcow2", ``file`` the
     host file that holds guest data; a node whose bytes come from elsewhere has none, and brings
-    them itself (`fetch_own`). ``window``: guest bytes that are resolved at once.
+    them itself (`fetch_own`). ``window``: guest bytes that are resolved at once. What it cannot
+    (``can_...``) succeeds and does nothing.
     """
 
     name: str
@@ -62,6 +63,9 @@ class BlockNode(ABC):
     backing: BlockNode | None = None
     own_engine: Engine | None = None  # an engine that was made for this chain, and ends with it
     window: int = RESOLVE_WINDOW
+    preferred_block_size: int = 4096
+    can_discard: bool = True  # if it is written at all
+    can_prefetch: bool = True
     pins: Pins | None = None  # a node whose host clusters can be freed while it is served has them
 
     def chain(self) -> Iterator[BlockNode]:

@@ -11,18 +11,8 @@ from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, TransmissionFlag
 from pynbd.server.contexts import Context
 from pynbd.server.troubles import TroubleLog
 
-_ALWAYS = (
-    TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_CACHE
-)
-_WRITABLE = (
-    TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.SEND_FAST_ZERO
-)
-PREFERRED_BLOCK_SIZE = 4096
+_ALWAYS = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
+_WRITABLE = TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
 
 
 class Export:
@@ -51,6 +41,10 @@ class Export:
         self.read_only = node.read_only
         self.troubles = TroubleLog()
         flags = _ALWAYS | (TransmissionFlag.READ_ONLY if node.read_only else _WRITABLE)
+        if node.can_discard and not node.read_only:
+            flags |= TransmissionFlag.SEND_TRIM
+        if node.can_prefetch:
+            flags |= TransmissionFlag.SEND_CACHE
         if multi_conn:
             flags |= TransmissionFlag.CAN_MULTI_CONN
         self.info = ExportInfo(
@@ -58,7 +52,7 @@ class Export:
             description=description,
             size=node.size,
             flags=flags,
-            block_size=(1, PREFERRED_BLOCK_SIZE, MAX_PAYLOAD),
+            block_size=(1, node.preferred_block_size, MAX_PAYLOAD),
             contexts=tuple(contexts),
         )
 
