@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 import pynbd
 from pynbd.block.qcow2.builder import Image
+from pynbd.protocol.uri import NbdUri
 
 
 def test_every_public_name_is_there() -> None:
@@ -39,22 +39,16 @@ def test_importing_is_cheap() -> None:
 
 def test_the_example_serves(tmp_path: Path) -> None:
     Image(size=1 << 20).write(tmp_path / "disk.qcow2")
-    with socket.create_server(("127.0.0.1", 0)) as lent:
-        port = lent.getsockname()[1]
     assert pynbd.__doc__
     example = textwrap.dedent(pynbd.__doc__.split("::\n", 1)[1].split("\nEverything", 1)[0])
-    program = tmp_path / "example.py"
-    program.write_text(example.replace("10809", str(port)))
-    with subprocess.Popen([sys.executable, program], cwd=tmp_path) as process:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                client = socket.create_connection(("localhost", port), 10)
-            except ConnectionRefusedError:
-                time.sleep(0.02)
-                continue
-            with client:
-                assert client.recv(18, socket.MSG_WAITALL) == b"NBDMAGICIHAVEOPT\0\3"
-            break
-        process.terminate()
-        assert process.wait(10) == -signal.SIGTERM
+    program = [sys.executable, "-u", "-c", example]
+    with (
+        subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process,
+        socket.socket(socket.AF_UNIX) as client,
+    ):
+        assert process.stdout is not None
+        client.settimeout(10)
+        client.connect(NbdUri.parse(process.stdout.readline().strip()).socket)
+        assert client.recv(18, socket.MSG_WAITALL) == b"NBDMAGICIHAVEOPT\0\3"
+        process.send_signal(signal.SIGINT)  # as a person would, whom asyncio.run serves
+        assert process.wait(10)
