@@ -13,6 +13,7 @@ from pynbd.protocol.wire import quote
 from pynbd.server.buffers import BufferPool
 from pynbd.server.export import ExportTable
 from pynbd.server.stream import PlainStream
+from pynbd.server.tracing import TracedStream
 from pynbd.server.transmission import Transmission
 
 log = logging.getLogger("pynbd")
@@ -25,7 +26,10 @@ HANDSHAKE_LIMIT = 10.0
 
 
 class Connection:
-    """Serves one connected socket. ``negotiated`` tells whether it came as far as transmission."""
+    """Serves one connected socket. ``negotiated`` tells whether it came as far as transmission.
+
+    ``trace``: every message is told to the logger ``pynbd.trace``.
+    """
 
     def __init__(
         self,
@@ -34,8 +38,10 @@ class Connection:
         pool: BufferPool,
         *,
         handshake_limit: float = HANDSHAKE_LIMIT,
+        trace: bool = False,
     ) -> None:
-        self._stream = PlainStream(asyncio.get_running_loop(), sock)
+        stream = TracedStream if trace else PlainStream
+        self._stream = stream(asyncio.get_running_loop(), sock)
         self._exports = exports
         self._peer = self._stream.peer()
         self._pool = pool

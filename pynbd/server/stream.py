@@ -28,9 +28,9 @@ from typing import NamedTuple
 log = logging.getLogger("pynbd")
 
 # sendmsg takes no more pieces than this in one call (IOV_MAX).
-_IOV_MAX = 1024
+IOV_MAX = 1024
 # What is skipped during the handshake goes through a buffer of this size.
-_SKIP_PIECE = 1 << 16
+SKIP_PIECE = 1 << 16
 # Bytes of socket buffer that are asked for, so that a batch of replies leaves in one call; the
 # kernel may give less.
 _SOCKET_BUFFER = 1 << 22
@@ -118,7 +118,7 @@ class PlainStream:
     async def skip(self, length: int) -> None:
         """Drop the next ``length`` bytes, in constant memory."""
         while length:
-            part = await self._loop.sock_recv(self._sock, min(length, _SKIP_PIECE))
+            part = await self._loop.sock_recv(self._sock, min(length, SKIP_PIECE))
             if not part:
                 raise EOFError
             length -= len(part)
@@ -237,7 +237,7 @@ class PlainStream:
                 break
             else:
                 buffers.append(piece)
-            if len(buffers) == _IOV_MAX:
+            if len(buffers) == IOV_MAX:
                 break
         sent = self._sock.send(buffers[0]) if len(buffers) == 1 else self._sock.sendmsg(buffers)
         self.queued -= sent
