@@ -38,7 +38,9 @@ from pynbd.errors import (
 
 if TYPE_CHECKING:
     from pynbd.block.chain import open_image
+    from pynbd.protocol.values import State
     from pynbd.server.contexts import standard_contexts
+    from pynbd.server.disk import Disk, StatusMethod
     from pynbd.server.export import Export, ExportTable
     from pynbd.server.listening import listen_tcp, listen_unix
     from pynbd.server.server import Server
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CorruptImage",
+    "Disk",
     "Export",
     "ExportTable",
     "ImageError",
@@ -55,6 +58,8 @@ __all__ = [
     "PynbdError",
     "RequestError",
     "Server",
+    "State",
+    "StatusMethod",
     "UnsupportedFeature",
     "UsageError",
     "listen_tcp",
@@ -65,9 +70,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Disk": "pynbd.server.disk",
     "Export": "pynbd.server.export",
     "ExportTable": "pynbd.server.export",
     "Server": "pynbd.server.server",
+    "State": "pynbd.protocol.values",
+    "StatusMethod": "pynbd.server.disk",
     "listen_tcp": "pynbd.server.listening",
     "listen_unix": "pynbd.server.listening",
     "open_image": "pynbd.block.chain",

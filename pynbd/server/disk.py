@@ -275,7 +275,7 @@ class DiskNode(BlockNode):
             await self.ask("flush", self._disk.flush())
 
     async def close(self) -> None:
-        await self._disk.close()
+        await self.ask("close", self._disk.close())
 
 
 class _MethodContext(Context):

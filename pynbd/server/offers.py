@@ -13,8 +13,9 @@ from itertools import repeat
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.node import BlockNode
-from pynbd.errors import ImageError
+from pynbd.errors import ImageError, UsageError
 from pynbd.server.contexts import Context, standard_contexts
+from pynbd.server.disk import DiskNode
 
 log = logging.getLogger("pynbd")
 
@@ -30,8 +31,12 @@ def offered_contexts(
     ``base:allocation`` always; beside it exactly what is asked for, qemu:allocation-depth with
     ``depth`` and the ``bitmaps`` named, which are looked for from the top of the chain down. Where
     nothing is said about either (both None): depth, and the consistent bitmaps of the active layer.
-    Raises `ImageError` for a bitmap that is not there or cannot be used.
+    A `Disk` has its own. Raises `ImageError` for a bitmap that is not there or cannot be used.
     """
+    if isinstance(node, DiskNode):
+        if depth or bitmaps:
+            raise UsageError("depth and bitmaps are those of an image, not of a disk in Python")
+        return node.contexts
     if depth is None and bitmaps is None:
         return standard_contexts(depth=True, bitmaps=_unasked_bitmaps(node))
     named = [_find_bitmap(node, name) for name in dict.fromkeys(bitmaps or ())]

@@ -12,6 +12,7 @@ from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
 from pynbd.errors import UnsupportedFeature, UsageError
 from pynbd.protocol.values import DEFAULT_PORT
+from pynbd.server.disk import Disk, DiskNode
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
@@ -38,7 +39,7 @@ class Serving:
 
 @asynccontextmanager
 async def serve(
-    image: str | os.PathLike[str] | BlockNode,
+    image: str | os.PathLike[str] | BlockNode | Disk,
     *,
     export_name: str = "",
     description: str = "",
@@ -60,9 +61,10 @@ async def serve(
             print(server.uri)
             await server.ended()
 
-    ``image``: a file, or what is open already, and stays so. ``format``, ``snapshot``,
-    ``probe_backing`` and ``force_share`` as `open_image` takes them. Without ``read_only``, what
-    can be written is opened for writing: raw images, so far.
+    ``image``: a file, or what is open already, and stays so, or a `Disk`, which is closed in the
+    end. ``format``, ``snapshot``, ``probe_backing`` and ``force_share`` as `open_image` takes them;
+    they are for files. Without ``read_only``, what can be written is opened for writing: raw
+    images, so far.
 
     It listens on a unix socket in a private folder; or on the unix ``socket``; or, with ``host`` or
     ``port``, on TCP: localhost unless ``host`` says otherwise, any free port if ``port`` is 0.
@@ -79,6 +81,9 @@ async def serve(
     async with AsyncExitStack() as stack:
         if isinstance(image, BlockNode):
             node = image
+        elif isinstance(image, Disk):
+            node = DiskNode(image, read_only=read_only)
+            stack.push_async_callback(node.close)
         else:
             node = await open_as_writable_as_can_be(
                 image,
