@@ -88,6 +88,29 @@ class PersistentBitmaps:
     data: BitmapData | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BitmapEntry:
+    """A bitmap as the directory describes it, whether it can be used or not."""
+
+    name: str
+    granularity: int  # bytes
+    flags: BitmapFlags
+
+
+async def directory(file: HostFile, header: Header) -> list[BitmapEntry]:
+    """The bitmap directory of the image in ``file``; none where it is out of date. Raises
+    `CorruptImage`.
+    """
+    extension = header.bitmaps
+    if extension is None or Autoclear.BITMAPS not in header.autoclear:
+        return []
+    data = await file.read_bytes(extension.directory_size, extension.directory_offset)
+    return [
+        BitmapEntry(name, 1 << entry.granularity_bits, BitmapFlags(entry.flags))
+        for entry, name in _entries(data, extension, file.path)
+    ]
+
+
 async def load(file: HostFile, header: Header) -> PersistentBitmaps:
     """The bitmaps of the image in ``file``. Raises `CorruptImage`."""
     extension = header.bitmaps

@@ -1,0 +1,60 @@
+"""``pynbd info``: what an image is made of, or what a server offers.
+
+JSON has the keys of ``qemu-img info --output=json`` for an image, those of ``nbdinfo --json
+--list`` for a server; text is for people.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import click
+
+from pynbd.cli.image_info import image_info
+from pynbd.cli.image_report import report
+from pynbd.cli.looking import image_options, is_uri, open_disk, tell_warnings
+from pynbd.cli.output import standard_output
+from pynbd.errors import UnsupportedFeature
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pynbd info disk.qcow2
+  pynbd info --force-share running.qcow2
+  pynbd info --json --backing-chain disk.qcow2
+  pynbd info nbd://localhost
+  pynbd info --json nbd+unix:///?socket=/run/disk.sock
+"""
+)
+@click.argument("disk", metavar="IMAGE|URI")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (default: text).")
+@click.option(
+    "--backing-chain",
+    is_flag=True,
+    help="JSON: a list, with the images below too. Text always has them.",
+)
+@image_options
+def info(disk: str, as_json: bool, backing_chain: bool, **options: Any) -> None:
+    """Tell about IMAGE: format, sizes, chain, features, snapshots, bitmaps; or about the exports of
+    a server.
+    """
+    tell_warnings()
+    asyncio.run(_info(disk, as_json, backing_chain, options))
+
+
+async def _info(disk: str, as_json: bool, backing_chain: bool, options: dict[str, Any]) -> None:
+    if is_uri(disk):
+        raise UnsupportedFeature(f"{disk}: exports are not told about yet")
+    node = await open_disk(disk, **options)
+    try:
+        chain = [await image_info(layer) for layer in node.chain()]
+    finally:
+        await node.close()
+    with standard_output() as write:
+        if as_json:
+            write(json.dumps(chain if backing_chain else chain[0], indent=4) + "\n")
+        else:
+            write(report(chain))
