@@ -1,0 +1,1 @@
+"""The guest: NBD servers as others offer them, seen from their clients."""

@@ -1,0 +1,416 @@
+"""Client: one connection to an export of any NBD server.
+
+Requests are pipelined: any number of coroutines may ask at the same time, and each has its answer
+when it comes. What is longer than one request can be is split.
+
+Before anything is sent, a request is held against what the server said of its export: what it
+cannot do is `UnsupportedFeature`, what lies outside or is not aligned `RequestError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from itertools import count
+from typing import Any
+
+from pynbd.client.negotiation import negotiate, parsed
+from pynbd.client.stream import PlainStream
+from pynbd.errors import ProtocolError, RequestError, UnsupportedFeature
+from pynbd.protocol.handshake import ExportInfo, Session
+from pynbd.protocol.handshake_client import ABORT, RemoteExport, enter, survey
+from pynbd.protocol.transmission import Request, dialect
+from pynbd.protocol.transmission_client import Asked, Replies, Status, encode
+from pynbd.protocol.uri import NbdUri
+from pynbd.protocol.values import (
+    MAX_PAYLOAD,
+    Command,
+    CommandFlag,
+    Error,
+    TransmissionFlag,
+)
+
+# Seconds that the last words may take to leave.
+_CLOSE_LIMIT = 2.0
+# How often one turn of the loop receives.
+_RECEIVES = 16
+# Compact requests have 32 bits of length; this is a multiple of every minimum block size.
+_LONGEST_COMPACT = (1 << 32) - (1 << 16)
+
+_NEEDED = {
+    Command.FLUSH: TransmissionFlag.SEND_FLUSH,
+    Command.TRIM: TransmissionFlag.SEND_TRIM,
+    Command.CACHE: TransmissionFlag.SEND_CACHE,
+    Command.WRITE_ZEROES: TransmissionFlag.SEND_WRITE_ZEROES,
+}
+_NEEDED_BY_FLAG = {
+    CommandFlag.FUA: TransmissionFlag.SEND_FUA,
+    CommandFlag.FAST_ZERO: TransmissionFlag.SEND_FAST_ZERO,
+}
+_CHANGES = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Pending:
+    """Requests that are on their way. Await it once: it returns when all are answered, and raises
+    what went wrong first.
+    """
+
+    __slots__ = ("_asked", "_client")
+
+    def __init__(self, client: Client, asked: Sequence[Asked]) -> None:
+        self._client = client
+        self._asked = asked
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> None:
+        failure: Exception | None = None
+        try:
+            for asked in self._asked:
+                try:
+                    await asked.waiter
+                except (RequestError, ProtocolError, OSError) as error:
+                    failure = failure or error
+        except asyncio.CancelledError:
+            for asked in self._asked:
+                self._client._abandon(asked)
+            raise
+        if failure:
+            raise failure
+
+
+class Client:
+    """One connection; `Client.open` or `connect` makes it.
+
+    ``info`` is what was negotiated about the export, ``size`` and ``flags`` are its; ``contexts``
+    the names of the negotiated metadata contexts. Offsets and lengths are bytes.
+
+    Every request raises `RequestError` if the server refuses it, `OSError` if the connection is
+    lost and `ProtocolError` if the server breaks the protocol.
+    """
+
+    def __init__(self, uri: NbdUri, stream: PlainStream, session: Session) -> None:
+        self.name = str(uri)
+        self.info: ExportInfo = session.export
+        self.size = session.export.size
+        self.flags = session.flags
+        self.structured = session.structured
+        self.extended = session.extended
+        self.contexts = tuple(session.contexts.values())
+        self._ids = {name: id_ for id_, name in session.contexts.items()}
+        self._minimum, _, maximum = session.export.block_size
+        self._longest_payload = min(maximum, MAX_PAYLOAD) // self._minimum * self._minimum
+        self._longest_effect = self.size if session.extended else _LONGEST_COMPACT
+        self._stream = stream
+        self._dialect = dialect(structured=session.structured, extended=session.extended)
+        self._replies = Replies(session, self._finished)
+        self._cookies = count(1)
+        self._create_future = asyncio.get_running_loop().create_future
+        self._gone: Callable[[], Exception] | None = None  # what every request raises from now on
+        self._closing = False
+        stream.start(self._on_readable, self._on_lost)
+
+    @classmethod
+    async def open(
+        cls,
+        uri: str | NbdUri,
+        *,
+        contexts: Sequence[str] = (),
+        structured: bool = True,
+        extended: bool = True,
+    ) -> Client:
+        """Connect to an export; the caller closes it.
+
+        ``contexts``: names of metadata contexts, or "base:", "qemu:", "qemu:dirty-bitmap:" for all
+        that begin so; which of them there are is in `contexts`. ``structured``, ``extended``: what
+        is asked for at most.
+
+        Raises `UsageError` for a URI that is none, `OptionError` if the server refuses, `OSError`
+        and `ProtocolError`.
+        """
+        where = parsed(uri)
+        stream, session = await negotiate(
+            where, enter(where.export, contexts, structured=structured, extended=extended)
+        )
+        return cls(where, stream, session)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the export cannot be written to."""
+        return TransmissionFlag.READ_ONLY in self.flags
+
+    # Reading
+
+    async def pread(self, offset: int, length: int) -> bytearray:
+        """The bytes [offset, offset + length)."""
+        data = bytearray(length)
+        await self.start_read(offset, memoryview(data))
+        return data
+
+    async def pread_into(self, offset: int, view: bytearray | memoryview) -> None:
+        """Fill ``view`` from ``offset`` on."""
+        await self.start_read(offset, view)
+
+    def start_read(self, offset: int, view: bytearray | memoryview) -> Pending:
+        """As `pread_into`, without a Task for each of many: what it returns is awaited later.
+
+        It has to be awaited; until then ``view`` is the client's.
+        """
+        view = memoryview(view).cast("B")
+        self._check(Command.READ, 0, offset, len(view))
+        return Pending(
+            self,
+            [
+                self._ask(Command.READ, 0, offset + at, size, view=view[at : at + size])
+                for at, size in _split(len(view), self._longest_payload)
+            ],
+        )
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Let the server bring a range near."""
+        await self._effect(Command.CACHE, 0, offset, length)
+
+    async def block_status(
+        self,
+        offset: int,
+        length: int,
+        *,
+        contexts: Collection[str] | None = None,
+        req_one: bool = False,
+    ) -> dict[str, Status]:
+        """What the metadata contexts say about the bytes from ``offset`` on, by their names.
+
+        Each answer covers one byte at least and ``length`` at most; servers answer short, so the
+        caller asks again from where an answer ends. ``contexts``: those that are wanted, of the
+        negotiated ones; all without. ``req_one``: one extent of each is enough.
+        """
+        flags = int(CommandFlag.REQ_ONE) if req_one else 0
+        self._check(Command.BLOCK_STATUS, flags, offset, length)
+        wanted = self.contexts if contexts is None else tuple(contexts)
+        missing = [name for name in wanted if name not in self._ids]
+        if missing or not wanted or not length:
+            what = f"the metadata context {missing[0]}" if missing else "no metadata context"
+            raise UnsupportedFeature(
+                f"{self.name}: {Command.BLOCK_STATUS} of {length} bytes: {what} was negotiated"
+            )
+        filtered = (
+            len(wanted) < len(self.contexts) and TransmissionFlag.BLOCK_STATUS_PAYLOAD in self.flags
+        )
+        length = min(length, self._longest_effect)
+        ids = tuple(map(self._ids.__getitem__, wanted if filtered else self.contexts))
+        asked = self._ask(
+            Command.BLOCK_STATUS, flags, offset, length, contexts=ids, filtered=filtered
+        )
+        await Pending(self, [asked])
+        return {name: asked.statuses[self._ids[name]].clip(length) for name in wanted}
+
+    # Writing
+
+    async def pwrite(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write ``data``; with ``fua`` onto stable storage.
+
+        ``data`` must not change before the answer is there; if the call is cancelled, before the
+        connection is closed.
+        """
+        await self.start_write(offset, data, fua=fua)
+
+    def start_write(self, offset: int, data: Buffer, *, fua: bool = False) -> Pending:
+        """As `pwrite`, without a Task for each of many: what it returns is awaited later."""
+        view = memoryview(data).cast("B")
+        flags = int(CommandFlag.FUA) if fua else 0
+        self._check(Command.WRITE, flags, offset, len(view))
+        return Pending(
+            self,
+            [
+                self._ask(Command.WRITE, flags, offset + at, size, payload=view[at : at + size])
+                for at, size in _split(len(view), self._longest_payload)
+            ],
+        )
+
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        no_hole: bool = False,
+        fast_zero: bool = False,
+        fua: bool = False,
+    ) -> None:
+        """Make a range read as zeroes. ``no_hole``: it stays allocated. ``fast_zero``: fail with
+        NBD_ENOTSUP, and leave it as it is, if that is no faster than writing.
+        """
+        flags = CommandFlag.NO_HOLE * no_hole | CommandFlag.FAST_ZERO * fast_zero
+        await self._effect(Command.WRITE_ZEROES, flags | CommandFlag.FUA * fua, offset, length)
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Tell the server that nobody needs a range any more."""
+        await self._effect(Command.TRIM, CommandFlag.FUA * fua, offset, length)
+
+    async def flush(self) -> None:
+        """Every write that was answered onto stable storage."""
+        self._check(Command.FLUSH, 0, 0, 0)
+        await Pending(self, [self._ask(Command.FLUSH, 0, 0, 0)])
+
+    async def close(self) -> None:
+        """Take leave (NBD_CMD_DISC) and close; requests under way fail with `OSError`."""
+        if self._gone is None and not self._closing:
+            self._closing = True
+            farewell = Asked(Request(0, Command.DISC, next(self._cookies), 0, 0))
+            self._stream.send(encode(self._dialect, farewell, filtered=False))
+            try:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stream.drain(), _CLOSE_LIMIT)
+            finally:
+                self._give_up(self._loss(errno.ECONNABORTED, "the connection was closed"))
+
+    # One request
+
+    def _check(self, command: Command, flags: int, offset: int, length: int) -> None:
+        """Raise unless the server can serve such a request."""
+        if self._gone is not None:
+            raise self._gone()
+        if self._closing:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "the client is closing", self.name)
+        needed = _NEEDED.get(command, 0)
+        for flag, also in _NEEDED_BY_FLAG.items():
+            needed |= also if flags & flag else 0
+        if missing := TransmissionFlag(needed) & ~self.flags:
+            shown = f"{command} {CommandFlag(flags)}" if flags else f"{command}"
+            raise UnsupportedFeature(
+                f"{self.name}: the server does not offer {shown}: no {missing}"
+            )
+        where = f"{self.name}: {command} {offset}+{length}"
+        if command in _CHANGES and self.read_only:
+            raise RequestError(Error.EPERM, f"{where}: the export is read-only")
+        if not 0 <= offset <= offset + length <= self.size:
+            raise RequestError(Error.EINVAL, f"{where}: the export has {self.size} bytes")
+        if (offset | length) % self._minimum:
+            raise RequestError(
+                Error.EINVAL, f"{where}: not a multiple of the block size {self._minimum}"
+            )
+
+    def _ask(
+        self,
+        command: Command,
+        flags: int,
+        offset: int,
+        length: int,
+        *,
+        view: memoryview | None = None,
+        payload: memoryview | None = None,
+        contexts: Collection[int] = (),
+        filtered: bool = False,
+    ) -> Asked:
+        request = Request(flags, command, next(self._cookies), offset, length, payload)
+        asked = Asked(request, view=view, contexts=contexts, waiter=self._create_future())
+        self._replies.asked[request.cookie] = asked
+        head = encode(self._dialect, asked, filtered=filtered)
+        if payload is None:
+            self._stream.send(head)
+        else:
+            self._stream.send(head, payload)
+        return asked
+
+    async def _effect(self, command: Command, flags: int, offset: int, length: int) -> None:
+        """A command without payload, in as many requests as its length needs."""
+        self._check(command, flags, offset, length)
+        asked = [
+            self._ask(command, flags, offset + at, size)
+            for at, size in _split(length, self._longest_effect)
+        ]
+        await Pending(self, asked)
+
+    def _abandon(self, asked: Asked) -> None:
+        asked.waiter.cancel()
+        self._replies.abandon(asked)
+
+    # What comes back
+
+    def _on_readable(self) -> None:
+        try:
+            for _ in range(_RECEIVES):
+                room = self._replies.room()
+                received = self._stream.receive_into(room)
+                if received is None:
+                    return
+                if not received:
+                    self._give_up(self._loss(errno.ECONNRESET, "the server closed the connection"))
+                    return
+                self._replies.received(received)
+                if received < len(room):
+                    return
+        except ProtocolError as error:
+            self._give_up(partial(ProtocolError, f"{self.name}: {error}"))
+        except OSError as error:
+            self._on_lost(error)
+
+    def _on_lost(self, error: OSError) -> None:
+        self._give_up(self._loss(error.errno or errno.EIO, error.strerror or str(error)))
+
+    def _loss(self, number: int, text: str) -> Callable[[], Exception]:
+        return partial(OSError, number, text, self.name)
+
+    def _give_up(self, gone: Callable[[], Exception]) -> None:
+        """Close the connection; ``gone`` is what happens to requests, now and later."""
+        if self._gone is None:
+            self._gone = gone
+            self._stream.close()
+            for asked in self._replies.asked.values():
+                if not asked.waiter.done():
+                    asked.waiter.set_exception(gone())
+            self._replies.asked.clear()
+
+    def _finished(self, asked: Asked) -> None:
+        if asked.waiter.done():
+            return  # nobody waits any more
+        if asked.error:
+            said = f": {asked.message}" if asked.message else ""
+            text = f"{self.name}: {asked.request}: {Error(asked.error)}{said}"
+            asked.waiter.set_exception(RequestError(asked.error, text))
+        else:
+            asked.waiter.set_result(None)
+
+
+@asynccontextmanager
+async def connect(
+    uri: str | NbdUri,
+    *,
+    contexts: Sequence[str] = (),
+    structured: bool = True,
+    extended: bool = True,
+) -> AsyncIterator[Client]:
+    """`Client.open` for an ``async with`` block; the connection is closed behind it."""
+    client = await Client.open(uri, contexts=contexts, structured=structured, extended=extended)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def list_exports(
+    uri: str | NbdUri, *, structured: bool = True, extended: bool = True
+) -> list[RemoteExport]:
+    """What the server of ``uri`` lists, whatever export the URI names; ``contexts`` of each are
+    those that it offers.
+
+    Raises as `Client.open` does; `OptionError` also if the server does not list.
+    """
+    where = parsed(uri)
+    stream, exports = await negotiate(where, survey(structured=structured, extended=extended))
+    try:
+        with suppress(OSError):  # the server may have gone already
+            await stream.write(ABORT)
+    finally:
+        stream.close()
+    return exports
+
+
+def _split(length: int, longest: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of the pieces of ``length`` bytes, each ``longest`` at most."""
+    return ((at, min(longest, length - at)) for at in range(0, length, longest))

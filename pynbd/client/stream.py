@@ -1,0 +1,183 @@
+"""The socket of one connection to a server.
+
+1. During the handshake never a byte is read that was not asked for, so that nothing which arrived
+   in clear can be taken for something that came through TLS.
+2. Buffers that are handed to `PlainStream.send` belong to the stream until they are sent. Those of
+   one turn of the loop leave together.
+3. Trouble with the peer is told once, to ``on_lost``, and then nothing more is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from pynbd.protocol.uri import NbdUri, Transport
+
+# sendmsg takes no more pieces than this in one call (IOV_MAX).
+_IOV_MAX = 1024
+# Bytes of socket buffer that are asked for; the kernel may give less.
+_SOCKET_BUFFER = 1 << 22
+# A unix socket whose queue is full says so at once; seconds before the next attempt.
+_CONNECT_PAUSE = 0.01
+
+Buffer = bytes | bytearray | memoryview
+
+
+async def open_socket(uri: NbdUri) -> socket.socket:
+    """A socket that is connected to the server of ``uri``. Raises `OSError`."""
+    failure = OSError("there is no address")
+    for family, address in await _addresses(uri):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            await _connect(sock, address)
+        except OSError as error:
+            sock.close()
+            failure = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failure
+
+
+async def _addresses(uri: NbdUri) -> list[tuple[int, Any]]:
+    if uri.transport is Transport.UNIX:
+        return [(socket.AF_UNIX, uri.socket)]
+    if uri.transport is Transport.VSOCK:
+        return [(socket.AF_VSOCK, (int(uri.host), uri.port))]
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+async def _connect(sock: socket.socket, address: Any) -> None:
+    if sock.family != socket.AF_UNIX:
+        await asyncio.get_running_loop().sock_connect(sock, address)
+        return
+    while True:
+        try:
+            sock.connect(address)
+        except BlockingIOError:
+            await asyncio.sleep(_CONNECT_PAUSE)
+        else:
+            return
+
+
+class PlainStream:
+    """A connected stream socket, in clear."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._queue: deque[Buffer] = deque()
+        self._scheduled = False  # that the queue is sent, in the next turn or when there is room
+        self._writing = False
+        self._on_lost: Callable[[OSError], None] = lambda _: None
+        self._drained: asyncio.Future[None] | None = None
+
+    # The handshake: exactly what is asked for
+
+    async def read_exactly(self, length: int) -> bytes:
+        """The next ``length`` bytes. Raises `EOFError` if the peer closes before."""
+        parts: list[bytes] = []
+        while length:
+            part = await self._loop.sock_recv(self._sock, length)
+            if not part:
+                raise EOFError
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    async def write(self, data: bytes) -> None:
+        """Send all of ``data``."""
+        await self._loop.sock_sendall(self._sock, data)
+
+    # Transmission: whatever is there, in batches
+
+    def start(self, on_readable: Callable[[], None], on_lost: Callable[[OSError], None]) -> None:
+        """From now on call ``on_readable`` whenever there is something to receive, and ``on_lost``
+        when nothing can be sent any more.
+        """
+        self._on_lost = on_lost
+        self._loop.add_reader(self._fd, on_readable)
+
+    def receive_into(self, view: memoryview) -> int | None:
+        """Receive what is there; how many bytes, 0 at the end of the stream, None if there is
+        nothing now. Raises `OSError`.
+        """
+        try:
+            return self._sock.recv_into(view)
+        except (BlockingIOError, InterruptedError):
+            return None
+
+    def send(self, *buffers: Buffer) -> None:
+        """Send ``buffers`` in order, after those that still wait."""
+        self._queue.extend(buffers)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._send_queue)
+
+    async def drain(self) -> None:
+        """Until everything was sent, or the peer is lost."""
+        if self._queue:
+            self._drained = self._loop.create_future()
+            await self._drained
+
+    def close(self) -> None:
+        """Close the socket at once; what waits is lost."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            self._queue.clear()
+            self._end_writing()
+            self._fd = -1
+            self._sock.close()
+
+    def _send_queue(self) -> None:
+        if self._fd < 0:
+            return
+        try:
+            while self._queue:
+                self._send_some()
+        except (BlockingIOError, InterruptedError):
+            if not self._writing:
+                self._writing = True
+                self._loop.add_writer(self._fd, self._send_queue)
+        except OSError as error:
+            self._queue.clear()
+            self._end_writing()
+            self._on_lost(error)
+        else:
+            self._end_writing()
+
+    def _send_some(self) -> None:
+        queue = self._queue
+        buffers = [buffer for buffer, _ in zip(queue, range(_IOV_MAX), strict=False)]
+        sent = self._sock.send(buffers[0]) if len(buffers) == 1 else self._sock.sendmsg(buffers)
+        for buffer in buffers:
+            if sent < len(buffer):
+                queue[0] = memoryview(buffer)[sent:]
+                return
+            sent -= len(buffer)
+            queue.popleft()
+
+    def _end_writing(self) -> None:
+        self._scheduled = False
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._fd)
+        if self._drained is not None:
+            with suppress(asyncio.InvalidStateError):  # nobody waits any more
+                self._drained.set_result(None)
