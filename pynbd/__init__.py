@@ -38,6 +38,7 @@ from pynbd.errors import (
 
 if TYPE_CHECKING:
     from pynbd.block.chain import open_image
+    from pynbd.client.connection import connect
     from pynbd.protocol.values import State
     from pynbd.server.contexts import standard_contexts
     from pynbd.server.disk import Disk, StatusMethod
@@ -62,6 +63,7 @@ __all__ = [
     "StatusMethod",
     "UnsupportedFeature",
     "UsageError",
+    "connect",
     "listen_tcp",
     "listen_unix",
     "open_image",
@@ -76,6 +78,7 @@ _HOMES = {
     "Server": "pynbd.server.server",
     "State": "pynbd.protocol.values",
     "StatusMethod": "pynbd.server.disk",
+    "connect": "pynbd.client.connection",
     "listen_tcp": "pynbd.server.listening",
     "listen_unix": "pynbd.server.listening",
     "open_image": "pynbd.block.chain",

@@ -87,8 +87,17 @@ class Asked:
     ``message`` what the server says to people.
     """
 
-    __slots__ = ("contexts", "covered", "error", "message", "pieces", "request", "statuses")
-    __slots__ += ("view", "waiter")
+    __slots__ = (
+        "contexts",
+        "covered",
+        "error",
+        "message",
+        "pieces",
+        "request",
+        "statuses",
+        "view",
+        "waiter",
+    )
 
     def __init__(
         self,
