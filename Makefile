@@ -12,7 +12,7 @@ help: ## Print this list
 
 serve: .venv/installed ## Serve IMAGE=disk.qcow2, or a demo chain where none is named
 ifeq ($(IMAGE),)
-	@image=$$($(BIN)/python -m pynbd.cli.demo .venv/demo) && exec $(BIN)/pynbd serve $(ARGS) "$$image"
+	@image=$$($(BIN)/pynbd demo .venv/demo) && exec $(BIN)/pynbd serve $(ARGS) "$$image"
 else
 	@exec $(BIN)/pynbd serve $(ARGS) '$(IMAGE)'
 endif

@@ -1,7 +1,7 @@
-"""``python -m pynbd.cli.demo DIR``: a small family of images, a chain of three with a bitmap.
+"""``pynbd demo DIR``: a small family of images, a chain of three with a bitmap.
 
-``make serve`` serves it. The path of the top image goes to standard output, what to type next to
-standard error. A family that is there already is left as it is: it may be being served.
+The path of the top image goes to standard output, what to type next to standard error. A family
+that is there already is left as it is: it may be being served.
 """
 
 from __future__ import annotations
@@ -80,14 +80,21 @@ def write_family(directory: Path) -> Path:
     return top
 
 
-@click.command()
+@click.command(
+    epilog="""\b
+Examples:
+  pynbd demo family
+  pynbd map family/wednesday.qcow2
+  pynbd serve family/wednesday.qcow2
+"""
+)
 @click.argument("directory", type=click.Path(path_type=Path))
 def demo(directory: Path) -> None:
-    """Write the demo images into DIRECTORY."""
+    """Write a family of small images into DIRECTORY, to try things with.
+
+    They are a chain of three: monday, tuesday and wednesday.qcow2, with data, zeroes, compressed
+    clusters and a dirty bitmap. The path of the last one is printed.
+    """
     top = write_family(directory)
     print(_NEXT.format(directory=directory), file=sys.stderr)
     print(top)
-
-
-if __name__ == "__main__":
-    demo()

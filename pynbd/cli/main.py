@@ -18,6 +18,9 @@ class _Subcommands(click.Group):
 
     modules: ClassVar = {
         "serve": "pynbd.cli.serve",
+        "info": "pynbd.cli.info",
+        "map": "pynbd.cli.map",
+        "demo": "pynbd.cli.demo",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -12,7 +12,7 @@ from interop import peers
 
 def test_the_family(tmp_path: Path) -> None:
     peers.require("qemu-img", "nbdinfo")
-    line = [sys.executable, "-m", "pynbd.cli.demo", str(tmp_path / "demo")]
+    line = [sys.executable, "-m", "pynbd", "demo", str(tmp_path / "demo")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True)
     top = Path(done.stdout.strip())
     assert top == tmp_path / "demo" / "wednesday.qcow2"
@@ -41,7 +41,7 @@ def test_the_family(tmp_path: Path) -> None:
 
 
 def test_what_to_type_next(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "pynbd.cli.demo", str(tmp_path)]
+    line = [sys.executable, "-m", "pynbd", "demo", str(tmp_path)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True)
     for word in ("nbdinfo --map nbd://localhost", "since-tuesday", "qemu-img convert"):
         assert word in done.stderr
@@ -49,7 +49,7 @@ def test_what_to_type_next(tmp_path: Path) -> None:
 
 def test_a_family_that_is_there_is_left_alone(tmp_path: Path) -> None:
     """It may be being served; what was interrupted is written again."""
-    line = [sys.executable, "-m", "pynbd.cli.demo", str(tmp_path)]
+    line = [sys.executable, "-m", "pynbd", "demo", str(tmp_path)]
 
     def family() -> dict[str, tuple[int, int]]:
         subprocess.run(line, capture_output=True, timeout=20, check=True)

@@ -1,0 +1,87 @@
+"""Every command line of the documentation, and the output that it shows."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from interop import documented, peers, samples
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SERVERS = ("pynbd serve", "pynbd-qemu-nbd")
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """(place, command) of each line of the ``sh`` blocks."""
+    for document in DOCUMENTS:
+        for first, text in documented.blocks(document, "sh"):
+            for number, line in enumerate(text.splitlines(), first):
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield f"{document.name}:{number}", line
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The files that the documents speak of."""
+    peers.require("qemu-img", "nbdinfo")
+    samples.chain(tmp_path)
+    disk = tmp_path / "disk.qcow2"
+    samples.peers.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "64M")
+    samples.qemu_io(disk, "write -q -P 1 0 1M", "write -q -P 2 8M 64k", "write -q -z 16M 1M")
+    peers.run("qemu-img", "snapshot", "-c", "before-upgrade", disk)
+    peers.run("qemu-img", "bitmap", "--add", disk, "backup-1")
+    samples.qemu_io(disk, "write -q -P 3 32M 256k")
+    samples.sparse_file(tmp_path / "disk.img", 4 << 20)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_terminal(document: Path, folder: Path) -> None:
+    with ExitStack() as stack:
+        terminal = documented.Terminal(folder, documented.environment())
+        stack.callback(terminal.close)
+        for step in documented.steps(document):
+            status, output = terminal.run(step.command, step.output)
+            where = f"{document.name}:{step.line}: {step.command}"
+            assert documented.matches(output, step.output), f"{where}\n{output}"
+            assert status == 0, f"{where}: status {status}\n{output}"
+
+
+@pytest.mark.parametrize("place, command", lines())
+def test_command(place: str, command: str, folder: Path) -> None:
+    words = shlex.split(command, comments=True)
+    line = ["unshare", "-rn"] if documented.lends_a_network() else []
+    line += ["sh", "-c", f"ip link set lo up; exec {command}"]
+    serves = command.startswith(SERVERS)
+    with subprocess.Popen(
+        line,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        env=documented.environment(),
+        text=True,
+    ) as process:
+        if serves:
+            assert process.stdout
+            first = process.stdout.readline()
+            process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, f"{place}: {shlex.join(words)}\n{output}{errors}"
+    if serves:
+        assert first.startswith("nbd"), f"{place}: {first}{output}{errors}"
+
+
+def test_a_dead_link_is_not_shown() -> None:
+    """Every relative link leads to a file."""
+    for document in DOCUMENTS:
+        for target in documented.links(document):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
