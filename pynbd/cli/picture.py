@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 
 from pynbd.cli.picture_columns import DiskPicture, picture_of
-from pynbd.cli.picture_layout import Sheet, lay_out
+from pynbd.cli.picture_layout import lay_out
+from pynbd.cli.picture_shapes import Sheet
 from pynbd.cli.picture_svg import svg
 from pynbd.errors import PynbdError, UsageError
 

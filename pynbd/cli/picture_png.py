@@ -11,7 +11,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from pynbd.cli.picture_layout import BACKGROUND, PLAIN, Box, Fill, Sheet, Words
+from pynbd.cli.picture_shapes import BACKGROUND, PLAIN, Box, Fill, Sheet, Words
 
 _SCALE = 2
 _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
@@ -32,11 +32,13 @@ def png(sheet: Sheet) -> bytes:
 
 
 def _fill(image: Image.Image, fill: Fill) -> None:
-    mask = Image.new("1", image.size)
-    draw = ImageDraw.Draw(mask)
+    plain = fill.texture == PLAIN
+    canvas = image if plain else Image.new("1", image.size)
+    draw = ImageDraw.Draw(canvas)
     for box in fill.boxes:
-        draw.rectangle(_pixels(box), 1)
-    image.paste(fill.ink if fill.texture == PLAIN else _wallpaper(fill, image.size), mask=mask)
+        draw.rectangle(_pixels(box), fill.ink if plain else 1)
+    if not plain:
+        image.paste(_wallpaper(fill, image.size), mask=canvas)
 
 
 def _wallpaper(fill: Fill, size: tuple[int, int]) -> Image.Image:

@@ -1,0 +1,105 @@
+"""The bars of a picture of a disk: columns of bytes become boxes (pure).
+
+A column of a bar is divided by what is in it, from the bottom. Whatever is in it at all, however
+little, gets at least `_MARK` pixels of its height.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from pynbd.block.extent import Int64s
+from pynbd.cli.picture_shapes import Box, Fill
+
+LINE = "#8a8a8a"
+
+_MARK = 6
+_TICKS = 10  # about so many guest offsets are marked, at most
+
+
+class Bars:
+    """The bars of a disk of ``size`` bytes in ``count`` columns, from ``left`` to ``right``.
+
+    ``ticks`` are the guest offsets that are marked, multiples of a power of two, and where.
+    """
+
+    def __init__(self, size: int, count: int, left: int, right: int) -> None:
+        self._size = size
+        self._left = left
+        self._span = right - left
+        self._column = self._span / max(count, 1)  # its width in pixels
+        edges = np.array([size * edge // max(count, 1) for edge in range(count + 1)], np.int64)
+        self._widths = edges[1:] - edges[:-1]  # and in bytes
+        step = 1 << max(-(-size // _TICKS) - 1, 0).bit_length()
+        self.ticks = [(at, self.place(at)) for at in range(0, size, step)]
+        if size:
+            self.ticks.append((size, right))
+
+    def place(self, offset: int) -> float:
+        """Where a guest offset is."""
+        return self._left + self._span * offset / self._size if self._size else self._left
+
+    def bar(
+        self, y: int, height: int, columns: Int64s, looks: Sequence[Fill], end: int | None = None
+    ) -> Iterator[Fill]:
+        """A bar of ``columns``, whose classes look so, from the bottom to the top; ``end``: the
+        guest offset where it ends.
+        """
+        for look, boxes in zip(looks, self._boxes(y, height, columns), strict=True):
+            if boxes:
+                yield replace(look, boxes=boxes)
+        right = self.place(self._size if end is None else end)
+        yield frame(Box(self._left, y, right - self._left, height))
+        ticks = [Box(x - 0.5, y + height + 1, 1, 4) for _, x in self.ticks if x <= right]
+        yield Fill("tick", LINE, ticks)
+
+    def alone(self, columns: Int64s, least: int) -> Iterator[tuple[int, float]]:
+        """The classes that are nearly alone over ``least`` pixels, and the middle of each."""
+        alone = columns > self._widths * 0.9
+        which = np.where(alone.any(axis=0), alone.argmax(axis=0), -1)
+        for first, last in _stretches(which):
+            if which[first] >= 0 and (last - first) * self._column >= least:
+                yield int(which[first]), self._left + (first + last) / 2 * self._column
+
+    def _boxes(self, y: int, height: int, columns: Int64s) -> Iterator[list[Box]]:
+        """The boxes of each class; equal neighbours are one."""
+        present = columns > 0
+        several = np.maximum(present.sum(axis=0), 1)
+        mark = np.minimum(_MARK, height // several)
+        parts = mark * present + (height - mark * several) * (columns / self._widths)
+        tops = np.rint(parts.cumsum(axis=0)).astype(np.int64)
+        bottoms = np.vstack((np.zeros_like(tops[:1]), tops[:-1]))
+        for top, bottom in zip(tops, bottoms, strict=True):
+            yield [
+                Box(
+                    self._left + first * self._column,
+                    y + height - int(top[first]),
+                    (last - first) * self._column,
+                    int(top[first] - bottom[first]),
+                )
+                for first, last in _stretches(top * (height + 1) + bottom)
+                if top[first] > bottom[first]
+            ]
+
+
+def frame(box: Box) -> Fill:
+    """A thin line around a box."""
+    right, bottom = box.x + box.width, box.y + box.height
+    boxes = [
+        Box(box.x - 1, box.y - 1, box.width + 2, 1),
+        Box(box.x - 1, bottom, box.width + 2, 1),
+        Box(box.x - 1, box.y, 1, box.height),
+        Box(right, box.y, 1, box.height),
+    ]
+    return Fill("frame", LINE, boxes)
+
+
+def _stretches(values: Int64s) -> Iterator[tuple[int, int]]:
+    """Where equal neighbours begin and end."""
+    edges = np.flatnonzero(values[1:] != values[:-1]) + 1
+    bounds = [0, *edges.tolist(), len(values)]
+    yield from itertools.pairwise(bounds) if len(values) else ()
