@@ -42,6 +42,7 @@ async def run_server(
     max_clients: int,
     until_idle: bool,
     handshake_limit: float,
+    trace: bool = False,
 ) -> None:
     """Serve ``export`` until a signal ends it, or with ``until_idle`` the last client has left.
 
@@ -55,6 +56,7 @@ async def run_server(
             max_clients=max_clients,
             until_idle=until_idle,
             handshake_limit=handshake_limit,
+            trace=trace,
         )
         watch().stop = partial(_stop, server, asyncio.get_running_loop())
         ready(listening)

@@ -32,7 +32,8 @@ class Server:
     """Serves exports on listening sockets.
 
     ``max_clients``: more than these wait in the backlog; 0 is no limit. ``until_idle``: end when
-    all have left and one of them had negotiated (a probe of the port does not count).
+    all have left and one of them had negotiated (a probe of the port does not count). ``trace``:
+    every message is told to the logger ``pynbd.trace``, at level DEBUG.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Server:
         max_clients: int = 0,
         until_idle: bool = False,
         handshake_limit: float = HANDSHAKE_LIMIT,
+        trace: bool = False,
     ) -> None:
         self._exports = exports
         self._pool = BufferPool()
@@ -50,6 +52,7 @@ class Server:
         self._max_clients = max_clients
         self._until_idle = until_idle
         self._handshake_limit = handshake_limit
+        self._trace = trace
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._place_free = asyncio.Event()
         self._served = False  # somebody came as far as transmission, and has left
@@ -105,7 +108,11 @@ class Server:
 
     def _begin(self, sock: socket.socket) -> None:
         connection = Connection(
-            sock, self._exports, self._pool, handshake_limit=self._handshake_limit
+            sock,
+            self._exports,
+            self._pool,
+            handshake_limit=self._handshake_limit,
+            trace=self._trace,
         )
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection

@@ -1,0 +1,76 @@
+"""What the programs say on standard error while they run: how much, and as text or as JSON.
+
+1. Text is a line for people, with the name of the program before it; what passes on a connection
+   (``--trace``) has the time there instead.
+2. JSON is one object a line: ``time`` (ISO 8601, UTC), ``level``, ``logger``, ``message``; for
+   ``--trace`` also ``connection``, ``direction`` and ``nbd``, the message and its fields; where a
+   defect shows, ``traceback``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import click
+
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+
+TRACE = logging.getLogger("pynbd.trace")
+
+
+def log_options(command: _Decorated) -> _Decorated:
+    """Give a command the options ``verbose``, ``trace`` and ``log_format``, for `configure`."""
+    for option in (
+        click.option(
+            "--log-format",
+            type=click.Choice(list(_FORMATTERS)),
+            default="text",
+            show_default=True,
+            help="How that is written: for people, or an object on each line.",
+        ),
+        click.option(
+            "--trace",
+            is_flag=True,
+            help="Tell every message of the protocol, on standard error.",
+        ),
+        click.option("-v", "--verbose", is_flag=True, help="Tell of clients that come and go."),
+    ):
+        command = option(command)
+    return command
+
+
+def configure(*, verbose: bool, trace: bool, log_format: str) -> None:
+    """Let the loggers of this process write to standard error what these options ask for."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_FORMATTERS[log_format]())
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    TRACE.setLevel(logging.DEBUG if trace else logging.WARNING)
+
+
+class _Text(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        if record.name != TRACE.name:
+            return f"pynbd: {record.message}"
+        time = datetime.fromtimestamp(record.created)
+        return f"{time:%H:%M:%S.%f} {record.message}"
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        told: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        told |= getattr(record, "trace", {})
+        if record.exc_info:
+            told["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(told)
+
+
+_FORMATTERS: dict[str, type[logging.Formatter]] = {"text": _Text, "json": _Json}
