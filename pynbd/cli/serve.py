@@ -7,7 +7,6 @@ nothing, and ends when the last client has left.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import click
 from pynbd.block.chain import FORMATS
 from pynbd.block.qcow2.format import MAX_BITMAP_NAME
 from pynbd.cli.activation import activated_sockets
+from pynbd.cli.logs import configure, log_options
 from pynbd.cli.numbers import seconds, whole_number
 from pynbd.cli.running import (
     LOOPS,
@@ -59,6 +59,7 @@ class ServeOptions:
     probe_backing: bool
     handshake_limit: float
     loop: str
+    trace: bool
 
 
 @click.command(
@@ -147,7 +148,7 @@ Examples:
     show_default=True,
     help="Time for the negotiation; 0 is no limit.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Tell of clients that come and go.")
+@log_options
 @click.option(
     "--loop",
     type=click.Choice(list(LOOPS)),
@@ -155,15 +156,15 @@ Examples:
     show_default=True,
     help="The event loop.",
 )
-def serve(verbose: bool, **options: Any) -> None:  # the options are ServeOptions, name by name
+def serve(
+    verbose: bool, trace: bool, log_format: str, **options: Any
+) -> None:  # the options are ServeOptions, name by name
     """Serve IMAGE over NBD until a signal ends it (TERM, INT, QUIT, HUP).
 
     Any number of clients, on localhost by default. The first line of output is the URI.
     """
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="pynbd: %(message)s"
-    )
-    wanted = ServeOptions(**options)
+    configure(verbose=verbose, trace=trace, log_format=log_format)
+    wanted = ServeOptions(trace=trace, **options)
     _check(wanted)
     sockets = activated_sockets()
     check_addresses(sockets, wanted.socket, wanted.bind, wanted.port)
@@ -227,6 +228,7 @@ async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None
             max_clients=wanted.shared,
             until_idle=bool(sockets),
             handshake_limit=wanted.handshake_limit,
+            trace=wanted.trace,
         )
     finally:
         await node.close()
