@@ -20,6 +20,8 @@ class _Subcommands(click.Group):
         "serve": "pynbd.cli.serve",
         "info": "pynbd.cli.info",
         "map": "pynbd.cli.map",
+        "info": "pynbd.cli.info",
+        "map": "pynbd.cli.map",
         "demo": "pynbd.cli.demo",
     }
 
