@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from interop import peers
+from interop import generated, peers
+from interop.generator import Chain, ChainPlan
 
 PynbdServe = Callable[..., str]
 
@@ -51,3 +52,10 @@ def pynbd_serve() -> Iterator[PynbdServe]:
     """``pynbd_serve(image, *args) -> uri``; the servers end with the test."""
     with ExitStack() as stack:
         yield lambda image, *args, **rest: stack.enter_context(serving(image, *args, **rest))
+
+
+@pytest.fixture(scope="session")
+def built_chain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ChainPlan], Chain]:
+    """``built_chain(plan)``: a generated chain to be looked at, built once in a run."""
+    folder = generated.shared_folder(tmp_path_factory)
+    return lambda plan: generated.built(plan, folder)

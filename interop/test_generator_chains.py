@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,14 @@ def nbdinfo_map(uri: str, context: str) -> object:
 
 
 @pytest.mark.parametrize("plan", generator.plan(), ids=lambda plan: plan.id)
-def test_chain(plan: ChainPlan, tmp_path: Path, pynbd_serve: PynbdServe) -> None:
+def test_chain(
+    plan: ChainPlan,
+    tmp_path: Path,
+    built_chain: Callable[[ChainPlan], Chain],
+    pynbd_serve: PynbdServe,
+) -> None:
     peers.require("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo", "nbdcopy", "nbdsh")
-    chain = generator.build(plan, tmp_path)
+    chain = built_chain(plan)
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     uri = pynbd_serve(chain.top, "-r", "-f", "qcow2")
 
@@ -85,9 +91,14 @@ SNAPSHOTS = [plan for plan in generator.plan() if plan.layers[-1].snapshot]
 
 
 @pytest.mark.parametrize("plan", SNAPSHOTS[::3], ids=lambda plan: plan.id)
-def test_snapshot(plan: ChainPlan, tmp_path: Path, pynbd_serve: PynbdServe) -> None:
+def test_snapshot(
+    plan: ChainPlan,
+    tmp_path: Path,
+    built_chain: Callable[[ChainPlan], Chain],
+    pynbd_serve: PynbdServe,
+) -> None:
     peers.require("qemu-img", "qemu-io", "nbdcopy")
-    chain = generator.build(plan, tmp_path)
+    chain = built_chain(plan)
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     convert(chain, expected, "-l", f"snapshot.name={SNAPSHOT}")
     peers.run("nbdcopy", pynbd_serve(chain.top, "-f", "qcow2", "-l", SNAPSHOT), actual)
