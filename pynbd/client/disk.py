@@ -1,0 +1,188 @@
+"""Disk: one end of a copy or a comparison, an image or a remote export alike.
+
+It adds to a `BlockNode` what both ends of a job need: failures that name the disk, the place and
+the reason; and for the end that is written, whole blocks, whatever is asked for.
+
+1. An export may take writes of whole blocks only (the minimum block size of the NBD specification,
+   "Block size constraints"). Of a block that is to be written in part the rest is read before; one
+   such block at a time.
+2. Bytes past the end of a disk read as zeroes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from pynbd.block.extent import ZERO, Runs
+from pynbd.block.node import BlockNode
+from pynbd.errors import PynbdError
+
+
+class DiskError(PynbdError):
+    """A disk failed while it was worked on. The text names it, the place and the reason."""
+
+
+class MapError(DiskError):
+    """It could not say where it has data."""
+
+
+class ReadError(DiskError):
+    """It could not be read."""
+
+
+class WriteError(DiskError):
+    """It could not be written."""
+
+
+def reason(error: BaseException) -> str:
+    """What a failure says, without the name of a file, which stands beside it."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+@contextmanager
+def named(kind: type[DiskError], name: str, deed: str, offset: int, length: int) -> Iterator[None]:
+    """Any failure becomes a ``kind`` that says what could not be done, and where."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except (OSError, PynbdError) as error:
+        where = f"{length} bytes at offset {offset}"
+        raise kind(f"{name}: cannot {deed} {where}: {reason(error)}") from error
+
+
+class Disk:
+    """A disk that is read."""
+
+    def __init__(self, node: BlockNode) -> None:
+        self.node = node
+        self.name = node.name
+        self.size = node.size
+
+    async def map(self, offset: int, length: int) -> Runs:
+        """`BlockNode.map`, also past the end."""
+        if offset >= self.size:
+            return Runs.single(offset, length, ZERO)
+        length = min(length, self.size - offset)
+        with named(MapError, self.name, "map", offset, length):
+            return await self.node.map(offset, length)
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``; all of it lies inside the disk."""
+        end = offset + len(view)
+        with named(ReadError, self.name, "read", offset, len(view)):
+            for extent in await self.node.resolve(offset, end):
+                piece = view[extent.offset - offset : extent.end - offset]
+                await self.node.fetch(extent, extent.offset, piece)
+
+
+class Target(Disk):
+    """A disk that is written, in whole multiples of ``block`` bytes, a power of two.
+
+    ``reads_zero``: it reads as zeroes from end to end before the job begins. ``sparse``: so many
+    bytes of zeroes, a power of two from 512 on, are written as such; 0 writes data as it comes.
+    ``allocated``: zeroes take up space.
+    """
+
+    def __init__(
+        self,
+        node: BlockNode,
+        *,
+        block: int = 1,
+        reads_zero: bool = False,
+        sparse: int = 4096,
+        allocated: bool = False,
+    ) -> None:
+        super().__init__(node)
+        self.block = block
+        self.reads_zero = reads_zero and not allocated
+        self._sparse = 0 if allocated else max(sparse, block) if sparse else 0
+        self._may_unmap = not allocated
+        self._edges = asyncio.Lock()
+
+    async def write(self, offset: int, view: memoryview) -> None:
+        """Write ``view``, long runs of zeroes in it as zeroes."""
+        first, last = self._whole_blocks(offset, offset + len(view))
+        await self._patch(offset, view[: max(first - offset, 0)])
+        await self._write_blocks(first, view[first - offset : last - offset])
+        await self._patch(last, view[last - offset :])
+
+    async def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeroes."""
+        if self.reads_zero:
+            return
+        first, last = self._whole_blocks(offset, offset + length)
+        await self._patch(offset, memoryview(bytes(first - offset)))
+        await self._zero_blocks(first, last - first)
+        await self._patch(last, memoryview(bytes(offset + length - last)))
+
+    def _whole_blocks(self, offset: int, end: int) -> tuple[int, int]:
+        """Where the whole blocks of a range begin and end; the last one of a disk may be short.
+
+        A range inside one block has none: both are its end.
+        """
+        first = min(-(-offset // self.block) * self.block, end)
+        last = end if end == self.size else end // self.block * self.block
+        return first, max(first, last)
+
+    async def _patch(self, offset: int, view: memoryview) -> None:
+        """Write a part of one block: read it, change it, write it."""
+        if not view:
+            return
+        start = offset // self.block * self.block
+        async with self._edges:
+            block = memoryview(bytearray(min(self.block, self.size - start)))
+            await self.read(start, block)
+            block[offset - start : offset - start + len(view)] = view
+            await self._write_blocks(start, block)
+
+    async def _write_blocks(self, offset: int, view: memoryview) -> None:
+        pieces = []
+        for start, end, zero in zero_runs(view, self._sparse):
+            if zero:
+                await self._zero_blocks(offset + start, end - start)
+            else:
+                pieces.append((offset + start, view[start:end]))
+        if pieces:
+            with named(WriteError, self.name, "write", offset, len(view)):
+                for error in filter(None, await self.node.pwrite_batch(pieces)):
+                    raise error
+
+    async def _zero_blocks(self, offset: int, length: int) -> None:
+        if length and not self.reads_zero:
+            with named(WriteError, self.name, "zero", offset, length):
+                await self.node.write_zeroes(offset, length, may_unmap=self._may_unmap, fast=False)
+
+    async def flush(self) -> None:
+        """All that was written onto stable storage."""
+        try:
+            await self.node.flush()
+        except (OSError, PynbdError) as error:
+            raise WriteError(f"{self.name}: cannot flush: {reason(error)}") from error
+
+
+def zero_runs(view: memoryview, granularity: int) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, is zero) of the runs of ``view``, in whole pieces of ``granularity``, a power of
+    two from 8 on; 0 looks for none. What is left at the end is a piece too.
+    """
+    whole = len(view) // granularity * granularity if granularity else 0
+    if not whole and view:
+        zero = bool(granularity) and not np.frombuffer(view, np.uint8).any()
+        yield 0, len(view), zero
+    if not whole:
+        return
+    words = np.frombuffer(view[:whole], np.uint64).reshape(-1, granularity // 8)
+    zeroes = words[:, 0] == 0  # most of what is not zero shows it at once
+    suspects = np.flatnonzero(zeroes)
+    zeroes[suspects] = words[suspects].max(axis=1) == 0
+    if whole < len(view):
+        zeroes = np.append(zeroes, not np.frombuffer(view[whole:], np.uint8).any())
+    edges = (np.flatnonzero(zeroes[1:] != zeroes[:-1]) + 1) * granularity
+    start, zero = 0, bool(zeroes[0])
+    for end in [*edges.tolist(), len(view)]:
+        yield start, end, zero
+        start, zero = end, not zero
