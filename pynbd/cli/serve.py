@@ -16,10 +16,12 @@ from typing import Any
 import click
 
 from pynbd.block.chain import FORMATS
+from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.format import MAX_BITMAP_NAME
 from pynbd.cli.activation import activated_sockets
 from pynbd.cli.logs import configure, log_options
 from pynbd.cli.numbers import seconds, whole_number
+from pynbd.cli.python_export import open_python_export
 from pynbd.cli.running import (
     LOOPS,
     check_addresses,
@@ -43,7 +45,8 @@ from pynbd.server.serving import open_as_writable_as_can_be
 class ServeOptions:
     """What `serve` was asked for; the names are those of its options."""
 
-    image: str
+    image: str | None
+    python: str | None
     socket: str | None
     bind: str | None
     port: int | None
@@ -68,10 +71,16 @@ Examples:
   pynbd serve disk.qcow2
   pynbd serve -k /run/disk.sock -x disk disk.qcow2
   pynbd serve -r -B backup-1 disk.qcow2
+  pynbd serve --python heat.py:Heat
   nbdinfo -- [ pynbd serve disk.qcow2 ]
 """
 )
-@click.argument("image")
+@click.argument("image", required=False)
+@click.option(
+    "--python",
+    metavar="FILE.py:NAME",
+    help="Serve, in place of IMAGE, a pynbd.Disk: a class, an object or a function of that name.",
+)
 @click.option("-k", "--socket", metavar="PATH", help="Listen on a unix socket.")
 @click.option("-b", "--bind", metavar="ADDR", help="Listen on this address (default: localhost).")
 @click.option(
@@ -173,6 +182,21 @@ def serve(
 
 
 def _check(wanted: ServeOptions) -> None:
+    if wanted.python is not None:
+        for option, given in (
+            ("IMAGE", wanted.image is not None),
+            ("--format", wanted.format is not None),
+            ("--load-snapshot", wanted.load_snapshot is not None),
+            ("--allocation-depth", wanted.allocation_depth),
+            ("--bitmap", bool(wanted.bitmap)),
+            ("--force-share", wanted.force_share),
+            ("--probe-backing", wanted.probe_backing),
+        ):
+            if given:
+                raise UsageError(f"{option}: it does not go with --python")
+        return
+    if wanted.image is None:
+        raise UsageError("missing argument 'IMAGE'")
     if not wanted.image:
         raise UsageError("IMAGE: the name of a file is expected")
     # "nbd://host", "json:{}": as QEMU tells them from files, by a colon before any slash.
@@ -188,8 +212,11 @@ def _check(wanted: ServeOptions) -> None:
         raise UsageError("--bitmap: bitmaps describe the active state, not a snapshot (-l)")
 
 
-async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None:
-    node = await open_as_writable_as_can_be(
+async def _open(wanted: ServeOptions) -> BlockNode:
+    if wanted.python is not None:
+        return await open_python_export(wanted.python, read_only=wanted.read_only)
+    assert wanted.image is not None
+    return await open_as_writable_as_can_be(
         wanted.image,
         format=wanted.format,
         read_only=wanted.read_only,
@@ -197,6 +224,10 @@ async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None
         probe_backing=wanted.probe_backing,
         force_share=wanted.force_share,
     )
+
+
+async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None:
+    node = await _open(wanted)
     try:
         unasked = not (wanted.allocation_depth or wanted.bitmap)
         contexts = offered_contexts(
