@@ -12,11 +12,19 @@ from typing import Any
 
 import click
 
+from pynbd.cli.export_info import server_info
+from pynbd.cli.export_report import server_report
 from pynbd.cli.image_info import image_info
 from pynbd.cli.image_report import report
-from pynbd.cli.looking import image_options, is_uri, open_disk, tell_warnings
+from pynbd.cli.looking import (
+    check_no_image_options,
+    image_options,
+    is_uri,
+    open_disk,
+    tell_warnings,
+)
 from pynbd.cli.output import standard_output
-from pynbd.errors import UnsupportedFeature
+from pynbd.errors import UsageError
 
 
 @click.command(
@@ -47,7 +55,13 @@ def info(disk: str, as_json: bool, backing_chain: bool, **options: Any) -> None:
 
 async def _info(disk: str, as_json: bool, backing_chain: bool, options: dict[str, Any]) -> None:
     if is_uri(disk):
-        raise UnsupportedFeature(f"{disk}: exports are not told about yet")
+        if backing_chain:
+            raise UsageError("--backing-chain is for images: a server does not tell of its chain")
+        check_no_image_options(options)
+        server = await server_info(disk)
+        with standard_output() as write:
+            write(json.dumps(server, indent=4) + "\n" if as_json else server_report(disk, server))
+        return
     node = await open_disk(disk, **options)
     try:
         chain = [await image_info(layer) for layer in node.chain()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -51,6 +51,14 @@ async def open_disk(disk: str, **options: Any) -> BlockNode:
     if not disk:
         raise UsageError("the name of an image or an NBD URI is expected")
     return await open_image(disk, **options)
+
+
+def check_no_image_options(options: Mapping[str, object]) -> None:
+    """Raise `UsageError` if any of `image_options` was given for a URI."""
+    for name, value in options.items():
+        if value:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} is for images: how an export is opened is the server's")
 
 
 def tell_warnings() -> None:

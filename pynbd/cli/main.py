@@ -19,8 +19,7 @@ class _Subcommands(click.Group):
     modules: ClassVar = {
         "serve": "pynbd.cli.serve",
         "info": "pynbd.cli.info",
-        "map": "pynbd.cli.map",
-        "info": "pynbd.cli.info",
+        "ls": "pynbd.cli.ls",
         "map": "pynbd.cli.map",
         "demo": "pynbd.cli.demo",
     }

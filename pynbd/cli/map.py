@@ -12,15 +12,23 @@ from typing import Any
 
 import click
 
-from pynbd.cli.looking import image_options, is_uri, open_disk, tell_warnings
+from pynbd.cli.looking import (
+    check_no_image_options,
+    image_options,
+    is_uri,
+    open_disk,
+    tell_warnings,
+)
 from pynbd.cli.map_lines import JsonMap, TextMap, Totals
 from pynbd.cli.map_rows import rows_of
 from pynbd.cli.map_sources import (
+    ExportSource,
     ImageSource,
+    export_source,
     full_names,
 )
 from pynbd.cli.output import standard_output
-from pynbd.errors import UnsupportedFeature, UsageError
+from pynbd.errors import UsageError
 
 
 @click.command(
@@ -79,7 +87,10 @@ async def _map(
     options: dict[str, Any],
 ) -> None:
     if is_uri(disk):
-        raise UnsupportedFeature(f"{disk}: maps of exports are not printed yet")
+        check_no_image_options(options)
+        async with export_source(disk, contexts) as source:
+            await _print(source, as_json, totals)
+        return
     node = await open_disk(disk, **options)
     try:
         await _print(ImageSource(node, contexts), as_json, totals)
@@ -87,7 +98,7 @@ async def _map(
         await node.close()
 
 
-async def _print(source: ImageSource, as_json: bool, totals: bool) -> None:
+async def _print(source: ImageSource | ExportSource, as_json: bool, totals: bool) -> None:
     with standard_output() as write:
         if totals:
             sums = Totals(source.contexts, source.size)

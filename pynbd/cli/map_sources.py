@@ -1,15 +1,18 @@
-"""Whose block status a map shows: that of an image, through the contexts that a server would
-offer.
+"""Whose block status a map shows: an image here, through the contexts that a server would offer, or
+an export there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.node import BlockNode
+from pynbd.cli.export_info import exports_of
 from pynbd.cli.map_rows import Statuses
-from pynbd.errors import ImageError
+from pynbd.client.connection import Client, connect
+from pynbd.errors import ImageError, PynbdError
 from pynbd.protocol.metadata import (
     BASE_ALLOCATION,
     QEMU_ALLOCATION_DEPTH,
@@ -67,6 +70,30 @@ def _chosen(wanted: Sequence[str], there: Sequence[str], node: BlockNode) -> lis
     if missing:
         raise ImageError(_not_there(node.name, missing, there))
     return found
+
+
+class ExportSource:
+    """An export, through a connection that has negotiated ``contexts``."""
+
+    def __init__(self, client: Client, contexts: Sequence[str]) -> None:
+        self._client = client
+        self.size = client.size
+        self.contexts = contexts
+
+    async def status(self, offset: int, length: int) -> Statuses:
+        said = await self._client.block_status(offset, length, contexts=self.contexts)
+        return {name: (status.lengths, status.flags) for name, status in said.items()}
+
+
+@asynccontextmanager
+async def export_source(uri: str, contexts: Sequence[str]) -> AsyncIterator[ExportSource]:
+    """Connect to an export; `PynbdError` if a context is not there."""
+    async with connect(uri, contexts=contexts) as client:
+        missing, found = _matched(contexts, client.contexts)
+        if missing:
+            there = [name for info in await exports_of(uri) for name in info.contexts]
+            raise PynbdError(_not_there(uri, missing, list(dict.fromkeys(there))))
+        yield ExportSource(client, found)
 
 
 def _matched(wanted: Sequence[str], there: Sequence[str]) -> tuple[list[str], list[str]]:
