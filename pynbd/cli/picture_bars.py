@@ -6,9 +6,11 @@ little, gets at least `_MARK` pixels of its height.
 
 from __future__ import annotations
 
-import itertools
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 
@@ -17,8 +19,9 @@ from pynbd.cli.picture_shapes import Box, Fill
 
 LINE = "#8a8a8a"
 
-_MARK = 6
+_MARK = 5
 _TICKS = 10  # about so many guest offsets are marked, at most
+_OFFSET_ROOM = 110  # pixels
 
 
 class Bars:
@@ -35,9 +38,9 @@ class Bars:
         edges = np.array([size * edge // max(count, 1) for edge in range(count + 1)], np.int64)
         self._widths = edges[1:] - edges[:-1]  # and in bytes
         step = 1 << max(-(-size // _TICKS) - 1, 0).bit_length()
-        self.ticks = [(at, self.place(at)) for at in range(0, size, step)]
-        if size:
-            self.ticks.append((size, right))
+        self.ticks = [(at, self.place(at)) for at in (*range(0, size, step), size)]
+        # What would run into the offset of the end gives way.
+        del self.ticks[bisect(self.ticks, right - _OFFSET_ROOM, 1, key=itemgetter(1)) : -1]
 
     def place(self, offset: int) -> float:
         """Where a guest offset is."""
@@ -102,4 +105,4 @@ def _stretches(values: Int64s) -> Iterator[tuple[int, int]]:
     """Where equal neighbours begin and end."""
     edges = np.flatnonzero(values[1:] != values[:-1]) + 1
     bounds = [0, *edges.tolist(), len(values)]
-    yield from itertools.pairwise(bounds) if len(values) else ()
+    yield from pairwise(bounds) if len(values) else ()

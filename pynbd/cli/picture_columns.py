@@ -18,10 +18,10 @@ from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, UNALLOCATED, ZERO, Int64s, Runs
 from pynbd.block.node import BlockNode
 
-COLUMNS = 1000
+COLUMNS = 500
 
-# A longer chain has its lower layers drawn as one, so that a picture stays one.
-MAX_LAYERS = 12
+# A longer chain has its lower layers drawn as one: more colours than that nobody tells apart.
+MAX_LAYERS = 8
 
 _RUNS_PER_STEP = 1 << 16
 

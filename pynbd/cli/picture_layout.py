@@ -32,7 +32,6 @@ _READING_BAR, _BAR, _BITMAP_BAR = 48, 36, 20  # how high they are
 _TITLE, _HEADING, _TEXT, _SMALL = 20, 14, 13, 11  # sizes of letters
 _LETTER = 0.62  # how wide a letter is at most, on the average, in parts of its size
 _NUMBER_ROOM = 24  # how wide an image's part of the upper bar has to be to carry its number
-_OFFSET_ROOM = 76  # how wide a guest offset is at most
 _MOST_BITMAPS = 16
 
 _LEGEND = {
@@ -202,14 +201,11 @@ class _Layout:
         self.y += _BITMAP_BAR + 10
 
     def offsets(self) -> None:
-        """The guest offsets of the ticks; what would run into the last one gives way."""
         lane = self._lane("offsets")
         self.y += 6
         for at, x in self._bars.ticks:
             anchor: Anchor = "start" if not at else "end" if at == self._size else "middle"
-            if anchor != "middle" or x < _RIGHT - 1.5 * _OFFSET_ROOM:
-                text = in_units(at) if at else "0"
-                lane.shapes.append(Words(x, self.y, text, _SMALL, _SOFT, anchor))
+            lane.shapes.append(Words(x, self.y, in_units(at), _SMALL, _SOFT, anchor))
         self.y += 32
 
     def legend(self) -> None:

@@ -36,8 +36,8 @@ def content_look(content: Content, colour: str) -> Fill:
 
 
 def layer_colour(number: int) -> str:
-    """The colour of an image, 1 for the active one; a long chain has some of them twice."""
-    return _LAYERS[(number - 1) % len(_LAYERS)]
+    """The colour of an image, from 1 for the active one to `MAX_LAYERS`."""
+    return _LAYERS[number - 1]
 
 
 def _channels(colour: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ The letters are those of DejaVu Sans where it is installed, and else what Pillow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 
@@ -27,27 +28,35 @@ def png(sheet: Sheet) -> bytes:
             else:
                 _fill(image, shape)
     stream = BytesIO()
-    image.save(stream, "png", optimize=True)
+    image.save(stream, "png")
     return stream.getvalue()
 
 
 def _fill(image: Image.Image, fill: Fill) -> None:
-    plain = fill.texture == PLAIN
-    canvas = image if plain else Image.new("1", image.size)
-    draw = ImageDraw.Draw(canvas)
-    for box in fill.boxes:
-        draw.rectangle(_pixels(box), fill.ink if plain else 1)
-    if not plain:
-        image.paste(_wallpaper(fill, image.size), mask=canvas)
+    places = [_pixels(box) for box in fill.boxes]
+    if fill.texture == PLAIN:
+        draw = ImageDraw.Draw(image)
+        for place in places:
+            draw.rectangle(place, fill.ink)
+        return
+    wallpaper, left, top = _wallpaper(fill, places)
+    for place in places:
+        first, last = place[0] - left, place[2] - left + 1
+        piece = wallpaper.crop((first, place[1] - top, last, place[3] - top + 1))
+        image.paste(piece, place[:2])
 
 
-def _wallpaper(fill: Fill, size: tuple[int, int]) -> Image.Image:
-    """The texture all over a sheet."""
-    ink = np.array([[sign == "#" for sign in row] for row in fill.texture])
+def _wallpaper(
+    fill: Fill, places: Sequence[tuple[int, int, int, int]]
+) -> tuple[Image.Image, int, int]:
+    """The texture where some boxes are, and its upper left corner."""
+    lefts, tops, rights, bottoms = zip(*places, strict=True)
+    left, top = min(lefts), min(tops)
+    ink = np.array([[sign == "#" for sign in row] for row in fill.texture], np.intp)
+    rows = np.arange(top, max(bottoms) + 1) // _SCALE % ink.shape[0]
+    columns = np.arange(left, max(rights) + 1) // _SCALE % ink.shape[1]
     colours = np.array([ImageColor.getrgb(fill.paper), ImageColor.getrgb(fill.ink)], np.uint8)
-    tile = colours[ink.astype(np.intp).repeat(_SCALE, 0).repeat(_SCALE, 1)]
-    times = (-(-size[1] // tile.shape[0]), -(-size[0] // tile.shape[1]), 1)
-    return Image.fromarray(np.tile(tile, times)).crop((0, 0, *size))
+    return Image.fromarray(colours[ink[np.ix_(rows, columns)]]), left, top
 
 
 def _pixels(box: Box) -> tuple[int, int, int, int]:
