@@ -1,0 +1,80 @@
+"""What reaches standard error, in processes of their own: there is one set of loggers in each."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tests.cli.test_main import pynbd
+
+SCRIPT = """
+import logging
+from pynbd.cli.logs import configure
+configure(verbose={verbose}, trace={trace}, log_format={log_format!r})
+logging.getLogger("pynbd.clients").info("%s has come", "somebody")
+logging.getLogger("pynbd").warning("two\\nlines")
+logging.getLogger("pynbd.trace").debug("c < hello", extra={{"trace": {{"connection": "c"}}}})
+try:
+    1 / 0
+except ZeroDivisionError as error:
+    logging.getLogger("pynbd").error("a defect", exc_info=error)
+"""
+
+
+def said(*, verbose: bool = False, trace: bool = False, log_format: str = "text") -> str:
+    script = SCRIPT.format(verbose=verbose, trace=trace, log_format=log_format)
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_text() -> None:
+    start, _, rest = said().partition("Traceback (most recent call last):\n")
+    assert start == "pynbd: two\nlines\npynbd: a defect\n"
+    assert rest.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_verbose_text() -> None:
+    assert said(verbose=True).startswith("pynbd: somebody has come\npynbd: two\n")
+
+
+def test_trace_in_text() -> None:
+    assert re.search(r"(?m)^\d\d:\d\d:\d\d\.\d{6} c < hello$", said(trace=True))
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("trace", [False, True])
+def test_json(verbose: bool, trace: bool) -> None:
+    """One object a line, whatever is in it."""
+    records = [
+        json.loads(line)
+        for line in said(verbose=verbose, trace=trace, log_format="json").splitlines()
+    ]
+    for record in records:
+        age = datetime.now(UTC) - datetime.fromisoformat(record.pop("time"))
+        assert timedelta(0) <= age < timedelta(minutes=1)
+    defect = records.pop()
+    traceback = defect.pop("traceback")
+    assert traceback.startswith("Traceback (most recent call last):\n")
+    assert traceback.endswith("ZeroDivisionError: division by zero")
+    expected = [{"level": "WARNING", "logger": "pynbd", "message": "two\nlines"}]
+    if verbose:
+        come = {"level": "INFO", "logger": "pynbd.clients", "message": "somebody has come"}
+        expected.insert(0, come)
+    if trace:
+        told = {"level": "DEBUG", "logger": "pynbd.trace", "message": "c < hello"}
+        expected.append(told | {"connection": "c"})
+    assert records == expected
+    assert defect == {"level": "ERROR", "logger": "pynbd", "message": "a defect"}
+
+
+def test_a_format_that_is_not_there() -> None:
+    done = pynbd("serve", "--log-format", "xml", "disk")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "pynbd: --log-format: 'xml' is not one of 'text', 'json'\n"
