@@ -28,7 +28,10 @@ def run(command: click.Command, name: str, *, usage_status: int = 2) -> NoReturn
         complain(name, _text(error), error.exit_code)
     except UsageError as error:
         complain(name, str(error), usage_status)
-    except (PynbdError, OSError) as error:
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        complain(name, where + (error.strerror or str(error)), 1)
+    except PynbdError as error:
         complain(name, str(error), 1)
     except click.Abort:
         complain(name, "interrupted", 1)

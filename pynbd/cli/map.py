@@ -28,6 +28,7 @@ from pynbd.cli.map_sources import (
     full_names,
 )
 from pynbd.cli.output import standard_output
+from pynbd.cli.picture import draw, picture_of, renderer
 from pynbd.errors import UsageError
 
 
@@ -73,8 +74,12 @@ def map(  # noqa: A001 (the name of the command)
     """Print what each range of IMAGE or of an export is: data, hole, zero; whose; dirty."""
     tell_warnings()
     wanted = full_names(contexts)
-    if picture is not None and (as_json or totals or contexts or is_uri(disk)):
-        raise UsageError("--image draws all of an image: without --context, --json, --totals, URI")
+    if picture is not None:
+        if as_json or totals or contexts:
+            raise UsageError("--image draws all there is: without --context, --json and --totals")
+        if is_uri(disk):
+            raise UsageError("--image draws images: a server does not tell of its layers")
+        renderer(picture)  # refuses what cannot be drawn before the disk is looked over
     asyncio.run(_map(disk, wanted, as_json, totals, picture, options))
 
 
@@ -93,7 +98,10 @@ async def _map(
         return
     node = await open_disk(disk, **options)
     try:
-        await _print(ImageSource(node, contexts), as_json, totals)
+        if picture is not None:
+            draw(await picture_of(node, node.bitmaps()), picture)
+        else:
+            await _print(ImageSource(node, contexts), as_json, totals)
     finally:
         await node.close()
 
