@@ -41,11 +41,12 @@ class NbdServer:
         of ``size`` zeroes; ``options`` are those of `pynbd.serve`. Returns the URI: clients can
         connect, and can until the test ends.
         """
-        if (image is None) == (size is None):
+        served = size if image is None else image
+        if served is None or (image is not None and size is not None):
             raise TypeError("nbd_server: either an image or size= is expected")
         if self._thread is None:
             self._thread = import_module("pynbd.server.threaded").ServerThread(self.errors)
-        return self._thread.serve(size if image is None else image, **options)
+        return self._thread.serve(served, **options)
 
     def stop(self) -> None:
         """End the servers; the fixture does it."""
