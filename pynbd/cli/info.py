@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from pynbd.cli.completion import file_names
 from pynbd.cli.export_info import server_info
 from pynbd.cli.export_report import server_report
 from pynbd.cli.image_info import image_info
@@ -37,7 +38,7 @@ Examples:
   pynbd info --json nbd+unix:///?socket=/run/disk.sock
 """
 )
-@click.argument("disk", metavar="IMAGE|URI")
+@click.argument("disk", metavar="IMAGE|URI", shell_complete=file_names)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (default: text).")
 @click.option(
     "--backing-chain",

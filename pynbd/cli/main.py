@@ -21,7 +21,10 @@ class _Subcommands(click.Group):
         "info": "pynbd.cli.info",
         "ls": "pynbd.cli.ls",
         "map": "pynbd.cli.map",
+        "copy": "pynbd.cli.copy",
+        "compare": "pynbd.cli.compare",
         "demo": "pynbd.cli.demo",
+        "completion": "pynbd.cli.completion",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from pynbd.cli.completion import file_names
 from pynbd.cli.looking import (
     check_no_image_options,
     image_options,
@@ -42,7 +43,7 @@ Examples:
   pynbd map --image disk.svg disk.qcow2
 """
 )
-@click.argument("disk", metavar="IMAGE|URI")
+@click.argument("disk", metavar="IMAGE|URI", shell_complete=file_names)
 @click.option(
     "-c",
     "--context",

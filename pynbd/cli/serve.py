@@ -19,6 +19,7 @@ from pynbd.block.chain import FORMATS
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.format import MAX_BITMAP_NAME
 from pynbd.cli.activation import activated_sockets
+from pynbd.cli.completion import file_names
 from pynbd.cli.logs import configure, log_options
 from pynbd.cli.numbers import seconds, whole_number
 from pynbd.cli.python_export import open_python_export
@@ -75,13 +76,19 @@ Examples:
   nbdinfo -- [ pynbd serve disk.qcow2 ]
 """
 )
-@click.argument("image", required=False)
+@click.argument("image", required=False, shell_complete=file_names)
 @click.option(
     "--python",
     metavar="FILE.py:NAME",
     help="Serve, in place of IMAGE, a pynbd.Disk: a class, an object or a function of that name.",
 )
-@click.option("-k", "--socket", metavar="PATH", help="Listen on a unix socket.")
+@click.option(
+    "-k",
+    "--socket",
+    metavar="PATH",
+    shell_complete=file_names,
+    help="Listen on a unix socket.",
+)
 @click.option("-b", "--bind", metavar="ADDR", help="Listen on this address (default: localhost).")
 @click.option(
     "-p",
