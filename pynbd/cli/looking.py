@@ -21,7 +21,7 @@ def is_uri(disk: str) -> bool:
     return bool(_URI.match(disk))
 
 
-def image_options(command: Callable[..., None]) -> Callable[..., None]:
+def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of how an image is opened, in all commands the same; see `Opening`."""
     for option in (
         click.option(

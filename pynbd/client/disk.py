@@ -85,8 +85,11 @@ class Target(Disk):
 
     ``reads_zero``: it reads as zeroes from end to end before the job begins. ``sparse``: so many
     bytes of zeroes, a power of two from 512 on, are written as such; 0 writes data as it comes.
-    ``allocated``: zeroes take up space.
+    ``allocated``: zeroes take up space. ``is_new``: it was made for this job, and goes again if
+    that fails.
     """
+
+    is_new = False
 
     def __init__(
         self,

@@ -117,6 +117,7 @@ async def open_target(
     )
     try:
         async with opened as target:
+            target.is_new = is_new
             if target.size > source.size:
                 rest = target.size - source.size
                 log.warning("%s: it is larger; its last %d bytes are left as they are", name, rest)
@@ -185,8 +186,8 @@ def _open(engine: Engine, path: str, source: Disk) -> HostFile:
     for node in source.node.chain():
         for file in node.files():
             if _identity(os.fstat(file.fd)) == _identity(status):
-                role = "the source" if file.path == source.name else f"{file.path}, of the source"
-                raise UsageError(f"DST: {path} is {role}")
+                role = "" if node is source.node else "a part of "
+                raise UsageError(f"DST: {path} is {role}the source")
     if not os.access(path, os.W_OK):
         raise ImageError(f"{path}: it may not be written")
     try:

@@ -1,0 +1,153 @@
+"""``pynbd copy``: a disk, or what is dirty of it, from an image or a URI onto another."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from pynbd.cli.looking import check_no_image_options, image_options
+from pynbd.cli.progress import progress_bar
+from pynbd.cli.transfer import Interrupted, check_name, power_of_two, run, transfer_options
+from pynbd.client.copy import copy as copy_disk
+from pynbd.client.dirty import dirty_ranges
+from pynbd.client.ends import Reading, Writing, is_uri, open_disk, open_target
+from pynbd.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyOptions:
+    """What `copy` was asked for; the names are those of its options."""
+
+    source: str
+    target: str
+    format: str | None
+    probe_backing: bool
+    force_share: bool
+    load_snapshot: str | None
+    target_format: str | None
+    bitmap: str | None
+    sparse: int
+    allocated: bool
+    target_is_zero: bool
+    connections: int
+    requests: int
+    request_size: int
+    progress: bool | None
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pynbd copy disk.qcow2 disk.raw
+  pynbd copy nbd://backup.example/disk disk.raw
+  pynbd copy disk.raw nbd+unix:///?socket=/run/disk.sock
+  pynbd copy --bitmap monday disk.qcow2 copy-of-monday.raw
+"""
+)
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@image_options
+@click.option(
+    "-l",
+    "--load-snapshot",
+    metavar="SNAP",
+    help="Copy an internal snapshot: NAME, ID, snapshot.name=NAME or snapshot.id=ID.",
+)
+@click.option(
+    "-O",
+    "--target-format",
+    type=click.Choice(["raw", "qcow2"]),
+    help="The format of a DST that is a file; only raw is written so far (default: raw, but no file"
+    " is overwritten that looks like another format).",
+)
+@click.option(
+    "--bitmap",
+    metavar="NAME",
+    help="Copy only what is dirty in this bitmap, onto an earlier copy that is there.",
+)
+@click.option(
+    "-S",
+    "--sparse",
+    metavar="SIZE",
+    type=power_of_two(512, 32 << 20, or_none=True),
+    default="4k",
+    show_default=True,
+    help="So many zero bytes of data, a power of two, become a hole; 0 looks for none.",
+)
+@click.option("--allocated", is_flag=True, help="Make no holes: zeroes take up space in DST.")
+@click.option(
+    "--target-is-zero",
+    "--destination-is-zero",
+    is_flag=True,
+    help="DST reads as zeroes already, so that none are written. A new file is known to.",
+)
+@click.option("--flush", is_flag=True, help="Always done: in the end all is on stable storage.")
+@transfer_options
+def copy(flush: bool, **options: Any) -> None:  # the options are CopyOptions, name by name
+    """Copy the disk SRC onto DST; each is an image or an NBD URI.
+
+    A file is made, or replaced by a raw image of the size of SRC; a new one is removed if the copy
+    fails. A block device or an export has to be large enough, and keeps what lies beyond.
+    """
+    wanted = CopyOptions(**options)
+    _check(wanted)
+    run(_copy(wanted))
+
+
+def _check(wanted: CopyOptions) -> None:
+    check_name("SRC", wanted.source)
+    check_name("DST", wanted.target)
+    if is_uri(wanted.source):
+        check_no_image_options(
+            {
+                name: getattr(wanted, name)
+                for name in ("format", "probe_backing", "force_share", "load_snapshot")
+            }
+        )
+    if is_uri(wanted.target):
+        if wanted.target_format:
+            raise UsageError("--target-format is for files: DST is a URI")
+    elif ":" in wanted.target.partition("/")[0] and not os.path.lexists(wanted.target):
+        raise UsageError(f"DST: {wanted.target!r} is a protocol name, neither a file nor a URI")
+    if wanted.target_format == "qcow2":
+        raise UsageError("--target-format: qcow2 is not written yet; raw is")
+    if wanted.bitmap is not None and wanted.load_snapshot is not None:
+        raise UsageError("--bitmap: bitmaps describe the active state, not a snapshot (-l)")
+
+
+async def _copy(wanted: CopyOptions) -> None:
+    reading = Reading(
+        format=wanted.format,
+        snapshot=wanted.load_snapshot,
+        force_share=wanted.force_share,
+        probe_backing=wanted.probe_backing,
+        bitmap=wanted.bitmap,
+        connections=wanted.connections,
+    )
+    writing = Writing(
+        any_format=wanted.target_format == "raw",
+        reads_zero=wanted.target_is_zero,
+        sparse=wanted.sparse,
+        allocated=wanted.allocated,
+        connections=wanted.connections,
+    )
+    async with open_disk(wanted.source, reading) as source:
+        ranges = await dirty_ranges(source, wanted.bitmap) if wanted.bitmap is not None else None
+        async with open_target(wanted.target, source, writing, whole=ranges is None) as target:
+            try:
+                with progress_bar(wanted.progress, source.size) as progress:
+                    await copy_disk(
+                        source,
+                        target,
+                        ranges=ranges,
+                        requests=wanted.requests,
+                        request_size=wanted.request_size,
+                        progress=progress,
+                    )
+            except asyncio.CancelledError:
+                left = "" if target.is_new else f"; {wanted.target} is incomplete now"
+                raise Interrupted(f"interrupted{left}") from None
