@@ -1,0 +1,140 @@
+"""``pynbd map`` as people type it; that its lines are nbdinfo's is in interop/test_map_*.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.cli.looking import K, pynbd, write_chain
+
+TABLE = """\
+    offset      length  base:allocation    qemu:allocation-depth  qemu:dirty-bitmap:recording
+         0       65536  data               backing depth 2        clean
+     65536        8192  data               local                  dirty
+     73728       57344  data               local                  clean
+    131072       65536  hole,zero          local                  clean
+    196608      851968  hole,zero          absent                 clean
+"""
+THERE = (
+    "base:allocation, qemu:allocation-depth, qemu:dirty-bitmap:recording,"
+    " qemu:dirty-bitmap:resting, qemu:dirty-bitmap:older"
+)
+WHY = "(it was in use when its last writer ended)"
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Path:
+    return write_chain(tmp_path)
+
+
+def test_base_allocation_is_the_default(top: Path) -> None:
+    done = pynbd("map", top)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "         0      131072    0  data\n    131072      917504    3  hole,zero\n"
+    )
+
+
+def test_a_table(top: Path) -> None:
+    """Short names, and a context twice."""
+    contexts = ["-c", "allocation", "-c", "depth", "-c", "base:allocation"]
+    done = pynbd("map", *contexts, "--context", "qemu:dirty-bitmap:recording", top)
+    assert (done.returncode, done.stdout, done.stderr) == (0, TABLE, "")
+
+
+def test_all_contexts_that_begin_so(top: Path) -> None:
+    """The bitmap of the backing file, too; not the inconsistent one."""
+    done = pynbd("map", "-c", "qemu:dirty-bitmap:", top)
+    names = ("recording", "resting", "older")
+    assert done.stdout.split("\n")[0].split()[2:] == [f"qemu:dirty-bitmap:{n}" for n in names]
+
+
+@pytest.mark.parametrize(
+    "args,status,said",
+    [
+        (["-"], 1, "-: cannot be opened: No such file or directory"),
+        (["missing.qcow2"], 1, "missing.qcow2: cannot be opened: No such file or directory"),
+        ([""], 2, "the name of an image or an NBD URI is expected"),
+        ([], 2, "missing argument 'IMAGE|URI'"),
+        (
+            ["-c", "nonsense", "top.qcow2"],
+            1,
+            f"top.qcow2: no metadata context 'nonsense'; there are: {THERE}",
+        ),
+        (
+            ["-c", "qemu:dirty-bitmap:torn", "top.qcow2"],
+            1,
+            f"top.qcow2: bitmap 'torn' is inconsistent {WHY}: nobody knows what is dirty",
+        ),
+        (["-f", "vmdk", "top.qcow2"], 2, "--format: 'vmdk' is not one of 'raw', 'qcow2'"),
+        (
+            ["-f", "raw", "nbd://localhost"],
+            2,
+            "--format is for images: how an export is opened is the server's",
+        ),
+        (
+            ["--image", "disk.bmp", "top.qcow2"],
+            2,
+            "--image: disk.bmp: the name has to end in .svg or .png",
+        ),
+        (
+            ["--image", "disk.svg", "--json", "top.qcow2"],
+            2,
+            "--image draws all there is: without --context, --json and --totals",
+        ),
+        (
+            ["--image", "disk.svg", "nbd://localhost"],
+            2,
+            "--image draws images: a server does not tell of its layers",
+        ),
+        (
+            ["nbd:localhost"],
+            2,
+            "NBD URI 'nbd:localhost': nbd: is followed by //",
+        ),
+    ],
+)
+def test_refused(top: Path, args: list[str], status: int, said: str) -> None:
+    done = pynbd("map", *args, cwd=top.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"pynbd: {said}\n")
+    assert not list(top.parent.glob("disk.*"))
+
+
+def test_a_file_that_looks_like_a_uri(top: Path) -> None:
+    name = "nbd:disk"
+    (top.parent / name).write_bytes(bytes(K))
+    done = pynbd("map", "-f", "raw", f"./{name}", cwd=top.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_picture(top: Path) -> None:
+    done = pynbd("map", "--image", "disk.svg", top.name, cwd=top.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    text = " ".join(ElementTree.parse(top.parent / "disk.svg").getroot().itertext())
+    for word in ("top.qcow2", "below.qcow2", "recording", "resting"):
+        assert word in text
+
+
+def test_a_reader_that_leaves(top: Path) -> None:
+    """Not a word; 141 is what a shell gives for SIGPIPE."""
+    line = [sys.executable, "-m", "pynbd", "map", str(top)]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(line, stdout=write, stderr=subprocess.PIPE, timeout=20, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk(top: Path) -> None:
+    line = [sys.executable, "-m", "pynbd", "map", str(top)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, timeout=20, check=False)
+    assert done.returncode == 1
+    assert done.stderr == b"pynbd: standard output: No space left on device\n"
