@@ -19,7 +19,7 @@ from pynbd.cli.picture_shapes import Box, Fill
 
 LINE = "#8a8a8a"
 
-_MARK = 5
+_MARK = 4
 _TICKS = 10  # about so many guest offsets are marked, at most
 _OFFSET_ROOM = 110  # pixels
 
@@ -71,9 +71,12 @@ class Bars:
     def _boxes(self, y: int, height: int, columns: Int64s) -> Iterator[list[Box]]:
         """The boxes of each class; equal neighbours are one."""
         present = columns > 0
-        several = np.maximum(present.sum(axis=0), 1)
-        mark = np.minimum(_MARK, height // several)
-        parts = mark * present + (height - mark * several) * (columns / self._widths)
+        marks = present * np.minimum(_MARK, height // np.maximum(present.sum(axis=0), 1))
+        parts = height * (columns / self._widths)
+        # What is too little for its mark takes from the others, as much from each as it is above.
+        above = np.maximum(parts - marks, 0)
+        free = np.maximum(parts.sum(axis=0) - marks.sum(axis=0), 0)
+        parts = marks + above * (free / np.maximum(above.sum(axis=0), 1e-9))
         tops = np.rint(parts.cumsum(axis=0)).astype(np.int64)
         bottoms = np.vstack((np.zeros_like(tops[:1]), tops[:-1]))
         for top, bottom in zip(tops, bottoms, strict=True):

@@ -8,6 +8,7 @@ in the same way.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 
 from pynbd.cli.output import in_units
@@ -28,10 +29,13 @@ _SOFT = "#5c5c5c"
 
 _WIDTH = 1080
 _LEFT, _RIGHT = 40, 1040
-_READING_BAR, _BAR, _BITMAP_BAR = 48, 36, 20  # how high they are
+_READING_BAR, _BAR, _BITMAP_BAR = 48, 36, 28  # how high they are
 _TITLE, _HEADING, _TEXT, _SMALL = 20, 14, 13, 11  # sizes of letters
-_LETTER = 0.62  # how wide a letter is at most, on the average, in parts of its size
+_LETTER = 0.6  # how wide a letter is, on the average, in parts of its size
+_LINE_LETTERS = int((_RIGHT - _LEFT) / (_TEXT * _LETTER))
 _NUMBER_ROOM = 24  # how wide an image's part of the upper bar has to be to carry its number
+_TITLE_LETTERS = 70
+_SHORT_NAME = 16  # letters that a file name gets in any case
 _MOST_BITMAPS = 16
 
 _LEGEND = {
@@ -90,7 +94,7 @@ class _Layout:
 
     def head(self) -> None:
         lane = self._lane("head")
-        title = _file_name(self._picture.title, _room(_TITLE))
+        title = _file_name(self._picture.title, _TITLE_LETTERS)
         lane.shapes.append(Words(_LEFT, self.y, title, _TITLE, bold=True))
         count = sum(layer.count for layer in self._picture.layers)
         text = f"A disk of {in_units(self._size)} in one image."
@@ -105,7 +109,7 @@ class _Layout:
 
     def reading(self) -> None:
         damaged, zeroes, *data = self._read
-        facts = [f"{in_units(sum(data))} of data", f"{in_units(zeroes)} read as zeroes"]
+        facts = [f"{in_units(sum(data))} data", f"{in_units(zeroes)} read as zeroes"]
         facts += [f"{in_units(damaged)} damaged"] * (damaged > 0)
         text = " · ".join(facts)
         self._heading("What is read from the disk, and which image it comes from", text)
@@ -133,12 +137,16 @@ class _Layout:
     def _layer(self, number: int, layer: Layer) -> None:
         lane = self._lane(f"image-{number}")
         self.y += 16
-        text = self._facts(number, layer)
         what = f"({layer.format})"
         if layer.count > 1:
-            what += f" and {layer.count - 1} below it, together"
-        name = _file_name(layer.name, max(_room(_TEXT) - len(what) - len(text) - 6, 16))
-        lane.tip = f"{shortened(layer.name, 4096)} {what} {text}"
+            what += f" + {layer.count - 1} below"
+        text, *more = self._facts(number, layer)
+        lane.tip = " · ".join((f"{shortened(layer.name, 4096)} {what} {text}", *more))
+        room = _LINE_LETTERS - len(what) - 7  # for the name, and what can be said beside it
+        for fact in more:
+            if len(text) + len(fact) + 3 + _SHORT_NAME <= room:
+                text += f" · {fact}"
+        name = _file_name(layer.name, max(room - len(text), _SHORT_NAME))
         lane.shapes += [
             Fill("number", layer_colour(number), [Box(_LEFT, self.y - 13, 18, 17)]),
             _number(number, _LEFT + 9, self.y),
@@ -151,29 +159,29 @@ class _Layout:
         lane.shapes += self._bars.bar(self.y, _BAR, layer.columns, looks, end)
         self.y += _BAR + 10
 
-    def _facts(self, number: int, layer: Layer) -> str:
-        """What there is to say about a layer in numbers."""
+    def _facts(self, number: int, layer: Layer) -> Iterator[str]:
+        """What there is to say about a layer in numbers; what matters most comes first."""
         sums: list[int] = layer.columns.sum(axis=1).tolist()
         held = sum(sums) - sums[Content.UNALLOCATED]
         kinds = {
-            Content.DATA: "of data",
-            Content.COMPRESSED: "of compressed data",
-            Content.ZERO: "of zeroes",
+            Content.DATA: "data",
+            Content.COMPRESSED: "compressed",
+            Content.ZERO: "zeroes",
             Content.CORRUPT: "damaged",
         }
         parts = [f"{in_units(sums[kind])} {word}" for kind, word in kinds.items() if sums[kind]]
-        facts = ["holds nothing"]
         if held:
-            facts = [f"holds {', '.join(parts)}: {share(held, self._size)} of the disk"]
+            yield f"holds {', '.join(parts)}: {share(held, self._size)} of the disk"
+        else:
+            yield "holds nothing"
         hidden = sums[Content.DATA] + sums[Content.COMPRESSED]
         hidden -= self._read[Source.TOP + number - 1]
         if hidden:
-            facts.append(f"{in_units(hidden)} hidden by images above")
+            yield f"{in_units(hidden)} overwritten above"
         if layer.size < self._size:
-            facts.append(f"ends at {in_units(layer.size)}")
+            yield f"ends at {in_units(layer.size)}"
         elif layer.size > self._size:
-            facts.append(f"goes on to {in_units(layer.size)}")
-        return " · ".join(facts)
+            yield f"goes on to {in_units(layer.size)}"
 
     def bitmaps(self) -> None:
         lanes = self._picture.bitmaps
@@ -191,7 +199,7 @@ class _Layout:
         text += f" · in blocks of {in_units(bitmap.granularity)}"
         lane = self._lane("bitmap", f"dirty bitmap {shortened(bitmap.name, 1024)}: {text}")
         self.y += 16
-        name = shortened(bitmap.name, _room(_TEXT) - len(text) - 3)
+        name = shortened(bitmap.name, _LINE_LETTERS - len(text) - 3)
         lane.shapes += [
             Words(_LEFT, self.y, name, _TEXT, bold=True),
             Words(_RIGHT, self.y, text, _TEXT, _SOFT, "end"),
@@ -243,11 +251,6 @@ def _number(number: int, x: float, y: float) -> Words:
     """The number of an image on its colour."""
     colour = readable_on(layer_colour(number))
     return Words(x, y, str(number), _TEXT, colour, "middle", bold=True)
-
-
-def _room(size: int) -> int:
-    """How many letters of a size fit between the margins."""
-    return int((_RIGHT - _LEFT) / (size * _LETTER))
 
 
 def _file_name(path: str, length: int) -> str:

@@ -46,7 +46,7 @@ def _channels(colour: str) -> tuple[int, ...]:
 
 def _tint(colour: str) -> str:
     """A light tone of a colour."""
-    return "#" + bytes(255 - (255 - part) // 3 for part in _channels(colour)).hex()
+    return "#" + bytes(255 - (255 - part) // 2 for part in _channels(colour)).hex()
 
 
 def readable_on(colour: str) -> str:
