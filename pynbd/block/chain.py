@@ -2,20 +2,27 @@
 
 What an image says about other files is not trusted: a backing file or data file is a plain file
 name, whose format the overlay records; anything else is refused with one line that names the file,
-the reason and a way out. Layers below the top are opened for reading only.
+the reason and a way out. What the user says is: by options, or a name ``json:{...}``. Layers below
+the top are opened for reading only.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 
-from pynbd.block.engine import Engine, HostFile
+from pynbd.block.engine import Cache, Engine, HostFile
 from pynbd.block.file import open_host_file
+from pynbd.block.image_options import JSON_PREFIX, nested, parse_json_name
 from pynbd.block.node import BlockNode
+from pynbd.block.node_options import FileOptions, ImageOptions, image_options
 from pynbd.block.probe import PROBE_LENGTH, probe_format
 from pynbd.block.qcow2.image import Qcow2Node, read_header
 from pynbd.block.raw import RawNode
+from pynbd.block.slice import SliceNode
+from pynbd.block.window import WindowFile
 from pynbd.errors import CorruptImage, ImageError, UnsupportedFeature
 
 MAX_LAYERS = 200
@@ -29,7 +36,7 @@ _PROTOCOL = re.compile(r"[^:/]*:")
 
 
 async def open_image(
-    path: str | os.PathLike[str],
+    image: str | os.PathLike[str] | Mapping[str, object],
     *,
     format: str | None = None,  # noqa: A002 (the word of the command lines)
     read_only: bool = True,
@@ -37,21 +44,35 @@ async def open_image(
     probe_backing: bool = False,
     force_share: bool = False,
     engine: Engine | None = None,
+    offset: int = 0,
+    whole_sectors: bool = False,
+    cache: Cache = Cache.WRITEBACK,
 ) -> BlockNode:
     """Open an image and the chain below it; close it with `BlockNode.close`.
 
+    ``image``: a file name; ``json:{...}``, a string; or the options of a node, nested or with
+    dotted names (see `pynbd.block.node_options`).
     ``format``: "raw" or "qcow2"; without it the first bytes tell. ``snapshot``: an internal
     snapshot in place of the active layer, by name or ID. ``probe_backing``: guess the formats of
     backing files that the overlays do not record. ``force_share``: read images that others may be
     writing. ``engine``: shared with others; without it the image gets one of its own.
+    ``offset``: the disk begins at this byte of the image. ``whole_sectors``: a raw image that ends
+    in the middle of a sector of 512 bytes is a disk that ends with the sector, as in QEMU.
 
-    Raises `ImageError`; nothing is open then.
+    Raises `ImageError`, or `UsageError` for a name that is not JSON; nothing is open then.
     """
-    opening = _Opening(engine or Engine(), probe_backing=probe_backing, force_share=force_share)
+    options = _options(image, cache, force_share=force_share)
+    if format is not None:
+        options = replace(options, driver=format)
+    if options.read_only and not read_only:
+        raise ImageError("image option read-only: it is on, and the image is to be written")
+    opening = _Opening(engine or Engine(), probe_backing=probe_backing, whole_sectors=whole_sectors)
     try:
         if not read_only:
-            await _refuse_writing(opening.engine, os.fspath(path), format)
-        top = await opening.chain(os.fspath(path), format, read_only=read_only, snapshot=snapshot)
+            await opening.refuse_writing(options)
+        top = await opening.top(options, read_only=read_only, snapshot=snapshot)
+        if offset:
+            top = SliceNode(top, offset)
     except BaseException:
         for file in opening.files:
             file.close()
@@ -63,85 +84,182 @@ async def open_image(
     return top
 
 
+def _options(
+    image: str | os.PathLike[str] | Mapping[str, object], cache: Cache, *, force_share: bool
+) -> ImageOptions:
+    if isinstance(image, str) and image.startswith(JSON_PREFIX):
+        image = parse_json_name(image)
+    if isinstance(image, Mapping):
+        return image_options(
+            nested(image, "image options"), cache=cache.mode, force_share=force_share
+        )
+    file = FileOptions(os.fspath(image), cache.mode, force_share)
+    return ImageOptions(None, file, cache.mode, force_share)
+
+
 class _Opening:
     """A chain while it is being opened: its files so far."""
 
-    def __init__(self, engine: Engine, *, probe_backing: bool, force_share: bool) -> None:
+    def __init__(self, engine: Engine, *, probe_backing: bool, whole_sectors: bool) -> None:
         self.engine = engine
         self.files: list[HostFile] = []
         self._probe_backing = probe_backing
-        self._force_share = force_share
+        self._whole_sectors = whole_sectors
 
-    async def chain(
-        self, path: str, format_name: str | None, *, read_only: bool, snapshot: str | None
+    async def top(
+        self, options: ImageOptions, *, read_only: bool, snapshot: str | None
     ) -> BlockNode:
         """The top node, with those below it attached."""
-        file = self._open(path, writable=not read_only)
-        top = node = await self._node(file, format_name, read_only=read_only, snapshot=snapshot)
+        inner = options.file
+        if isinstance(inner, ImageOptions) and inner.driver != "raw":
+            if options.driver != "raw":
+                raise UnsupportedFeature("image option file: only raw can stand on an image")
+            image = await self.top(inner, read_only=read_only, snapshot=snapshot)
+            return SliceNode(image, options.offset, options.size)
+        top = node = await self._node(options, read_only=read_only, snapshot=snapshot)
         for _ in range(MAX_LAYERS):
-            if not isinstance(node, Qcow2Node) or node.header.backing_file is None:
+            below = self._below(node, options)
+            if below is None:
                 return top
-            node.backing = node = await self._backing(node, node.header.backing_file)
-        raise ImageError(f"{path}: its backing chain has more than {MAX_LAYERS} layers")
+            assert isinstance(node, Qcow2Node)
+            node.backing = node = await self._backing(node, below)
+            options = below
+        raise ImageError(f"{top.name}: its backing chain has more than {MAX_LAYERS} layers")
 
-    async def _backing(self, overlay: Qcow2Node, name: str) -> BlockNode:
-        path = _named_path(overlay.name, name, _BACKING_FILE)
-        format_name = overlay.header.backing_format
-        if format_name is None and not self._probe_backing:
-            raise ImageError(
-                f"{overlay.name}: the format of its backing file {name!r} is not recorded,"
-                " and guessing is not safe (--probe-backing guesses, qemu-img rebase -u -F FORMAT"
-                " records it)"
-            )
+    async def _backing(self, overlay: Qcow2Node, options: ImageOptions) -> BlockNode:
         try:
-            return await self._node(self._open(path), format_name)
+            return await self._node(options)
         except ImageError as error:
             raise type(error)(f"{error} ({_BACKING_FILE} of {overlay.name})") from None
 
+    def _below(self, node: BlockNode, options: ImageOptions) -> ImageOptions | None:
+        """What is below ``node``, whose options are ``options``."""
+        if not isinstance(node, Qcow2Node) or options.no_backing:
+            return None
+        recorded, given = node.header.backing_file, options.backing
+        if given is None:
+            if recorded is None:
+                return None
+            given = ImageOptions(None, None, options.cache, options.force_share)
+        driver = given.driver or node.header.backing_format
+        if given.file is not None:
+            return replace(given, driver=driver)
+        if recorded is None:
+            raise ImageError(f"image option backing.file: {node.name} names no backing file")
+        path = _named_path(node.name, recorded, _BACKING_FILE)
+        if driver is None and not self._probe_backing:
+            raise ImageError(
+                f"{node.name}: the format of its backing file {recorded!r} is not recorded,"
+                " and guessing is not safe (--probe-backing guesses, qemu-img rebase -u -F FORMAT"
+                " records it)"
+            )
+        file = FileOptions(path, given.cache, given.force_share)
+        return replace(given, driver=driver, file=file)
+
     async def _node(
-        self,
-        file: HostFile,
-        format_name: str | None,
-        *,
-        read_only: bool = True,
-        snapshot: str | None = None,
+        self, options: ImageOptions, *, read_only: bool = True, snapshot: str | None = None
     ) -> BlockNode:
-        """One layer, without what is below it; ``format_name`` None is guessed."""
+        """One layer, without what is below it."""
+        file = self._host_file(options, writable=not read_only)
         path = file.path
         looks_like = await _probe(file)
-        chosen = format_name or looks_like
+        chosen = options.driver or looks_like
         if chosen not in FORMATS:
-            hint = "" if format_name else "; -f raw takes it as it is"
+            hint = "" if options.driver else "; -f raw takes it as it is"
             raise UnsupportedFeature(
                 f"{path}: its format is {chosen}; raw and qcow2 are supported{hint}"
             )
         if chosen == "raw":
             if snapshot is not None:
                 raise ImageError(f"{path}: it is raw, and has no internal snapshots")
-            guard = probe_format if format_name is None and not read_only else None
-            return RawNode(file, read_only=read_only, guard=guard)
+            if options.backing or options.data_file:
+                raise ImageError(f"{path}: it is raw; backing and data-file are options of qcow2")
+            guard = probe_format if options.driver is None and not read_only else None
+            return RawNode(
+                file,
+                read_only=read_only,
+                guard=guard,
+                start=options.offset,
+                size=options.size,
+                whole_sectors=self._whole_sectors,
+            )
+        if options.is_window:
+            raise ImageError(f"{path}: it is qcow2; offset and size are options of raw")
         if looks_like != "qcow2":
             raise ImageError(f"{path}: it is not a qcow2 image; it looks like {looks_like}")
         header = await read_header(file)
         data_file = None
         if header.has_data_file:
-            if header.data_file is None:
-                raise ImageError(f"{path}: it needs an external data file, and does not name it")
-            data_path = _named_path(path, header.data_file, _DATA_FILE)
-            try:
-                data_file = self._open(data_path)
-            except ImageError as error:
-                raise type(error)(f"{error} ({_DATA_FILE} of {path})") from None
+            data_file = self._data_file(path, header.data_file, options)
+        elif options.data_file:
+            raise ImageError(f"{path}: image option data-file: it has no external data file")
         return await Qcow2Node.open(file, header, data_file=data_file, snapshot=snapshot)
 
-    def _open(self, path: str, *, writable: bool = False) -> HostFile:
+    def _data_file(self, path: str, recorded: str | None, options: ImageOptions) -> HostFile:
+        given = options.data_file
+        if given is None:
+            if recorded is None:
+                raise ImageError(f"{path}: it needs an external data file, and does not name it")
+            data_path = _named_path(path, recorded, _DATA_FILE)
+            given = FileOptions(data_path, options.cache, options.force_share)
+        try:
+            return self._open(given)
+        except ImageError as error:
+            raise type(error)(f"{error} ({_DATA_FILE} of {path})") from None
+
+    def _host_file(self, options: ImageOptions, *, writable: bool) -> HostFile:
+        """The file that an image is in, or the part of one."""
+        inner = options.file
+        if isinstance(inner, FileOptions):
+            return self._open(inner, writable=writable)
+        if inner is None or inner.driver != "raw":
+            raise UnsupportedFeature("image option file: of images only raw can stand here")
+        file = self._host_file(inner, writable=writable)
+        if not inner.is_window:
+            return file
+        if writable:
+            raise UnsupportedFeature(f"{file.path}: an image inside a file is not written yet")
+        self.files.remove(file)
+        self.files.append(WindowFile.of(file, inner.offset, inner.size))
+        return self.files[-1]
+
+    def _open(self, options: FileOptions, *, writable: bool = False) -> HostFile:
         """Open a file of the chain."""
-        file = open_host_file(self.engine, path, writable=writable, force_share=self._force_share)
+        path = options.filename
+        file = open_host_file(
+            self.engine,
+            path,
+            writable=writable,
+            force_share=options.force_share,
+            cache=options.cache,
+        )
         self.files.append(file)
+        if options.device and not file.is_device:
+            raise ImageError(f"{path}: host_device is for block devices, and it is none")
         for other in self.files[:-1]:
             if other.identity == file.identity:
                 raise ImageError(f"{path}: it is in the chain already, as {other.path}: a loop")
         return file
+
+    async def refuse_writing(self, options: ImageOptions) -> None:
+        """Told before the image is locked: the caller may want to read it, as others do."""
+        while options.driver == "raw" and isinstance(options.file, ImageOptions):
+            options = options.file
+        driver, file = options.driver, options.file
+        path = file.filename if isinstance(file, FileOptions) else "the image"
+        if driver is None and isinstance(file, FileOptions):
+            try:
+                probed = HostFile.open(self.engine, path, writable=False)
+            except OSError as error:
+                raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
+            try:
+                driver = await _probe(probed)
+            finally:
+                probed.close()
+        if driver == "qcow2":
+            raise UnsupportedFeature(
+                f"{path}: qcow2 images are not written yet; -r serves it read-only"
+            )
 
 
 def _named_path(image: str, name: str, role: str) -> str:
@@ -157,20 +275,3 @@ def _named_path(image: str, name: str, role: str) -> str:
 
 async def _probe(file: HostFile) -> str:
     return probe_format(await file.read_bytes(PROBE_LENGTH, 0))
-
-
-async def _refuse_writing(engine: Engine, path: str, format_name: str | None) -> None:
-    """Told before the image is locked: the caller may want to read it, as others do."""
-    if format_name is None:
-        try:
-            file = HostFile.open(engine, path, writable=False)
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
-        try:
-            format_name = await _probe(file)
-        finally:
-            file.close()
-    if format_name == "qcow2":
-        raise UnsupportedFeature(
-            f"{path}: qcow2 images are not written yet; -r serves it read-only"
-        )

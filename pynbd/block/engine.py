@@ -26,8 +26,9 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,6 +61,37 @@ _syscall.restype = ctypes.c_long
 
 # struct flock of <fcntl.h>: type, whence, start, length, pid; native alignment and size.
 _FLOCK = struct.Struct("hhqqi0q")
+
+
+class CacheMode(NamedTuple):
+    """How a file is cached. ``direct``: past the page cache. ``write_through``: what was written is
+    on stable storage before the write is done. ``no_flush``: nothing is ever asked to be there.
+    """
+
+    direct: bool = False
+    write_through: bool = False
+    no_flush: bool = False
+
+
+_WRITEBACK = CacheMode()
+
+
+class Cache(StrEnum):
+    """QEMU's names for cache modes (``--cache`` of its tools)."""
+
+    NONE = "none"
+    WRITEBACK = "writeback"
+    WRITETHROUGH = "writethrough"
+    DIRECTSYNC = "directsync"
+    UNSAFE = "unsafe"
+
+    @property
+    def mode(self) -> CacheMode:
+        return CacheMode(
+            direct=self in (Cache.NONE, Cache.DIRECTSYNC),
+            write_through=self in (Cache.WRITETHROUGH, Cache.DIRECTSYNC),
+            no_flush=self is Cache.UNSAFE,
+        )
 
 
 class Engine:
@@ -111,12 +143,23 @@ class HostFile:
     Offsets and lengths are bytes. Failures are ``OSError``.
     """
 
-    def __init__(self, engine: Engine, path: str, fd: int, *, writable: bool) -> None:
+    start = 0  # where its first byte is behind the descriptor
+
+    def __init__(
+        self,
+        engine: Engine,
+        path: str,
+        fd: int,
+        *,
+        writable: bool,
+        cache: CacheMode = _WRITEBACK,
+    ) -> None:
         self.engine = engine
         self.path = path
         self.fd = fd
         self._descriptor = Descriptor(fd)
         self.writable = writable
+        self.cache = cache
         self.sync_failed = False
         self._sync_lock = threading.Lock()
         self._syncs = 0
@@ -134,7 +177,9 @@ class HostFile:
         self._fallocate_refused: set[int] = set()
 
     @classmethod
-    def open(cls, engine: Engine, path: str, *, writable: bool) -> HostFile:
+    def open(
+        cls, engine: Engine, path: str, *, writable: bool, cache: CacheMode = _WRITEBACK
+    ) -> HostFile:
         """Open a regular file or a block device; anything else is refused, without ever waiting on
         it.
         """
@@ -144,7 +189,7 @@ class HostFile:
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file or a block device", path)
-        return cls(engine, path, fd, writable=writable)
+        return cls(engine, path, fd, writable=writable, cache=cache)
 
     def close(self) -> None:
         """Close the descriptor, which also drops the locks on it, once no call uses it any more."""
@@ -183,7 +228,7 @@ class HostFile:
         if done == len(view):
             return done
         return done + await self.engine.run(
-            _read_fully, self._descriptor, view[done:], offset + done
+            _read_fully, self._descriptor, view[done:], self.start + offset + done
         )
 
     async def read_unless_hole(self, length: int, offset: int, *, sparse: bool) -> bytes | None:
@@ -192,7 +237,9 @@ class HostFile:
 
         None if ``sparse`` and the file has no data in the range, all of which is inside it.
         """
-        return await self.engine.run(_read_unless_hole, self._descriptor, length, offset, sparse)
+        return await self.engine.run(
+            _read_unless_hole, self._descriptor, length, self.start + offset, sparse
+        )
 
     async def read_bytes(self, length: int, offset: int) -> bytes:
         """Up to ``length`` bytes from ``offset``, fewer only at the end of the file."""
@@ -230,7 +277,9 @@ class HostFile:
 
         Past the end of the file is no data. A file system without SEEK_DATA says that all is data.
         """
-        return await self.engine.run(_data_runs, self._descriptor, offset, length, limit)
+        return await self.engine.run(
+            _data_runs, self._descriptor, self.start + offset, length, limit
+        )
 
     # Writing
 
@@ -277,7 +326,7 @@ class HostFile:
 
     async def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Ask the host to read each (offset, length) ahead."""
-        await self.engine.run(_will_need, self._descriptor, ranges)
+        await self.engine.run(_will_need, self._descriptor, self.start, ranges)
 
     # Locks
 
@@ -422,10 +471,10 @@ def _data_runs(fd: int, offset: int, length: int, limit: int) -> list[tuple[int,
 
 
 @_with_descriptor
-def _will_need(fd: int, ranges: Sequence[tuple[int, int]]) -> None:
+def _will_need(fd: int, start: int, ranges: Sequence[tuple[int, int]]) -> None:
     for offset, length in ranges:
-        end = offset + length
-        for at in range(offset, end, WILL_NEED_PIECE):
+        end = start + offset + length
+        for at in range(start + offset, end, WILL_NEED_PIECE):
             os.posix_fadvise(fd, at, min(WILL_NEED_PIECE, end - at), os.POSIX_FADV_WILLNEED)
 
 

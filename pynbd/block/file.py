@@ -16,6 +16,8 @@ from pynbd.block.engine import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
     FALLOC_ZERO_RANGE,
+    Cache,
+    CacheMode,
     Engine,
     HostFile,
 )
@@ -39,7 +41,12 @@ class Permission(IntEnum):
 
 
 def open_host_file(
-    engine: Engine, path: str, *, writable: bool, force_share: bool = False
+    engine: Engine,
+    path: str,
+    *,
+    writable: bool,
+    force_share: bool = False,
+    cache: CacheMode = Cache.WRITEBACK.mode,
 ) -> HostFile:
     """Open an image file or device and lock it as QEMU does.
 
@@ -48,7 +55,7 @@ def open_host_file(
     lock.
     """
     try:
-        file = HostFile.open(engine, path, writable=writable)
+        file = HostFile.open(engine, path, writable=writable, cache=cache)
     except OSError as error:
         denied = writable and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         hint = " for writing (-r serves it read-only)" if denied else ""

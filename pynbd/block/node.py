@@ -138,6 +138,10 @@ class BlockNode(ABC):
             work = await _turn(work, runs)
         return runs
 
+    async def lookup(self, offset: int, length: int) -> Runs:
+        """`map` as I/O needs it: depths are places in the chain, and nobody looks for zeroes."""
+        return await self.map(offset, length, want_zero=False)
+
     async def _layer_and_beyond(self, first: int, last: int, *, want_zero: bool) -> Runs:
         """`layer` for guest bytes [first, last), which may lie beyond the end of this node."""
         if first >= self.size:
@@ -174,9 +178,9 @@ class BlockNode(ABC):
         stop = min(start + resolved.span, self.size)
         while True:
             changes = resolved.changes
-            runs = await self.map(start, stop - start, want_zero=False)
+            runs = await self.lookup(start, stop - start)
             while runs.end < stop:  # a short answer
-                more = await self.map(runs.end, stop - runs.end, want_zero=False)
+                more = await self.lookup(runs.end, stop - runs.end)
                 runs = concatenate([runs, more])
             if resolved.changes == changes:  # else the mapping changed while it was looked up
                 window = Window(runs)

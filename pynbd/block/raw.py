@@ -1,4 +1,7 @@
-"""Raw images: the guest offset is the host offset.
+"""Raw images: the guest offset is the host offset, or is at a fixed distance from it.
+
+A disk of whole sectors of 512 bytes, as QEMU makes it of every raw file, may be longer than its
+file: the rest of the last sector reads as zeroes, and a write there makes the file longer.
 
 A raw image whose format was guessed is guarded: its first 512 bytes may not become the beginning of
 another format, because the next to guess would take the guest's bytes for metadata, with the names
@@ -17,6 +20,7 @@ from pynbd.block.engine import Buffer, HostFile
 from pynbd.block.extent import DATA, NO_HOST, ZERO, Runs
 from pynbd.block.node import RESOLVE_WINDOW, BlockNode
 from pynbd.block.resolved import Window
+from pynbd.block.window import SECTOR, check_window
 
 GUARDED = 512
 
@@ -26,32 +30,57 @@ _RUNS_PER_STEP = 4096
 
 class RawNode(BlockNode):
     """A raw file or device. ``guard``: what format a first sector looks like, for a guessed
-    format.
+    format. ``start``, ``size``: the part of it that is the disk. ``whole_sectors``: the end of the
+    file is rounded up to a multiple of 512. Raises `ImageError` if the part is not in the file.
     """
 
     format = "raw"
     file: HostFile
 
     def __init__(
-        self, file: HostFile, *, read_only: bool, guard: Callable[[bytes], str] | None = None
+        self,
+        file: HostFile,
+        *,
+        read_only: bool,
+        guard: Callable[[bytes], str] | None = None,
+        start: int = 0,
+        size: int | None = None,
+        whole_sectors: bool = False,
     ) -> None:
         self.name = file.path
         self.file = file
         self.read_only = read_only
-        self.size = file.size()
+        self.start = start
+        file_size = file.size()
+        check_window(self.name, file_size, start, size)
+        if size is None:
+            size = max(file_size - start, 0)
+            if whole_sectors:
+                size = -(-size // SECTOR) * SECTOR
+        self.size = size
         self._guard = guard
         self._first_sector = asyncio.Lock()
         # Plain from end to end: one window holds it all, and reads never ask for a map.
         self.window = max(self.size, RESOLVE_WINDOW)
+        self._find_end()
+
+    def _find_end(self) -> None:
+        """Find out how far the file holds the disk, and remember how that is mapped."""
+        self._end = max(min(self.file.size() - self.start, self.size), 0)
         if self.size:
-            self.resolved.keep(Window(Runs.single(0, self.size, DATA, 0)))
+            self.resolved.keep(Window(self._plain(0, self.size)))
+
+    def _plain(self, offset: int, length: int) -> Runs:
+        inside = max(min(self._end - offset, length), 0)
+        rows = [(inside, DATA, self.start + offset), (length - inside, ZERO, NO_HOST)]
+        return Runs.of(offset, [row for row in rows if row[0]])
 
     async def layer(self, offset: int, length: int, *, want_zero: bool) -> Runs:
         if not want_zero:
-            return Runs.single(offset, length, DATA, offset)
-        pieces = await self.file.data_runs(offset, length, _RUNS_PER_STEP)
+            return self._plain(offset, length)
+        pieces = await self.file.data_runs(self.start + offset, length, _RUNS_PER_STEP)
         rows = []
-        at = offset
+        at = self.start + offset
         for size, is_data in pieces:
             rows.append((size, DATA, at) if is_data else (size, ZERO, NO_HOST))
             at += size
@@ -66,33 +95,47 @@ class RawNode(BlockNode):
         self, pieces: Sequence[tuple[int, Buffer]], *, fua: bool = False
     ) -> list[OSError | None]:
         if self._guard is None or all(offset >= GUARDED for offset, _ in pieces):
-            return await self.file.write_batch([(data, offset) for offset, data in pieces], fua=fua)
+            start = self.start
+            errors = await self.file.write_batch(
+                [(data, start + offset) for offset, data in pieces], fua=fua
+            )
+            self._longer(pieces)
+            return errors
         # One after the other: two harmless pieces can make a magic together.
-        errors: list[OSError | None] = []
+        errors = []
         for offset, data in pieces:
             try:
                 async with self._sector_lock(offset):
                     await self._check_guard(offset, data)
-                    await self.file.write(data, offset, fua=fua)
+                    await self.file.write(data, self.start + offset, fua=fua)
             except OSError as error:
                 errors.append(error)
             else:
                 errors.append(None)
+        self._longer(pieces)
         return errors
+
+    def _longer(self, pieces: Sequence[tuple[int, Buffer]]) -> None:
+        """The file may have grown into its last sector."""
+        if self._end < self.size and any(at + len(data) > self._end for at, data in pieces):
+            self.resolved.forget(0, self.size)
+            self._find_end()
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
     ) -> None:
         async with self._sector_lock(offset):
             await self._check_guard(offset, bytes(min(length, GUARDED)))
-            await host.write_zeroes(self.file, offset, length, may_unmap=may_unmap, fast=fast)
+            await host.write_zeroes(
+                self.file, self.start + offset, length, may_unmap=may_unmap, fast=fast
+            )
         if fua:
             await self.file.flush()
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         async with self._sector_lock(offset):
             await self._check_guard(offset, bytes(min(length, GUARDED)))
-            await host.discard(self.file, offset, length)
+            await host.discard(self.file, self.start + offset, length)
         if fua:
             await self.file.flush()
 
@@ -102,7 +145,7 @@ class RawNode(BlockNode):
     async def _check_guard(self, offset: int, data: Buffer) -> None:
         if self._guard is None or offset >= GUARDED:
             return
-        sector = bytearray(await self.file.read_bytes(GUARDED, 0)).ljust(GUARDED, b"\0")
+        sector = bytearray(await self.file.read_bytes(GUARDED, self.start)).ljust(GUARDED, b"\0")
         sector[offset : offset + len(data)] = memoryview(data)[: GUARDED - offset]
         looks_like = self._guard(bytes(sector))
         if looks_like != "raw":

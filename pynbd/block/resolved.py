@@ -11,7 +11,7 @@ a dictionary, one bisect, four values.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,11 @@ def _column(values: npt.NDArray[Any]) -> Sequence[int]:
 
 
 class ResolvedWindows:
-    """Windows of ``span`` guest bytes, by their number. ``changes`` counts calls of `forget`."""
+    """Windows of ``span`` guest bytes, by their number. ``changes`` counts calls of `forget`, of
+    which a node on top of the chain may want to hear (``listener``).
+    """
+
+    listener: Callable[[int, int], None] | None = None
 
     def __init__(self, span: int, limit_bytes: int = RESOLVED_BYTES) -> None:
         self.span = span
@@ -84,6 +88,8 @@ class ResolvedWindows:
         self.changes += 1
         for number in range(offset // self.span, -(-end // self.span)):
             self._drop(number)
+        if self.listener:
+            self.listener(offset, end)
 
     def _drop(self, number: int) -> None:
         dropped = self.windows.pop(number, None)
