@@ -25,6 +25,8 @@ Anchor = Literal["start", "middle", "end"]
 
 @dataclass(frozen=True)
 class Box:
+    """A place on the sheet."""
+
     x: float
     y: float
     width: float
@@ -66,6 +68,8 @@ class Lane:
 
 @dataclass(frozen=True)
 class Sheet:
+    """All of a picture; later lanes and shapes lie on top of earlier ones."""
+
     width: int
     height: int
     title: str
