@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from interop import documented, peers, samples
+from interop import peers, samples, terminal
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,7 +21,7 @@ SERVERS = ("pynbd serve", "pynbd-qemu-nbd")
 def lines() -> Iterator[tuple[str, str]]:
     """(place, command) of each line of the ``sh`` blocks."""
     for document in DOCUMENTS:
-        for first, text in documented.blocks(document, "sh"):
+        for first, text in terminal.blocks(document, "sh"):
             for number, line in enumerate(text.splitlines(), first):
                 words = shlex.split(line, comments=True)
                 if words:
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     peers.require("qemu-img", "nbdinfo")
     samples.chain(tmp_path)
     disk = tmp_path / "disk.qcow2"
-    samples.peers.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "64M")
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "64M")
     samples.qemu_io(disk, "write -q -P 1 0 1M", "write -q -P 2 8M 64k", "write -q -z 16M 1M")
     peers.run("qemu-img", "snapshot", "-c", "before-upgrade", disk)
     peers.run("qemu-img", "bitmap", "--add", disk, "backup-1")
@@ -46,19 +46,19 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_terminal(document: Path, folder: Path) -> None:
     with ExitStack() as stack:
-        terminal = documented.Terminal(folder, documented.environment())
-        stack.callback(terminal.close)
-        for step in documented.steps(document):
-            status, output = terminal.run(step.command, step.output)
+        shell = terminal.Terminal(folder, terminal.environment())
+        stack.callback(shell.close)
+        for step in terminal.steps(document):
+            status, output = shell.run(step.command, step.output)
             where = f"{document.name}:{step.line}: {step.command}"
-            assert documented.matches(output, step.output), f"{where}\n{output}"
+            assert terminal.matches(output, step.output), f"{where}\n{output}"
             assert status == 0, f"{where}: status {status}\n{output}"
 
 
 @pytest.mark.parametrize("place, command", lines())
 def test_command(place: str, command: str, folder: Path) -> None:
     words = shlex.split(command, comments=True)
-    line = ["unshare", "-rn"] if documented.lends_a_network() else []
+    line = ["unshare", "-rn"] if terminal.lends_a_network() else []
     line += ["sh", "-c", f"ip link set lo up; exec {command}"]
     serves = command.startswith(SERVERS)
     with subprocess.Popen(
@@ -67,7 +67,7 @@ def test_command(place: str, command: str, folder: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=folder,
-        env=documented.environment(),
+        env=terminal.environment(),
         text=True,
     ) as process:
         if serves:
@@ -83,5 +83,5 @@ def test_command(place: str, command: str, folder: Path) -> None:
 def test_a_dead_link_is_not_shown() -> None:
     """Every relative link leads to a file."""
     for document in DOCUMENTS:
-        for target in documented.links(document):
+        for target in terminal.links(document):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
