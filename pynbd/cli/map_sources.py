@@ -89,6 +89,8 @@ class ExportSource:
 async def export_source(uri: str, contexts: Sequence[str]) -> AsyncIterator[ExportSource]:
     """Connect to an export; `PynbdError` if a context is not there."""
     async with connect(uri, contexts=contexts) as client:
+        if not (client.structured or client.extended):
+            raise PynbdError(f"{uri}: the server has only simple replies, and they tell no status")
         missing, found = _matched(contexts, client.contexts)
         if missing:
             there = [name for info in await exports_of(uri) for name in info.contexts]

@@ -55,13 +55,13 @@ def printable(text: str) -> str:
 
 
 def in_units(count: int) -> str:
-    """A number of bytes for people: ``1.5 MiB``; three digits, as many as tell something."""
+    """A number of bytes for people: ``1.5 MiB``; three digits are enough."""
     if count < 1 << 10:
         return f"{count} B"
     size, unit = count / (1 << 10), 0
-    while size >= 999.5 and unit + 1 < len(_UNITS):
+    while size >= 1023.5 and unit + 1 < len(_UNITS):
         size, unit = size / (1 << 10), unit + 1
-    return f"{size:.3g} {_UNITS[unit]}"
+    return f"{size:.0f} {_UNITS[unit]}" if size >= 100 else f"{size:.3g} {_UNITS[unit]}"
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:

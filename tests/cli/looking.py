@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pynbd.block.qcow2.builder import Bitmap, Data, Image, InternalSnapshot, Zero
 from pynbd.block.qcow2.format import BitmapFlags
+from pynbd.cli import complaints
+from pynbd.cli.main import commands
 
 K, M = 1 << 10, 1 << 20
 
@@ -23,6 +27,17 @@ def pynbd(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedPro
         cwd=cwd,
         stdin=subprocess.PIPE,
     )
+
+
+def pynbd_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str | Path
+) -> tuple[object, str, str]:
+    """Status and output of the program, without a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["pynbd", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        complaints.run(commands, "pynbd")
+    said = capsys.readouterr()
+    return end.value.code or 0, said.out, said.err
 
 
 def write_chain(folder: Path) -> Path:

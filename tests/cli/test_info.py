@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.looking import K, M, pynbd, write_chain
+from tests.cli.looking import K, M, pynbd, pynbd_here, write_chain
 
 TEXT = """\
 image:     top.qcow2
@@ -125,9 +125,17 @@ def test_an_image_in_use(top: Path) -> None:
         ),
     ],
 )
-def test_refused(tmp_path: Path, args: list[str], status: int, said: str) -> None:
-    done = pynbd("info", *args, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"pynbd: {said}\n")
+def test_refused(
+    args: list[str],
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = pynbd_here(monkeypatch, capsys, "info", *args)
+    assert done == (status, "", f"pynbd: {said}\n")
 
 
 def test_names_cannot_command_a_terminal(tmp_path: Path) -> None:

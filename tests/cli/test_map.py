@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.cli.looking import K, pynbd, write_chain
+from tests.cli.looking import K, pynbd, pynbd_here, write_chain
 
 TABLE = """\
     offset      length  base:allocation    qemu:allocation-depth  qemu:dirty-bitmap:recording
@@ -99,9 +99,17 @@ def test_all_contexts_that_begin_so(top: Path) -> None:
         ),
     ],
 )
-def test_refused(top: Path, args: list[str], status: int, said: str) -> None:
-    done = pynbd("map", *args, cwd=top.parent)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"pynbd: {said}\n")
+def test_refused(
+    args: list[str],
+    status: int,
+    said: str,
+    top: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(top.parent)
+    done = pynbd_here(monkeypatch, capsys, "map", *args)
+    assert done == (status, "", f"pynbd: {said}\n")
     assert not list(top.parent.glob("disk.*"))
 
 
