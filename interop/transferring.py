@@ -1,0 +1,33 @@
+"""``pynbd copy`` and ``pynbd compare`` as their users start them, and other people's judgement of
+what came out.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from interop import peers
+
+
+def pynbd(*args: str | Path, status: int = 0, says: str = "") -> str:
+    """Run a subcommand to its end; its output. It leaves with ``status``, and on standard error
+    there is a line with ``says``, or nothing.
+    """
+    line = [sys.executable, "-m", "pynbd", *map(str, args)]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, f"{line}: status {done.returncode}\n{done.stderr}"
+    if says:
+        assert says in done.stderr
+        assert done.stderr.startswith("pynbd: ")
+        assert done.stderr.count("\n") == 1
+    else:
+        assert done.stderr == ""
+    return done.stdout
+
+
+def same(a: Path | str, b: Path | str, formats: tuple[str, str] = ("raw", "raw")) -> None:
+    """qemu-img finds no difference; a URI is raw."""
+    said = peers.run("qemu-img", "compare", "-f", formats[0], "-F", formats[1], a, b)
+    assert said.stdout == "Images are identical.\n"
