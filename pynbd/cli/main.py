@@ -25,6 +25,7 @@ class _Subcommands(click.Group):
         "compare": "pynbd.cli.compare",
         "demo": "pynbd.cli.demo",
         "completion": "pynbd.cli.completion",
+        "man": "pynbd.cli.man",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

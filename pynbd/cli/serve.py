@@ -68,6 +68,10 @@ class ServeOptions:
 
 @click.command(
     epilog="""\b
+Environment:
+  LISTEN_PID, LISTEN_FDS  socket activation: the listening sockets, from 3 on
+
+\b
 Examples:
   pynbd serve disk.qcow2
   pynbd serve -k /run/disk.sock -x disk disk.qcow2
