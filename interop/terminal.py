@@ -88,12 +88,14 @@ class Terminal:
             start_new_session=True,
         )
         self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as output:
+            for line in output:
+                self._lines.put(line)
 
     def run(self, command: str, shown: str) -> tuple[int, str]:
         """The status and output of a command; that of a server when it is what is ``shown``."""
@@ -117,6 +119,7 @@ class Terminal:
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait(_PATIENCE)
+        self._reader.join(_PATIENCE)
 
 
 def lends_a_network() -> bool:
