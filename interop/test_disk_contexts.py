@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from interop import documented, peers
+from interop import peers
 from interop.conftest import PynbdServe
+from interop.documented import programs
 
 SIZE = 1 << 20
 # Each line of 16 bytes says where it is.
@@ -19,7 +20,7 @@ CONTENT = b"".join(b"%15d\n" % at for at in range(0, SIZE, 16))
 @pytest.fixture
 def uri(tmp_path: Path, pynbd_serve: PynbdServe) -> str:
     file = tmp_path / "heat.py"
-    file.write_text(documented.program("library.md", "heat.py"))
+    file.write_text(programs()["heat.py"])
     return pynbd_serve(f"--python={file}:Heat")
 
 
@@ -95,6 +96,6 @@ def test_socket_activation(tmp_path: Path) -> None:
     """nbdinfo starts it, and it ends with nbdinfo."""
     peers.require("nbdinfo")
     file = tmp_path / "heat.py"
-    file.write_text(documented.program("library.md", "heat.py"))
+    file.write_text(programs()["heat.py"])
     line = [sys.executable, "-m", "pynbd", "serve", "--python", f"{file}:Heat"]
     assert peers.run("nbdinfo", "--size", "--", "[", *line, "]").stdout == f"{SIZE}\n"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from interop import documented, peers, samples
+from interop import peers, samples
 from interop.conftest import PynbdServe
+from interop.documented import programs
 
 SIZE = 1 << 30
 M = 1 << 20
@@ -17,7 +18,7 @@ M = 1 << 20
 @pytest.fixture
 def uri(tmp_path: Path, pynbd_serve: PynbdServe) -> str:
     file = tmp_path / "blocks.py"
-    file.write_text(documented.program("library.md", "blocks.py"))
+    file.write_text(programs()["blocks.py"])
     return pynbd_serve(f"--python={file}:Blocks")
 
 

@@ -4,36 +4,55 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
-from interop import documented, peers
+import pytest
+
+from interop import peers, terminal
+from interop.documented import LIBRARY, programs
 from tests.test_pytest_plugin import PLUGINS
 
-PAGE = "library.md"
+ROOT = LIBRARY.parents[1]
 
 
-def test_everything_on_the_page(tmp_path: Path) -> None:
-    peers.require(*peers.PEERS)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What a reader has who saved every program."""
+    for name, text in programs().items():
+        assert name.endswith(".py"), text
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_everything_on_the_page(folder: Path) -> None:
+    peers.require("qemu-img", "nbdinfo", "nbdsh", "nbdcopy")
     options = " ".join([*PLUGINS, "-p no:cacheprovider", "-p no:asyncio"])
-    documented.run(PAGE, tmp_path, PYTEST_ADDOPTS=options)
+    environment = {"PYTEST_ADDOPTS": options, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    with closing(terminal.Terminal(folder, terminal.environment() | environment)) as shell:
+        for step in terminal.steps(LIBRARY):
+            status, output = shell.run(step.command, step.output)
+            where = f"library.md:{step.line}: {step.command}"
+            assert status == 0, f"{where}: status {status}\n{output}"
+            assert terminal.matches(output, step.output), f"{where}\n{output}"
 
 
-def test_types(tmp_path: Path) -> None:
+def test_types(folder: Path) -> None:
     """Under mypy --strict; a test suite needs no types."""
-    names = []
-    for block in documented.blocks(PAGE):
-        if block.kind == "python" and not block.name.startswith("test_"):
-            (tmp_path / block.name).write_text(block.text)
-            names.append(block.name)
+    names = [name for name in programs() if not name.startswith("test_")]
     assert len(names) >= 5
-    line = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
     done = subprocess.run(
-        [*line, *names],
-        cwd=tmp_path,
-        env={"MYPYPATH": str(documented.ROOT)},
+        [sys.executable, "-m", "mypy", "--strict", *names],
+        cwd=folder,
+        env={"MYPYPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=110,
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_links() -> None:
+    for target in terminal.links(LIBRARY):
+        assert (LIBRARY.parent / target).exists()
