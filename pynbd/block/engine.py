@@ -10,7 +10,9 @@ Its rules:
 4. After a failed fsync Linux may report success the next time although pages were lost, and of
    several at the same time it tells only one. A file remembers the failure: from then on flushes
    and writes fail, those that were waiting too, until the image is opened again.
-5. A call in the pool outlives a request that is cancelled. The number of its descriptor is not
+5. A file that is opened past the page cache (O_DIRECT) has nothing in it: all goes to the pool, and
+   by whole blocks (`pynbd.block.direct`).
+6. A call in the pool outlives a request that is cancelled. The number of its descriptor is not
    given back before it returns: the next file or socket to get the number would get the call.
 """
 
@@ -26,9 +28,12 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from enum import StrEnum
 from functools import wraps
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+from pynbd.block.direct import Calls, DirectAccess, alignment_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -94,6 +99,14 @@ class Cache(StrEnum):
         )
 
 
+_CALLS = Calls(
+    read=lambda fd, view, offset: os.preadv(fd, (view,), offset),
+    write=os.pwrite,
+    size=lambda fd: os.lseek(fd, 0, os.SEEK_END),
+    truncate=os.ftruncate,
+)
+
+
 class Engine:
     """The bounded thread pool for what the page cache does not answer."""
 
@@ -111,7 +124,7 @@ class Engine:
 
 
 class Descriptor:
-    """The descriptor of an open file (rule 5): ``with`` it, a call has the number for itself."""
+    """The descriptor of an open file (rule 6): ``with`` it, a call has the number for itself."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -170,8 +183,9 @@ class HostFile:
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
         self.is_device = stat.S_ISBLK(status.st_mode)
-        self._nowait = hasattr(os, "RWF_NOWAIT")
-        self._cachestat = True
+        self._direct = DirectAccess(alignment_of(fd, _CALLS), _CALLS) if cache.direct else None
+        self._nowait = hasattr(os, "RWF_NOWAIT") and not cache.direct
+        self._cachestat = not cache.direct
         # On tmpfs there is no disk to wait for; but device nodes are there as well (devtmpfs).
         self._always_read = not self.is_device and _is_tmpfs(fd)
         self._fallocate_refused: set[int] = set()
@@ -184,7 +198,13 @@ class HostFile:
         it.
         """
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
-        fd = os.open(path, flags)
+        try:
+            fd = os.open(path, flags | (os.O_DIRECT if cache.direct else 0))
+        except OSError as error:
+            if cache.direct and error.errno == errno.EINVAL:
+                problem = "its file system does not support O_DIRECT (cache none, directsync)"
+                raise OSError(errno.EINVAL, problem, path) from None
+            raise
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             os.close(fd)
@@ -228,7 +248,7 @@ class HostFile:
         if done == len(view):
             return done
         return done + await self.engine.run(
-            _read_fully, self._descriptor, view[done:], self.start + offset + done
+            self._read_into, view[done:], self.start + offset + done
         )
 
     async def read_unless_hole(self, length: int, offset: int, *, sparse: bool) -> bytes | None:
@@ -237,9 +257,7 @@ class HostFile:
 
         None if ``sparse`` and the file has no data in the range, all of which is inside it.
         """
-        return await self.engine.run(
-            _read_unless_hole, self._descriptor, length, self.start + offset, sparse
-        )
+        return await self.engine.run(self._read_unless_hole, length, self.start + offset, sparse)
 
     async def read_bytes(self, length: int, offset: int) -> bytes:
         """Up to ``length`` bytes from ``offset``, fewer only at the end of the file."""
@@ -299,7 +317,7 @@ class HostFile:
 
     async def flush(self) -> None:
         """Everything written so far onto stable storage (fdatasync)."""
-        if self.writable:
+        if self.writable and not self.cache.no_flush:
             await self.engine.run(self._sync)
 
     async def empty(self, size: int) -> None:
@@ -314,7 +332,7 @@ class HostFile:
             return False
         if self.sync_failed:
             raise self._lost()
-        code = await self.engine.run(_fallocate_errno, self._descriptor, mode, offset, length)
+        code = await self.engine.run(self._fallocate_errno, mode, offset, length)
         if code in _UNSUPPORTED:
             # A device that refuses part of a sector with EINVAL may take the next range.
             if not (self.is_device and code == errno.EINVAL):
@@ -322,11 +340,14 @@ class HostFile:
             return False
         if code:
             raise OSError(code, os.strerror(code), self.path)
+        if self.cache.write_through:
+            await self.flush()
         return True
 
     async def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Ask the host to read each (offset, length) ahead."""
-        await self.engine.run(_will_need, self._descriptor, self.start, ranges)
+        if self._direct is None:
+            await self.engine.run(_will_need, self._descriptor, self.start, ranges)
 
     # Locks
 
@@ -346,6 +367,27 @@ class HostFile:
 
     def _lost(self) -> OSError:
         return OSError(errno.EIO, "an earlier flush failed; data may be lost", self.path)
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        with self._descriptor as fd:
+            if self._direct:
+                return self._direct.read(fd, view, offset)
+            return _read_fully(fd, view, offset)
+
+    def _read_unless_hole(self, length: int, offset: int, sparse: bool) -> bytes | None:
+        with self._descriptor as fd:
+            if sparse and _is_hole(fd, length, offset):
+                return None
+            if self._direct is None:
+                return _read(fd, length, offset)
+            data = bytearray(length)
+            return bytes(data[: self._direct.read(fd, memoryview(data), offset)])
+
+    def _fallocate_errno(self, mode: int, offset: int, length: int) -> int:
+        with self._descriptor as fd:
+            alone = self._direct.changing(fd, offset, offset + length) if self._direct else None
+            with alone or nullcontext():
+                return _fallocate_again(fd, mode, offset, length)
 
     def _sync(self) -> None:
         asked_after = self._syncs
@@ -369,12 +411,15 @@ class HostFile:
         with self._descriptor as fd:
             for data, offset in pieces:
                 try:
-                    _write_fully(fd, data, offset)
+                    if self._direct:
+                        self._direct.write(fd, memoryview(data), offset)
+                    else:
+                        _write_fully(fd, data, offset)
                 except OSError as error:
                     errors.append(error)
                 else:
                     errors.append(None)
-        if fua and not all(errors):
+        if (fua or self.cache.write_through) and not self.cache.no_flush and not all(errors):
             try:
                 self._sync()
             except OSError as error:
@@ -385,7 +430,7 @@ class HostFile:
 def _with_descriptor(
     call: Callable[Concatenate[int, P], T],
 ) -> Callable[Concatenate[Descriptor, P], T]:
-    """Rule 5, for a call whose first argument is the number."""
+    """Rule 6, for a call whose first argument is the number."""
 
     @wraps(call)
     def held(descriptor: Descriptor, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -400,7 +445,6 @@ def _is_tmpfs(fd: int) -> bool:
     return not _fstatfs(fd, status) and status[0] == _TMPFS
 
 
-@_with_descriptor
 def _read_fully(fd: int, view: memoryview, offset: int) -> int:
     done = 0
     while done < len(view):
@@ -411,16 +455,16 @@ def _read_fully(fd: int, view: memoryview, offset: int) -> int:
     return done
 
 
-@_with_descriptor
-def _read_unless_hole(fd: int, length: int, offset: int, sparse: bool) -> bytes | None:
+def _is_hole(fd: int, length: int, offset: int) -> bool:
+    """Whether the file has no data in a range, all of which is inside it."""
     end = offset + length
-    if sparse:
-        try:
-            if os.lseek(fd, offset, os.SEEK_DATA) >= end:
-                return None
-        except OSError as error:  # no data from here on, or a file that cannot tell
-            if error.errno == errno.ENXIO and os.lseek(fd, 0, os.SEEK_END) >= end:
-                return None
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) >= end
+    except OSError as error:  # no data from here on, or a file that cannot tell
+        return error.errno == errno.ENXIO and os.lseek(fd, 0, os.SEEK_END) >= end
+
+
+def _read(fd: int, length: int, offset: int) -> bytes:
     data = os.pread(fd, length, offset)  # into memory that nobody zeroed before
     while len(data) < length:
         more = os.pread(fd, length - len(data), offset + len(data))
@@ -478,8 +522,7 @@ def _will_need(fd: int, start: int, ranges: Sequence[tuple[int, int]]) -> None:
             os.posix_fadvise(fd, at, min(WILL_NEED_PIECE, end - at), os.POSIX_FADV_WILLNEED)
 
 
-@_with_descriptor
-def _fallocate_errno(fd: int, mode: int, offset: int, length: int) -> int:
+def _fallocate_again(fd: int, mode: int, offset: int, length: int) -> int:
     while _fallocate(fd, mode, offset, length):
         code = ctypes.get_errno()
         if code != errno.EINTR:
