@@ -23,10 +23,10 @@ import errno
 import inspect
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from operator import index
-from typing import Any, TypeAlias, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from pynbd.server.contexts import AllocationContext, Context, Ends, States
 from pynbd.server.steps import together
 from pynbd.server.troubles import TroubleLog
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 StatusRows: TypeAlias = Iterable[tuple[int, int]]
@@ -175,19 +176,17 @@ class DiskNode(BlockNode):
         if not callable(answer):
             raise UsageError(f"{self.name}.contexts: {name!r}: an async method is expected")
 
-    async def ask(self, name: str, answering: Coroutine[Any, Any, T]) -> T:
-        """What ``answering`` returns, which calls the disk's ``name``; rule 4 for what it raises.
+    async def ask(
+        self, name: str, method: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What ``method`` answers, which is the disk's ``name``, or calls it; rule 4 for what it raises.
 
         It does not run in the first step of a request (`pynbd.server.steps`), where there is no
         Task, and so no `asyncio.timeout`.
         """
+        await asyncio.sleep(0)
         try:
-            await asyncio.sleep(0)
-        except BaseException:
-            answering.close()
-            raise
-        try:
-            return await answering
+            return await method(*args, **kwargs)
         except OSError as error:
             if error.errno is not None:
                 raise
@@ -212,7 +211,7 @@ class DiskNode(BlockNode):
         return Runs.single(offset, length, DATA, NO_HOST)
 
     async def fetch_own(self, offset: int, view: memoryview) -> None:
-        await self.ask("pread", self._pread(offset, view))
+        await self.ask("pread", self._pread, offset, view)
 
     async def _pread(self, offset: int, view: memoryview) -> None:
         data = await self._disk.pread(offset, len(view))
@@ -228,7 +227,7 @@ class DiskNode(BlockNode):
 
     async def prefetch(self, offset: int, length: int) -> None:
         if self.can_prefetch:
-            await self.ask("cache", self._disk.cache(offset, min(length, PREFETCH_MAX)))
+            await self.ask("cache", self._disk.cache, offset, min(length, PREFETCH_MAX))
 
     # Writing
 
@@ -248,14 +247,14 @@ class DiskNode(BlockNode):
         return None
 
     async def _pwrite(self, offset: int, data: bytes) -> None:
-        await self.ask("pwrite", self._disk.pwrite(offset, data))
+        await self.ask("pwrite", self._disk.pwrite, offset, data)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
     ) -> None:
         try:
-            zeroing = self._disk.write_zeroes(offset, length, may_unmap=may_unmap)
-            await self.ask("write_zeroes", zeroing)
+            zeroing = self._disk.write_zeroes
+            await self.ask("write_zeroes", zeroing, offset, length, may_unmap=may_unmap)
         except OSError as error:
             if fast or error.errno != errno.EOPNOTSUPP:
                 raise
@@ -266,16 +265,16 @@ class DiskNode(BlockNode):
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         if self.can_discard:
-            await self.ask("discard", self._disk.discard(offset, length))
+            await self.ask("discard", self._disk.discard, offset, length)
         if fua:
             await self.flush()
 
     async def flush(self) -> None:
         if not self.read_only:
-            await self.ask("flush", self._disk.flush())
+            await self.ask("flush", self._disk.flush)
 
     async def close(self) -> None:
-        await self.ask("close", self._disk.close())
+        await self.ask("close", self._disk.close)
 
 
 class _MethodContext(Context):
@@ -292,7 +291,7 @@ class _MethodContext(Context):
     async def states(
         self, offset: int, end: int, runs: Runs | None, limit: int
     ) -> tuple[Ends, States]:
-        return await self._node.ask(self._name, self._states(offset, end))
+        return await self._node.ask(self._name, self._states, offset, end)
 
     async def _states(self, offset: int, end: int) -> tuple[Ends, States]:
         ends: list[int] = []

@@ -21,6 +21,7 @@ from pynbd.protocol.metadata import encode_filter
 from pynbd.protocol.values import State, TransmissionFlag
 from pynbd.server.disk import Disk, DiskNode, StatusMethod, StatusRows
 from pynbd.server.export import Export
+from pynbd.server.serving import serve
 from tests.server.session import (
     BLOCK_STATUS,
     CACHE,
@@ -400,6 +401,25 @@ async def test_a_defect_is_told_once(
     assert "Raising: a defect in pwrite:\n" in traces[1]
 
 
+async def test_arguments_that_a_method_does_not_take(caplog: pytest.LogCaptureFixture) -> None:
+    class Outdated(Able):
+        async def pwrite(self, offset: int) -> None:  # type: ignore[override]
+            pass
+
+        async def write_zeroes(self, offset: int, length: int) -> None:  # type: ignore[override]
+            pass
+
+    async with asking(Outdated()) as talk:
+        for _ in range(2):
+            assert (
+                await talk.client.ask(WRITE, 0, payload=b"x")
+            ).message == "pwrite raised TypeError"
+            reply = await talk.client.ask(WRITE_ZEROES, 0, 5)
+            assert (reply.error, reply.message) == (EIO, "write_zeroes raised TypeError")
+    assert len([message for message in caplog.messages if "Traceback" in message]) == 2
+    assert "a defect in pynbd" not in caplog.text
+
+
 # Writing
 
 
@@ -495,6 +515,27 @@ async def test_close() -> None:
     disk = Able()
     await DiskNode(disk).close()
     assert disk.calls == [("close",)]
+
+
+async def test_serve() -> None:
+    disk = Able()
+    async with serve(disk, read_only=True) as server:
+        assert server.export.read_only
+        assert disk.calls == []
+    assert disk.calls == [("close",)]
+    with pytest.raises(UsageError, match="depth and bitmaps are those of an image"):
+        async with serve(disk, depth=True):
+            raise AssertionError
+
+
+async def test_a_close_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    class Clinging(Memory):
+        async def close(self) -> None:
+            raise KeyError("elsewhere")
+
+    with pytest.raises(OSError, match="close raised KeyError"):
+        await DiskNode(Clinging()).close()
+    assert "a defect in close" in caplog.text
 
 
 # Metadata contexts
