@@ -7,6 +7,7 @@ to whole sectors.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -72,11 +73,17 @@ async def _qcow2_info(node: Qcow2Node) -> Info:
         info["snapshots"] = [_snapshot_info(snapshot) for snapshot in known]
     if header.backing_file is not None:
         info["backing-filename"] = header.backing_file
-        if node.backing is not None:
-            info["full-backing-filename"] = node.backing.name
+        info["full-backing-filename"] = _full_name(node.name, header.backing_file)
         if header.backing_format is not None:
             info["backing-filename-format"] = header.backing_format
     return info
+
+
+def _full_name(image: str, backing_file: str) -> str:
+    """A relative name is relative to the image that has it; "nbd:" and the like are not files."""
+    if ":" in backing_file.partition("/")[0]:
+        return backing_file
+    return os.path.join(os.path.dirname(image), backing_file)
 
 
 async def _specific(node: Qcow2Node) -> Info:

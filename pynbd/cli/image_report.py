@@ -18,6 +18,10 @@ def report(chain: Sequence[Info]) -> str:
     parts = [_summary(chain[0])]
     if len(chain) > 1:
         parts.append(_tree(chain))
+    elif "backing-filename" in chain[0]:
+        parts[0] += (
+            f"backing:   {printable(chain[0]['backing-filename'])}, which is not looked at\n"
+        )
     for info in chain:
         name = "" if info is chain[0] else f" of {_base(info)}"
         if snapshots := info.get("snapshots"):

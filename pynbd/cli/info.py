@@ -15,17 +15,18 @@ import click
 from pynbd.cli.completion import file_names
 from pynbd.cli.export_info import server_info
 from pynbd.cli.export_report import server_report
-from pynbd.cli.image_info import image_info
+from pynbd.cli.image_info import Info, image_info
 from pynbd.cli.image_report import report
 from pynbd.cli.looking import (
     check_no_image_options,
     image_options,
     is_uri,
+    open_alone,
     open_disk,
     tell_warnings,
 )
 from pynbd.cli.output import standard_output
-from pynbd.errors import UsageError
+from pynbd.errors import ImageError, PynbdError, UsageError
 
 
 @click.command(
@@ -63,13 +64,30 @@ async def _info(disk: str, as_json: bool, backing_chain: bool, options: dict[str
         with standard_output() as write:
             write(json.dumps(server, indent=4) + "\n" if as_json else server_report(disk, server))
         return
-    node = await open_disk(disk, **options)
-    try:
-        chain = [await image_info(layer) for layer in node.chain()]
-    finally:
-        await node.close()
+    chain, broken = await _images(disk, options)
+    if broken and as_json and backing_chain:
+        raise broken
     with standard_output() as write:
         if as_json:
             write(json.dumps(chain if backing_chain else chain[0], indent=4) + "\n")
-        else:
-            write(report(chain))
+            return
+        write(report(chain))
+    if broken:
+        raise broken
+
+
+async def _images(disk: str, options: dict[str, Any]) -> tuple[list[Info], ImageError | None]:
+    """An image and those below it; it alone, and why, where these cannot be opened."""
+    broken = None
+    try:
+        node = await open_disk(disk, **options)
+    except ImageError as error:
+        broken = error
+        try:
+            node = await open_alone(disk, **options)
+        except PynbdError:
+            raise error from None
+    try:
+        return [await image_info(layer) for layer in node.chain()], broken
+    finally:
+        await node.close()

@@ -53,6 +53,12 @@ async def open_disk(disk: str, **options: Any) -> BlockNode:
     return await open_image(disk, **options)
 
 
+async def open_alone(disk: str, **options: Any) -> BlockNode:
+    """The qcow2 image of a file, without those below it. `ImageError` if it is none."""
+    alone = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": disk}}
+    return await open_image(alone, force_share=options["force_share"], format=options["format"])
+
+
 def check_no_image_options(options: Mapping[str, object]) -> None:
     """Raise `UsageError` if any of `image_options` was given for a URI."""
     for name, value in options.items():

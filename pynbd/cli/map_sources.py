@@ -32,11 +32,17 @@ def full_names(contexts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(_SHORT.get(name, name) for name in contexts)) or [BASE_ALLOCATION]
 
 
-def bitmaps_of_chain(top: BlockNode) -> dict[str, DirtyBitmap]:
+def _layers(top: BlockNode) -> list[BlockNode]:
+    """Those whose bitmaps speak of the bytes of ``top``: of the image below a slice they do not."""
+    chain = list(top.chain())
+    return chain if chain[0] is top else [top]
+
+
+def _bitmaps(top: BlockNode) -> dict[str, DirtyBitmap]:
     """The bitmaps that can be used, by name: those of the active layer first."""
     found: dict[str, DirtyBitmap] = {}
-    for node in top.chain():
-        for bitmap in node.bitmaps():
+    for layer in _layers(top):
+        for bitmap in layer.bitmaps():
             found.setdefault(bitmap.name, bitmap)
     return found
 
@@ -49,7 +55,7 @@ class ImageSource:
     def __init__(self, node: BlockNode, contexts: Sequence[str]) -> None:
         self._node = node
         self.size = node.size
-        offered = standard_contexts(depth=True, bitmaps=list(bitmaps_of_chain(node).values()))
+        offered = standard_contexts(depth=True, bitmaps=list(_bitmaps(node).values()))
         self.contexts = _chosen(contexts, list(offered), node)
         self._asked = dict(enumerate(offered[name] for name in self.contexts))
 
@@ -59,7 +65,7 @@ class ImageSource:
 
 
 def _chosen(wanted: Sequence[str], there: Sequence[str], node: BlockNode) -> list[str]:
-    for layer in node.chain():
+    for layer in _layers(node):
         for torn in layer.inconsistent_bitmaps():
             if QEMU_DIRTY_BITMAP + torn in wanted and QEMU_DIRTY_BITMAP + torn not in there:
                 raise ImageError(

@@ -78,6 +78,24 @@ def test_a_raw_image_to_the_byte(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["virtual-size"] == 1001
 
 
+def test_a_chain_that_is_broken(top: Path) -> None:
+    """What is there is told; status 1 says that something is not, and one line what."""
+    (top.parent / "below.qcow2").unlink()
+    why = (
+        "pynbd: below.qcow2: cannot be opened: No such file or directory"
+        " (backing file of top.qcow2)\n"
+    )
+    done = pynbd("info", top.name, cwd=top.parent)
+    assert (done.returncode, done.stderr) == (1, why)
+    assert "backing:   below.qcow2, which is not looked at\n" in done.stdout
+    assert "inconsistent" in done.stdout
+    done = pynbd("info", "--json", top.name, cwd=top.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["backing-filename"] == "below.qcow2"
+    done = pynbd("info", "--json", "--backing-chain", top.name, cwd=top.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", why)
+
+
 @contextmanager
 def written_by_another(image: Path) -> Iterator[None]:
     """QEMU's locks of a writer, in this process: it writes, and others may not."""
