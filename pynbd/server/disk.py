@@ -179,7 +179,8 @@ class DiskNode(BlockNode):
     async def ask(
         self, name: str, method: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What ``method`` answers, which is the disk's ``name``, or calls it; rule 4 for what it raises.
+        """What ``method`` answers, which is or calls the disk's ``name``; rule 4 for what it
+        raises.
 
         It does not run in the first step of a request (`pynbd.server.steps`), where there is no
         Task, and so no `asyncio.timeout`.
