@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import count
-from typing import Any
 
 from pynbd.client.negotiation import negotiate, parsed
+from pynbd.client.pending import Pending
 from pynbd.client.stream import PlainStream
 from pynbd.errors import ProtocolError, RequestError, UnsupportedFeature
 from pynbd.protocol.handshake import ExportInfo, Session
@@ -40,49 +40,20 @@ _RECEIVES = 16
 # Compact requests have 32 bits of length; this is a multiple of every minimum block size.
 _LONGEST_COMPACT = (1 << 32) - (1 << 16)
 
+# As plain ints: every request is held against these, and flags of an enumeration are slow.
 _NEEDED = {
-    Command.FLUSH: TransmissionFlag.SEND_FLUSH,
-    Command.TRIM: TransmissionFlag.SEND_TRIM,
-    Command.CACHE: TransmissionFlag.SEND_CACHE,
-    Command.WRITE_ZEROES: TransmissionFlag.SEND_WRITE_ZEROES,
+    int(Command.FLUSH): int(TransmissionFlag.SEND_FLUSH),
+    int(Command.TRIM): int(TransmissionFlag.SEND_TRIM),
+    int(Command.CACHE): int(TransmissionFlag.SEND_CACHE),
+    int(Command.WRITE_ZEROES): int(TransmissionFlag.SEND_WRITE_ZEROES),
 }
 _NEEDED_BY_FLAG = {
-    CommandFlag.FUA: TransmissionFlag.SEND_FUA,
-    CommandFlag.FAST_ZERO: TransmissionFlag.SEND_FAST_ZERO,
+    int(CommandFlag.FUA): int(TransmissionFlag.SEND_FUA),
+    int(CommandFlag.FAST_ZERO): int(TransmissionFlag.SEND_FAST_ZERO),
 }
-_CHANGES = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
+_CHANGES = frozenset(map(int, (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)))
 
 Buffer = bytes | bytearray | memoryview
-
-
-class Pending:
-    """Requests that are on their way. Await it once: it returns when all are answered, and raises
-    what went wrong first.
-    """
-
-    __slots__ = ("_asked", "_client")
-
-    def __init__(self, client: Client, asked: Sequence[Asked]) -> None:
-        self._client = client
-        self._asked = asked
-
-    def __await__(self) -> Generator[Any, None, None]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> None:
-        failure: Exception | None = None
-        try:
-            for asked in self._asked:
-                try:
-                    await asked.waiter
-                except (RequestError, ProtocolError, OSError) as error:
-                    failure = failure or error
-        except asyncio.CancelledError:
-            for asked in self._asked:
-                self._client._abandon(asked)
-            raise
-        if failure:
-            raise failure
 
 
 class Client:
@@ -106,7 +77,7 @@ class Client:
         self._ids = {name: id_ for id_, name in session.contexts.items()}
         self._minimum, _, maximum = session.export.block_size
         self._longest_payload = min(maximum, MAX_PAYLOAD) // self._minimum * self._minimum
-        self._longest_effect = self.size if session.extended else _LONGEST_COMPACT
+        self._longest_effect = max(self.size, 1) if session.extended else _LONGEST_COMPACT
         self._stream = stream
         self._dialect = dialect(structured=session.structured, extended=session.extended)
         self._replies = Replies(session, self._finished)
@@ -164,12 +135,11 @@ class Client:
         """
         view = memoryview(view).cast("B")
         self._check(Command.READ, 0, offset, len(view))
-        return Pending(
-            self,
+        return self._pending(
             [
                 self._ask(Command.READ, 0, offset + at, size, view=view[at : at + size])
                 for at, size in _split(len(view), self._longest_payload)
-            ],
+            ]
         )
 
     async def cache(self, offset: int, length: int) -> None:
@@ -193,12 +163,13 @@ class Client:
         flags = int(CommandFlag.REQ_ONE) if req_one else 0
         self._check(Command.BLOCK_STATUS, flags, offset, length)
         wanted = self.contexts if contexts is None else tuple(contexts)
-        missing = [name for name in wanted if name not in self._ids]
-        if missing or not wanted or not length:
-            what = f"the metadata context {missing[0]}" if missing else "no metadata context"
-            raise UnsupportedFeature(
-                f"{self.name}: {Command.BLOCK_STATUS} of {length} bytes: {what} was negotiated"
-            )
+        if missing := [name for name in wanted if name not in self._ids]:
+            raise UnsupportedFeature(f"{self.name}: the metadata context {missing[0]} is not there")
+        if not wanted:
+            raise UnsupportedFeature(f"{self.name}: there is no metadata context")
+        if not length:
+            text = "the status of no bytes"
+            raise self._refusal(Error.EINVAL, Command.BLOCK_STATUS, offset, length, text)
         filtered = (
             len(wanted) < len(self.contexts) and TransmissionFlag.BLOCK_STATUS_PAYLOAD in self.flags
         )
@@ -207,7 +178,7 @@ class Client:
         asked = self._ask(
             Command.BLOCK_STATUS, flags, offset, length, contexts=ids, filtered=filtered
         )
-        await Pending(self, [asked])
+        await self._pending([asked])
         return {name: asked.statuses[self._ids[name]].clip(length) for name in wanted}
 
     # Writing
@@ -225,12 +196,11 @@ class Client:
         view = memoryview(data).cast("B")
         flags = int(CommandFlag.FUA) if fua else 0
         self._check(Command.WRITE, flags, offset, len(view))
-        return Pending(
-            self,
+        return self._pending(
             [
                 self._ask(Command.WRITE, flags, offset + at, size, payload=view[at : at + size])
                 for at, size in _split(len(view), self._longest_payload)
-            ],
+            ]
         )
 
     async def write_zeroes(
@@ -255,7 +225,7 @@ class Client:
     async def flush(self) -> None:
         """Every write that was answered onto stable storage."""
         self._check(Command.FLUSH, 0, 0, 0)
-        await Pending(self, [self._ask(Command.FLUSH, 0, 0, 0)])
+        await self._pending([self._ask(Command.FLUSH, 0, 0, 0)])
 
     async def close(self) -> None:
         """Take leave (NBD_CMD_DISC) and close; requests under way fail with `OSError`."""
@@ -277,23 +247,28 @@ class Client:
             raise self._gone()
         if self._closing:
             raise ConnectionAbortedError(errno.ECONNABORTED, "the client is closing", self.name)
-        needed = _NEEDED.get(command, 0)
-        for flag, also in _NEEDED_BY_FLAG.items():
-            needed |= also if flags & flag else 0
-        if missing := TransmissionFlag(needed) & ~self.flags:
+        number = int(command)
+        if number in _CHANGES and self.read_only:
+            raise self._refusal(Error.EPERM, command, offset, length, "the export is read-only")
+        needed = _NEEDED.get(number, 0)
+        if flags:
+            needed |= sum(also for flag, also in _NEEDED_BY_FLAG.items() if flags & flag)
+        if missing := needed & ~int(self.flags):
             shown = f"{command} {CommandFlag(flags)}" if flags else f"{command}"
             raise UnsupportedFeature(
-                f"{self.name}: the server does not offer {shown}: no {missing}"
+                f"{self.name}: the server does not offer {shown}: no {TransmissionFlag(missing)}"
             )
-        where = f"{self.name}: {command} {offset}+{length}"
-        if command in _CHANGES and self.read_only:
-            raise RequestError(Error.EPERM, f"{where}: the export is read-only")
         if not 0 <= offset <= offset + length <= self.size:
-            raise RequestError(Error.EINVAL, f"{where}: the export has {self.size} bytes")
+            text = f"the export has {self.size} bytes"
+            raise self._refusal(Error.EINVAL, command, offset, length, text)
         if (offset | length) % self._minimum:
-            raise RequestError(
-                Error.EINVAL, f"{where}: not a multiple of the block size {self._minimum}"
-            )
+            text = f"not a multiple of the block size {self._minimum}"
+            raise self._refusal(Error.EINVAL, command, offset, length, text)
+
+    def _refusal(
+        self, error: Error, command: Command, offset: int, length: int, text: str
+    ) -> RequestError:
+        return RequestError(error, f"{self.name}: {command} {offset}+{length}: {text}")
 
     def _ask(
         self,
@@ -324,7 +299,10 @@ class Client:
             self._ask(command, flags, offset + at, size)
             for at, size in _split(length, self._longest_effect)
         ]
-        await Pending(self, asked)
+        await self._pending(asked)
+
+    def _pending(self, asked: Sequence[Asked]) -> Pending:
+        return Pending(asked, self._abandon)
 
     def _abandon(self, asked: Asked) -> None:
         asked.waiter.cancel()
@@ -362,19 +340,23 @@ class Client:
             self._gone = gone
             self._stream.close()
             for asked in self._replies.asked.values():
-                if not asked.waiter.done():
-                    asked.waiter.set_exception(gone())
+                _fail(asked, gone())
             self._replies.asked.clear()
 
     def _finished(self, asked: Asked) -> None:
-        if asked.waiter.done():
-            return  # nobody waits any more
         if asked.error:
             said = f": {asked.message}" if asked.message else ""
             text = f"{self.name}: {asked.request}: {Error(asked.error)}{said}"
-            asked.waiter.set_exception(RequestError(asked.error, text))
-        else:
+            _fail(asked, RequestError(asked.error, text))
+        elif not asked.waiter.done():
             asked.waiter.set_result(None)
+
+
+def _fail(asked: Asked, error: Exception) -> None:
+    """Tell whoever waits, if somebody still does; an error that nobody takes is no news."""
+    if not asked.waiter.done():
+        asked.waiter.set_exception(error)
+        asked.waiter.exception()
 
 
 @asynccontextmanager

@@ -153,6 +153,25 @@ async def test_many_requests_at_once(image: Path, dialect: dict[str, bool]) -> N
         assert read == views == blocks
 
 
+@every_dialect
+async def test_an_export_of_no_bytes(tmp_path: Path, dialect: dict[str, bool]) -> None:
+    (tmp_path / "empty.raw").touch()
+    async with (
+        pynbd.serve(tmp_path / "empty.raw", format="raw") as server,
+        connect(server.uri, contexts=["base:allocation"], **dialect) as client,
+    ):
+        assert await client.pread(0, 0) == b""
+        await client.pwrite(0, b"")
+        await client.write_zeroes(0, 0)
+        await client.trim(0, 0)
+        await client.flush()
+        with pytest.raises(RequestError, match="the export has 0 bytes"):
+            await client.pread(0, 1)
+        if client.contexts:
+            with pytest.raises(RequestError, match="the status of no bytes"):
+                await client.block_status(0, 0)
+
+
 @with_chunks
 async def test_block_status(layered: Path, dialect: dict[str, bool]) -> None:
     bitmap = "qemu:dirty-bitmap:b"
@@ -171,7 +190,7 @@ async def test_block_status(layered: Path, dialect: dict[str, bool]) -> None:
         assert {name: list(status) for name, status in some.items()} == {bitmap: [(100, 0)]}
         one = await client.block_status(0, client.size, contexts=[bitmap], req_one=True)
         assert list(one[bitmap]) == [(2 * CLUSTER, 0)]
-        with pytest.raises(UnsupportedFeature, match="the metadata context x:y was negotiated"):
+        with pytest.raises(UnsupportedFeature, match="the metadata context x:y is not there"):
             await client.block_status(0, 512, contexts=["x:y"])
 
 
@@ -193,7 +212,7 @@ async def test_only_the_contexts_that_there_are(layered: Path) -> None:
             assert client.contexts == ("base:allocation",)
         async with connect(server.uri) as client:
             assert client.contexts == ()
-            with pytest.raises(UnsupportedFeature, match="no metadata context was negotiated"):
+            with pytest.raises(UnsupportedFeature, match="there is no metadata context"):
                 await client.block_status(0, 512)
 
 
