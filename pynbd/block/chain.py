@@ -234,8 +234,9 @@ class _Opening:
             cache=options.cache,
         )
         self.files.append(file)
-        if options.device and not file.is_device:
-            raise ImageError(f"{path}: host_device is for block devices, and it is none")
+        if options.device not in (None, file.is_device):
+            wanted = "host_device is for block devices" if options.device else "file is for files"
+            raise ImageError(f"{path}: the driver {wanted}")
         for other in self.files[:-1]:
             if other.identity == file.identity:
                 raise ImageError(f"{path}: it is in the chain already, as {other.path}: a loop")

@@ -40,7 +40,7 @@ _TUNING = _words(
 _OPTIONS = {
     "file": _COMMON | _PROTOCOL,
     "host_device": _COMMON | _PROTOCOL,
-    "raw": _COMMON | {"file", "offset", "size"},
+    "raw": _COMMON | {"file", "offset", "size", "backing"},
     "qcow2": _COMMON | {"file", "backing", "data-file"} | _TUNING,
     "": _COMMON | {"file", "backing", "data-file", "offset", "size"} | _TUNING,
 }
@@ -55,18 +55,18 @@ _ENCRYPTION = "encrypt"
 
 _YES = frozenset({"on", "yes", "true", "y"})
 _NO = frozenset({"off", "no", "false", "n"})
-_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|\d+(?:\.\d+)?)([bBkKmMgGtTpPeE]?)")
+_SIZE = re.compile(r"\+?(0[xX][0-9a-fA-F]+|\d+(?:\.\d+)?)([bBkKmMgGtTpPeE]?)")
 _UNITS = "bkmgtpe"
 
 
 @dataclass(frozen=True, slots=True)
 class FileOptions:
-    """A host file. ``device``: it has to be a block device."""
+    """A host file. ``device``: whether it has to be a block device; None: whatever it is."""
 
     filename: str
     cache: CacheMode
     force_share: bool
-    device: bool = False
+    device: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +125,18 @@ class _Node:
         return driver
 
     def file(self, cache: CacheMode, force_share: bool) -> FileOptions:
-        """As a host file. Without a driver it is ``file``, which takes devices as well."""
-        driver = self.driver() or "file"
-        if driver not in ("file", "host_device"):
+        """As a host file."""
+        driver = self.driver()
+        if driver not in ("", "file", "host_device"):
             raise UnsupportedFeature(
                 f"{self._at('driver')}: {driver!r} cannot stand here; file and host_device can"
             )
-        self._check(driver)
+        self._check(driver or "file")
         filename = self._text("filename", "a file name")
         if not filename:
             raise ImageError(f"{self._at('filename')}: a file name is needed")
-        return FileOptions(
-            filename, self._cache(cache), self._shared(force_share), driver == "host_device"
-        )
+        device = driver == "host_device" if driver else None
+        return FileOptions(filename, self._cache(cache), self._shared(force_share), device)
 
     def image(self, cache: CacheMode, force_share: bool, *, recorded: bool = False) -> ImageOptions:
         """As an image; ``recorded``: an overlay records its file."""

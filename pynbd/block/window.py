@@ -41,7 +41,7 @@ class WindowFile(HostFile):
             file.engine, file.path, os.dup(file.fd), writable=file.writable, cache=file.cache
         )
         window.start = start
-        window._size = file.size() - start if size is None else size
+        window._size = max(file.size() - start, 0) if size is None else size
         file.close()
         return window
 
