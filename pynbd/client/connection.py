@@ -120,8 +120,9 @@ class Client:
 
     async def pread(self, offset: int, length: int) -> bytearray:
         """The bytes [offset, offset + length)."""
+        self._check(Command.READ, 0, offset, length)
         data = bytearray(length)
-        await self.start_read(offset, memoryview(data))
+        await self._start_read(offset, memoryview(data))
         return data
 
     async def pread_into(self, offset: int, view: bytearray | memoryview) -> None:
@@ -135,6 +136,9 @@ class Client:
         """
         view = memoryview(view).cast("B")
         self._check(Command.READ, 0, offset, len(view))
+        return self._start_read(offset, view)
+
+    def _start_read(self, offset: int, view: memoryview) -> Pending:
         return self._pending(
             [
                 self._ask(Command.READ, 0, offset + at, size, view=view[at : at + size])

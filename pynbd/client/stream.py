@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -58,16 +60,24 @@ async def _addresses(uri: NbdUri) -> list[tuple[int, Any]]:
 
 
 async def _connect(sock: socket.socket, address: Any) -> None:
-    if sock.family != socket.AF_UNIX:
-        await asyncio.get_running_loop().sock_connect(sock, address)
-        return
-    while True:
+    """The same for all families; uvloop's own way knows no vsock, and asyncio's takes a unix socket
+    whose queue is full for one that will be connected.
+    """
+    error = sock.connect_ex(address)
+    while error == errno.EAGAIN:
+        await asyncio.sleep(_CONNECT_PAUSE)
+        error = sock.connect_ex(address)
+    if error == errno.EINPROGRESS:
+        loop = asyncio.get_running_loop()
+        decided = asyncio.Event()
+        loop.add_writer(sock.fileno(), decided.set)
         try:
-            sock.connect(address)
-        except BlockingIOError:
-            await asyncio.sleep(_CONNECT_PAUSE)
-        else:
-            return
+            await decided.wait()
+        finally:
+            loop.remove_writer(sock.fileno())
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
 
 
 class PlainStream:
@@ -77,6 +87,7 @@ class PlainStream:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
         self._loop = asyncio.get_running_loop()

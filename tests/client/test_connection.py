@@ -327,6 +327,8 @@ async def test_what_the_server_does_not_offer(missing: int, deed: Deed, text: st
     [
         (lambda c: c.pread(0, MIB + 4096), errno.EINVAL, "READ 0.1052672: the export has 1048576"),
         (lambda c: c.pread(-4096, 4096), errno.EINVAL, "the export has"),
+        (lambda c: c.pread(0, 1 << 62), errno.EINVAL, "the export has"),
+        (lambda c: c.pread(4096, -4096), errno.EINVAL, "the export has"),
         (lambda c: c.trim(MIB, 4096), errno.EINVAL, "the export has"),
         (lambda c: c.pread(512, 4096), errno.EINVAL, "not a multiple of the block size 4096"),
         (lambda c: c.cache(0, 512), errno.EINVAL, "not a multiple of the block size 4096"),
@@ -444,6 +446,27 @@ async def test_the_servers_errors_and_words() -> None:
                 await client.pread(512, 1024)
             assert caught.value.error == errno.ENOSPC
             assert str(caught.value) == f"{uri}: NBD_CMD_READ 512+1024: NBD_ENOSPC: disk full"
+
+
+async def test_a_part_that_fails_fails_the_whole() -> None:
+    """All parts are answered before the error is raised, and the connection goes on."""
+
+    def play(sock: socket.socket) -> None:
+        negotiate(sock, block_size=(1, 4096, 4096))
+        for number in range(4):
+            _, _, _, cookie, _, length = REQUEST.unpack(receive(sock, REQUEST.size))
+            error = errno.EIO if number == 1 else 0
+            data = b"" if error else b"z" * length
+            sock.sendall(struct.pack(">IIQ", 0x67446698, error, cookie) + data)
+        until_closed(sock)
+
+    with playing(play) as uri:
+        async with connect(uri) as client:
+            view = bytearray(3 * 4096)
+            with pytest.raises(RequestError, match=r"NBD_CMD_READ 4096.4096: NBD_EIO$"):
+                await client.pread_into(0, view)
+            assert view == b"z" * 4096 + bytes(4096) + b"z" * 4096
+            assert await client.pread(0, 2) == b"zz"
 
 
 async def test_a_filter_is_sent_only_where_the_server_knows_it() -> None:
