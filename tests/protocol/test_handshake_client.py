@@ -6,9 +6,12 @@ negotiation", "Option types", "Option reply types"), not by the package.
 
 import struct
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pynbd.errors import OptionError, ProtocolError
 from pynbd.protocol import handshake_client
@@ -339,6 +342,30 @@ def test_both_sides_agree() -> None:
     ours, theirs = ended[server], ended[client]
     assert (theirs.flags, theirs.contexts, theirs.extended) == (ours.flags, ours.contexts, True)
     assert theirs.export.description == "a disk"
+
+
+GOOD = EXTENDED + reply(SET_META, META_CONTEXT, BASE) + reply(SET_META, ACK)
+GOOD += infos(GO, b"\0\1disk", b"\0\2a disk", block_size(), info_export())
+
+
+@given(st.data())
+def test_whatever_a_server_says(data: st.DataObject) -> None:
+    """A good answer with some bytes changed, cut or doubled never surprises."""
+    said = bytearray(GOOD)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(said) - 1))
+        said[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    steps = enter("disk", ["base:allocation"])
+    answer = None
+    with suppress(ProtocolError, OptionError, StopIteration, EOFError):
+        while True:
+            step = steps.send(answer)
+            answer = None
+            if isinstance(step, Read):
+                assert step.size <= 1 << 16
+                answer, said = bytes(said[: step.size]), said[step.size :]
+                if len(answer) < step.size:
+                    raise EOFError
 
 
 def test_printable() -> None:

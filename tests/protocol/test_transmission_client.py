@@ -6,6 +6,7 @@ chunk message", "Extended reply chunk message", "Structured reply types"), not b
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -297,6 +298,20 @@ def test_in_pieces(mode: Mode, sizes: list[int]) -> None:
     link.hear(said, pieces())
     assert not link.replies.asked
     assert read_of(link.asked[1]) == content
+
+
+@given(st.sampled_from(Mode), st.data())
+def test_whatever_a_server_says(mode: Mode, data: st.DataObject) -> None:
+    """Good replies with some bytes changed, cut or doubled are refused, or make sense."""
+    link, good, _ = conversation(mode)
+    said = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.one_of(st.integers(0, 200), st.integers(0, len(said) - 1)))
+        said[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    with suppress(ProtocolError):
+        link.hear(bytes(said))
+    for asked in link.finished:
+        assert asked.error or asked.view is None or asked.covered == len(asked.view)
 
 
 def test_long_data_go_where_they_belong() -> None:
