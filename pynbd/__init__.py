@@ -37,18 +37,29 @@ from pynbd.errors import (
 )
 
 if TYPE_CHECKING:
+    from pynbd.block.bitmap import DirtyBitmap
     from pynbd.block.chain import open_image
-    from pynbd.client.connection import connect
+    from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, UNALLOCATED, ZERO, Runs
+    from pynbd.block.node import BlockNode
+    from pynbd.client.connection import Client, connect, list_exports
     from pynbd.protocol.values import State
     from pynbd.server.contexts import standard_contexts
     from pynbd.server.disk import Disk, StatusMethod
     from pynbd.server.export import Export, ExportTable
     from pynbd.server.listening import listen_tcp, listen_unix
     from pynbd.server.server import Server
-    from pynbd.server.serving import serve
+    from pynbd.server.serving import Serving, serve
 
 __all__ = [
+    "COMPRESSED",
+    "CORRUPT",
+    "DATA",
+    "UNALLOCATED",
+    "ZERO",
+    "BlockNode",
+    "Client",
     "CorruptImage",
+    "DirtyBitmap",
     "Disk",
     "Export",
     "ExportTable",
@@ -58,12 +69,15 @@ __all__ = [
     "ProtocolError",
     "PynbdError",
     "RequestError",
+    "Runs",
     "Server",
+    "Serving",
     "State",
     "StatusMethod",
     "UnsupportedFeature",
     "UsageError",
     "connect",
+    "list_exports",
     "listen_tcp",
     "listen_unix",
     "open_image",
@@ -72,13 +86,24 @@ __all__ = [
 ]
 
 _HOMES = {
+    "COMPRESSED": "pynbd.block.extent",
+    "CORRUPT": "pynbd.block.extent",
+    "DATA": "pynbd.block.extent",
+    "UNALLOCATED": "pynbd.block.extent",
+    "ZERO": "pynbd.block.extent",
+    "BlockNode": "pynbd.block.node",
+    "Client": "pynbd.client.connection",
+    "DirtyBitmap": "pynbd.block.bitmap",
     "Disk": "pynbd.server.disk",
     "Export": "pynbd.server.export",
     "ExportTable": "pynbd.server.export",
+    "Runs": "pynbd.block.extent",
     "Server": "pynbd.server.server",
+    "Serving": "pynbd.server.serving",
     "State": "pynbd.protocol.values",
     "StatusMethod": "pynbd.server.disk",
     "connect": "pynbd.client.connection",
+    "list_exports": "pynbd.client.connection",
     "listen_tcp": "pynbd.server.listening",
     "listen_unix": "pynbd.server.listening",
     "open_image": "pynbd.block.chain",

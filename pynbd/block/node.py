@@ -18,6 +18,7 @@ import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Self
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.engine import Buffer, Engine, HostFile
@@ -67,6 +68,12 @@ class BlockNode(ABC):
     can_discard: bool = True  # if it is written at all
     can_prefetch: bool = True
     pins: Pins | None = None  # a node whose host clusters can be freed while it is served has them
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     def chain(self) -> Iterator[BlockNode]:
         """This node and those below it, from the top."""

@@ -78,6 +78,18 @@ async def serve(
     """
     if socket is not None and (host is not None or port is not None):
         raise UsageError("socket excludes host and port")
+    if isinstance(image, BlockNode | Disk):
+        of_files = {
+            "format": format,
+            "snapshot": snapshot,
+            "probe_backing": probe_backing,
+            "force_share": force_share,
+        }
+        given = [name for name, value in of_files.items() if value]
+        if isinstance(image, BlockNode) and read_only and not image.read_only:
+            given.append("read_only")
+        if given:
+            raise UsageError(f"{given[0]}: it is for image files, not for what is open already")
     async with AsyncExitStack() as stack:
         if isinstance(image, BlockNode):
             node = image

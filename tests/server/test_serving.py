@@ -61,6 +61,8 @@ async def test_an_open_image_stays_open(disk: Path) -> None:
     node = await open_image(disk)
     async with serve(node, socket=disk.with_suffix(".sock")) as server:
         assert server.export.read_only
+    with pytest.raises(UsageError, match="format: it is for image files"):
+        await serve(node, format="raw").__aenter__()
     assert await node.pread(0, SIZE) == content(disk)
     await node.close()
 
