@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -101,3 +102,19 @@ def test_one_of_several(tmp_path: Path) -> None:
             "c d"
         ]
         assert len(json.loads(said_by(ls, "--json", one))) == 3
+
+
+def test_a_server_that_ends_with_its_client_goes_on(tmp_path: Path) -> None:
+    """To be looked at is no client: nothing is opened."""
+    peers.require("qemu-nbd")
+    image = tmp_path / "disk.raw"
+    samples.sparse_file(image, 1 << 20)
+    with peers.socket_path() as path:
+        line = [*peers.command("qemu-nbd"), "-r", "-f", "raw", "-x", "sda", f"--socket={path}"]
+        with peers.listening([*line, str(image)], path) as server:
+            for export in ("", "sda"):
+                uri = peers.unix_uri(path, export)
+                assert "1 MiB" in said_by(info, uri)
+                assert "1 MiB" in said_by(ls, uri)
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.wait(0.2)

@@ -10,7 +10,6 @@ from typing import Any
 
 from pynbd.client.connection import connect, list_exports
 from pynbd.errors import OptionError
-from pynbd.protocol.handshake import ExportInfo
 from pynbd.protocol.handshake_client import RemoteExport
 from pynbd.protocol.uri import NbdUri
 from pynbd.protocol.values import TransmissionFlag
@@ -35,7 +34,7 @@ _ALL_KNOWN = ("base:", "qemu:")
 _SUFFIXES = "KMGTPE"
 
 
-async def exports_of(uri: str) -> Sequence[ExportInfo]:
+async def exports_of(uri: str) -> Sequence[RemoteExport]:
     """The export that a URI names; all that the server lists, where it names none.
 
     `OptionError` if there is no such export.
@@ -49,6 +48,7 @@ async def exports_of(uri: str) -> Sequence[ExportInfo]:
     if found:
         return found
     async with connect(uri, contexts=_ALL_KNOWN) as client:
+        assert isinstance(client.info, RemoteExport)
         return [client.info]
 
 
@@ -56,18 +56,16 @@ async def server_info(uri: str) -> Info:
     """What there is to know about the server of a URI, and the exports that it names."""
     where = NbdUri.parse(uri)
     exports = await exports_of(uri)
-    async with connect(replace(where, export=exports[0].name)) as client:
-        structured, extended = client.structured, client.extended
     return {
         "protocol": "newstyle-fixed",
         "TLS": where.tls,
-        "structured": structured or extended,
-        "extended": extended,
+        "structured": exports[0].structured or exports[0].extended,
+        "extended": exports[0].extended,
         "exports": [export_info(export, where) for export in exports],
     }
 
 
-def export_info(export: ExportInfo, server: NbdUri) -> Info:
+def export_info(export: RemoteExport, server: NbdUri) -> Info:
     """One export of the server that the URI ``server`` leads to."""
     info: Info = {"export-name": export.name}
     if export.description:
@@ -75,7 +73,7 @@ def export_info(export: ExportInfo, server: NbdUri) -> Info:
     info["uri"] = str(replace(server, export=export.name))
     info["contexts"] = list(export.contexts)
     info |= {name: flag in export.flags for name, flag in _CAPABILITIES.items()}
-    if isinstance(export, RemoteExport) and export.constrained:
+    if export.constrained:
         info |= zip(_BLOCK_SIZES, export.block_size, strict=True)
     info["export-size"] = export.size
     info["export-size-str"] = _exact_in_units(export.size)

@@ -12,7 +12,7 @@
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from pynbd.errors import OptionError, ProtocolError
@@ -73,10 +73,13 @@ class RemoteExport(ExportInfo):
 
     ``constrained``: whether it stated size constraints; else ``block_size`` is
     `DEFAULT_BLOCK_SIZE`. ``contexts``: those that were negotiated, or, in a listing, those that
-    can be.
+    can be. ``structured``, ``extended``: which replies were negotiated when it was told; this is
+    not a part of what it is.
     """
 
     constrained: bool = False
+    structured: bool = field(default=False, compare=False)
+    extended: bool = field(default=False, compare=False)
 
 
 _Steps = Generator[Step, bytes | None, None]
@@ -121,7 +124,7 @@ def survey(*, structured: bool = True, extended: bool = True) -> Listing:
         haggling.name = server.name
         info = yield from haggling.info(Option.INFO, server.description)
         names = yield from haggling.list_contexts(())
-        exports[server.name] = _export(server.name, info, names)
+        exports[server.name] = haggling.export(info, names)
     return list(exports.values())
 
 
@@ -281,11 +284,26 @@ class _Haggling:
 
     def _session(self, info: _Description) -> Session:
         return Session(
-            export=_export(self.name, info, tuple(self._selected.values())),
+            export=self.export(info, tuple(self._selected.values())),
             flags=info.flags,
             structured=self.structured,
             extended=self.extended,
             contexts=self._selected,
+        )
+
+    def export(self, info: _Description, contexts: tuple[str, ...]) -> RemoteExport:
+        if info.size > MAX_EXPORT_SIZE:
+            raise ProtocolError(f"an export of {info.size} bytes, more than 2**63 - 1")
+        return RemoteExport(
+            name=self.name if info.name is None else info.name,
+            description=info.description,
+            size=info.size,
+            flags=info.flags,
+            block_size=info.block_size or DEFAULT_BLOCK_SIZE,
+            contexts=contexts,
+            constrained=info.block_size is not None,
+            structured=self.structured,
+            extended=self.extended,
         )
 
 
@@ -293,20 +311,6 @@ def _read(size: int) -> Generator[Step, bytes | None, bytes]:
     data = (yield Read(size)) if size else b""
     assert data is not None
     return data
-
-
-def _export(name: str, info: _Description, contexts: tuple[str, ...]) -> RemoteExport:
-    if info.size > MAX_EXPORT_SIZE:
-        raise ProtocolError(f"an export of {info.size} bytes, more than 2**63 - 1")
-    return RemoteExport(
-        name=name if info.name is None else info.name,
-        description=info.description,
-        size=info.size,
-        flags=info.flags,
-        block_size=info.block_size or DEFAULT_BLOCK_SIZE,
-        contexts=contexts,
-        constrained=info.block_size is not None,
-    )
 
 
 def _checked_block_size(info: InfoBlockSize) -> tuple[int, int, int]:
