@@ -125,7 +125,7 @@ class Tracer:
         rest = yield Read(spoken.request.size - len(head))
         request = Request(*spoken.request.unpack(head + rest)[1:])
         flags, command, cookie, offset, length, _ = request
-        if command != Command.DISC:
+        if command != Command.DISC and not self._ways[Direction.TO_CLIENT].lost:
             self._requests[cookie] = request
         payload = spoken.payload_length(flags, command, length)
         fields: Fields = {}
