@@ -64,8 +64,8 @@ class SliceNode(BlockNode):
 
     async def _moved(self, offset: int, length: int, *, want_zero: bool) -> Runs:
         """The map of the image, in our guest offsets."""
-        inside = min(length, self.image.size - self.start - offset)
-        if inside <= 0:
+        inside = self._inside(offset, length)
+        if not inside:
             return Runs.single(offset, length, ZERO)
         runs = await self.image.map(self.start + offset, inside, want_zero=want_zero)
         runs = Runs(offset, runs.ends - self.start, runs.kind, runs.host, runs.depth)
@@ -85,29 +85,36 @@ class SliceNode(BlockNode):
     async def pwrite_batch(
         self, pieces: Sequence[tuple[int, Buffer]], *, fua: bool = False
     ) -> list[OSError | None]:
-        # Only the last piece of sector can be outside of the image.
-        if any(offset + len(data) > self.image.size - self.start for offset, data in pieces):
-            return [self._past_end() for _ in pieces]
-        moved = [(self.start + offset, data) for offset, data in pieces]
-        return await self.image.pwrite_batch(moved, fua=fua)
+        # Nothing but a part of the last sector can be past the end of the image.
+        fits = [self._inside(offset, len(data)) == len(data) for offset, data in pieces]
+        moved = [
+            (self.start + offset, data)
+            for fit, (offset, data) in zip(fits, pieces, strict=True)
+            if fit
+        ]
+        errors = iter(await self.image.pwrite_batch(moved, fua=fua))
+        return [next(errors) if fit else self._past_end() for fit in fits]
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
     ) -> None:
-        inside = min(length, self.image.size - self.start - offset)
-        await self.image.write_zeroes(
-            self.start + offset, inside, may_unmap=may_unmap, fast=fast, fua=fua
-        )
+        inside = self._inside(offset, length)
+        if inside:
+            await self.image.write_zeroes(
+                self.start + offset, inside, may_unmap=may_unmap, fast=fast, fua=fua
+            )
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
-        inside = min(length, self.image.size - self.start - offset)
-        await self.image.discard(self.start + offset, inside, fua=fua)
+        inside = self._inside(offset, length)
+        if inside:
+            await self.image.discard(self.start + offset, inside, fua=fua)
 
     async def flush(self) -> None:
         await self.image.flush()
 
-    async def close(self) -> None:
-        await super().close()
+    def _inside(self, offset: int, length: int) -> int:
+        """How many bytes of a range are inside the image; the rest are past its end."""
+        return max(min(length, self.image.size - self.start - offset), 0)
 
     def _forget(self, offset: int, end: int) -> None:
         if end > self.start:
