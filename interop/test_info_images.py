@@ -84,9 +84,10 @@ def test_a_raw_file_has_its_size_to_the_byte(tmp_path: Path) -> None:
 
 
 def test_an_image_that_qemu_writes(tmp_path: Path) -> None:
-    peers.require("qemu-img", "qemu-nbd")
+    peers.require("qemu-img", "qemu-nbd", "nbdinfo")
     image = create(tmp_path / "a.qcow2")
-    with peers.qemu_nbd(image, "-f", "qcow2"):
+    with peers.qemu_nbd(image, "-f", "qcow2") as uri:
+        peers.run("nbdinfo", "--size", uri)  # it listens before it opens the image, and locks it
         with pytest.raises(ImageLocked, match="--force-share"):
             CliRunner().invoke(info, [str(image)], catch_exceptions=False)
         said = CliRunner().invoke(info, ["--json", "-U", str(image)], catch_exceptions=False)
