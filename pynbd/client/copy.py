@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
+from pynbd.block.extent import Runs
 from pynbd.client.disk import Disk, Target
 from pynbd.client.pieces import Piece, Ranges, cut, mapped, may_have_data
 from pynbd.client.workers import REQUEST_SIZE, REQUESTS, Next, Progress, in_flight
@@ -56,18 +57,16 @@ async def _pieces(
     source: Disk, target: Target, ranges: Ranges, request_size: int, progress: Progress
 ) -> AsyncGenerator[Piece, None]:
     done = 0
+    runs: Runs | None = None  # a map that reaches on to the ranges that follow
     async for start, end in ranges:
         progress(start - done)
         done = start
         while done < end:
-            runs = await mapped(source, done, end, block=target.block)
-            for piece in cut(
-                done,
-                runs.ends,
-                may_have_data(runs.kind),
-                block=target.block,
-                request_size=request_size,
-            ):
+            if runs is None or runs.end <= done:
+                runs = await mapped(source, done, source.size, block=target.block)
+            here = runs.since(done).clip(end)
+            kind = may_have_data(here.kind)
+            for piece in cut(done, here.ends, kind, block=target.block, request_size=request_size):
                 yield piece
-            done = runs.end
+            done = here.end
     progress(source.size - done)
