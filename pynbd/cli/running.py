@@ -14,11 +14,8 @@ from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
-import click
-
 from pynbd.cli.signals import watch
 from pynbd.errors import PynbdError, UsageError
-from pynbd.protocol.values import MAX_STRING
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.listening import MAX_SOCKET_PATH, Listening
 from pynbd.server.server import Server
@@ -90,22 +87,6 @@ def print_first_line(line: object) -> None:
         with open(os.devnull, "w") as nowhere:  # where the interpreter flushes it in the end
             os.dup2(nowhere.fileno(), 1)
         raise PynbdError(f"standard output: {error.strerror}") from None
-
-
-# What the options of both have in common ---------------------------------------------------------
-
-
-def export_text(_context: click.Context, parameter: click.Parameter, text: str | None) -> str:
-    """The callback of an option whose text clients see: a name, a description."""
-    text = text or ""
-    option = max(parameter.opts, key=len)
-    try:
-        length = len(text.encode())
-    except UnicodeEncodeError:
-        raise UsageError(f"{option}: it has to be UTF-8") from None
-    if length > MAX_STRING:
-        raise UsageError(f"{option}: it has {length} bytes; at most {MAX_STRING} are allowed")
-    return text
 
 
 def check_addresses(

@@ -26,12 +26,12 @@ from pynbd.cli.python_export import open_python_export
 from pynbd.cli.running import (
     LOOPS,
     check_addresses,
-    export_text,
     listen_on,
     print_first_line,
     run_server,
 )
 from pynbd.cli.signals import watch
+from pynbd.cli.texts import export_text
 from pynbd.errors import UsageError
 from pynbd.protocol.uri import NbdUri
 from pynbd.protocol.values import DEFAULT_PORT

@@ -276,7 +276,7 @@ class Commands:
         return self._done(request)
 
     async def _trim(self, request: Request) -> Sequence[Piece]:
-        if request.length:
+        if request.length and self._export.unmap:
             fua = bool(request.flags & _FUA)
             await self._node.discard(request.offset, request.length, fua=fua)
         return self._done(request)
@@ -291,7 +291,7 @@ class Commands:
             await self._node.write_zeroes(
                 request.offset,
                 request.length,
-                may_unmap=not request.flags & _NO_HOLE,
+                may_unmap=self._export.unmap and not request.flags & _NO_HOLE,
                 fast=bool(request.flags & _FAST_ZERO),
                 fua=bool(request.flags & _FUA),
             )

@@ -20,7 +20,8 @@ class Export:
 
     ``contexts``: the metadata contexts on offer, by name, in the order of their ids.
     ``multi_conn``: whether a second connection sees what the first one wrote; one process with one
-    node always grants that, but it is pointless where only one connection is allowed. Raises
+    node always grants that, but it is pointless where only one connection is allowed. ``unmap``:
+    whether TRIM and WRITE_ZEROES may give space back; else TRIM does nothing, and succeeds. Raises
     `ImageError` if the image is larger than an export can be.
     """
 
@@ -32,6 +33,7 @@ class Export:
         description: str = "",
         contexts: Mapping[str, Context],
         multi_conn: bool = True,
+        unmap: bool = True,
     ) -> None:
         if node.size > MAX_EXPORT_SIZE:
             raise ImageError(f"{node.name}: of its {node.size} bytes no client could ask for all")
@@ -39,6 +41,7 @@ class Export:
         self.node = node
         self.contexts = contexts
         self.read_only = node.read_only
+        self.unmap = unmap
         self.troubles = TroubleLog()
         flags = _ALWAYS | (TransmissionFlag.READ_ONLY if node.read_only else _WRITABLE)
         if node.can_discard and not node.read_only:
