@@ -9,6 +9,8 @@ import json
 import os
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +59,26 @@ def test_text(top: Path) -> None:
     pattern = re.escape(re.sub(r" +", " ", TEXT))
     pattern = pattern.replace(r"\{size\}", r"\d+ KiB").replace(r"\{date\}", r"[-\d]+ [\d:]+")
     assert re.fullmatch(pattern, said), done.stdout
+
+
+@pytest.mark.parametrize("environment,bold", [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_headings_on_a_terminal(top: Path, environment: dict[str, str], bold: bool) -> None:
+    ours, theirs = os.openpty()
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "pynbd", "info", str(top)],
+            stdout=theirs,
+            env={name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+            | environment,
+            timeout=30,
+            check=True,
+        )
+        said = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert ("\x1b[1mDirty bitmaps:\x1b[0m" in said) == bold
+    assert ("\x1b" in said) == bold
 
 
 def test_json(top: Path) -> None:

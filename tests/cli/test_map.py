@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.cli.looking import K, pynbd, pynbd_here, write_chain
+from pynbd.block.qcow2.builder import Data, Image
+from tests.cli.looking import K, M, pynbd, pynbd_here, write_chain
 
 TABLE = """\
     offset      length  base:allocation    qemu:allocation-depth  qemu:dirty-bitmap:recording
@@ -118,6 +120,31 @@ def test_a_file_that_looks_like_a_uri(top: Path) -> None:
     (top.parent / name).write_bytes(bytes(K))
     done = pynbd("map", "-f", "raw", f"./{name}", cwd=top.parent)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_bitmaps_below_a_slice_are_not_its_own(top: Path) -> None:
+    """They speak of other offsets; QEMU does not see them either."""
+    file = {"driver": "qcow2", "file": {"driver": "file", "filename": str(top)}}
+    name = "json:" + json.dumps({"driver": "raw", "offset": 64 * K, "file": file})
+    done = pynbd("map", "-c", "depth", name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("         0      131072    1  local\n")
+    done = pynbd("map", "-c", "qemu:dirty-bitmap:recording", name)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("there are: base:allocation, qemu:allocation-depth\n")
+
+
+def test_damaged_metadata(tmp_path: Path) -> None:
+    """What is in order is printed, then one line says which file is not."""
+    image = Image(size=K * M, clusters={0: Data(b"x"), 512 * M: Data(b"y")})
+    written = image.write(tmp_path / "a.qcow2")
+    with (tmp_path / "a.qcow2").open("r+b") as file:
+        file.seek(written.entry_offset(512 * M))
+        file.write((0x1234).to_bytes(8))  # a host offset that is not at a cluster
+    done = pynbd("map", "a.qcow2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "pynbd: a.qcow2: corrupt metadata in the range"
 
 
 def test_a_picture(top: Path) -> None:
