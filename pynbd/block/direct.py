@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 _BUFFER = 1 << 20
+_local = threading.local()
 _FOR_EVER = 1 << 63
 
 # Alignments to try, from the smallest. A file that takes single bytes has not told anything: it is
@@ -56,13 +57,20 @@ def _reads(fd: int, view: memoryview, calls: Calls) -> bool:
         return True
 
 
+def _buffer(length: int) -> memoryview:
+    """The first ``length`` bytes of the buffer of this thread, until it asks again."""
+    if not hasattr(_local, "buffer"):
+        _local.buffer = memoryview(mmap.mmap(-1, _BUFFER))
+    buffer: memoryview = _local.buffer
+    return buffer[:length]
+
+
 class DirectAccess:
     """The bytes of one file, whose offsets and lengths have to be multiples of ``alignment``."""
 
     def __init__(self, alignment: int, calls: Calls) -> None:
         self.alignment = alignment
         self._calls = calls
-        self._local = threading.local()
         self._changed = threading.Condition()
         self._writes: list[tuple[int, int, bool]] = []
 
@@ -72,7 +80,7 @@ class DirectAccess:
         at = offset
         while at < end:
             first = self._down(at)
-            blocks = self._buffer(min(self._up(end), first + _BUFFER) - first)
+            blocks = _buffer(min(self._up(end), first + _BUFFER) - first)
             count = self._calls.read(fd, blocks, first)
             stop = min(first + count, end)
             if stop <= at:
@@ -92,7 +100,7 @@ class DirectAccess:
                 first = self._down(at)
                 last = min(self._up(end), first + _BUFFER)
                 stop = min(last, end)
-                blocks = self._buffer(last - first)
+                blocks = _buffer(last - first)
                 if at > first:
                     self._fill(fd, blocks[: self.alignment], first)
                 if stop < last and (at == first or last - first > self.alignment):
@@ -139,13 +147,6 @@ class DirectAccess:
         while blocks:
             count = self._calls.write(fd, blocks, offset)
             blocks, offset = blocks[count:], offset + count
-
-    def _buffer(self, length: int) -> memoryview:
-        """The first ``length`` bytes of the buffer of this thread."""
-        if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(mmap.mmap(-1, _BUFFER))
-        buffer: memoryview = self._local.buffer
-        return buffer[:length]
 
     def _down(self, offset: int) -> int:
         return offset - offset % self.alignment

@@ -317,3 +317,71 @@ async def test_the_guard_sees_the_sector_as_it_would_be(path: Path) -> None:
     assert asked == [BYTES[:510] + b"ab"]
     file.close()
     engine.close()
+
+
+# Whole sectors, and parts of a file
+
+
+@pytest.mark.parametrize(
+    "offset, data, size",
+    [(1010, b"hello", 1015), (1020, b"hell", 1024), (990, b"over the end", 1002), (10, b"h", 1000)],
+)
+async def test_whole_sectors(tmp_path: Path, offset: int, data: bytes, size: int) -> None:
+    """A file of 1000 bytes is a disk of 1024; sizes of the file afterwards as qemu-nbd leaves
+    them.
+    """
+    path = tmp_path / "disk"
+    content = random.Random(1).randbytes(1000)
+    path.write_bytes(content)
+    node = await open_image(path, format="raw", read_only=False, whole_sectors=True)
+    try:
+        assert node.size == 1024
+        assert await node.pread(0, 1024) == content + bytes(24)
+        tail = [(0, 1000, False, True, 0, 0), (1000, 1024, True, False, None, 0)]
+        assert await rows(node) == tail
+        assert await node.pwrite_batch([(offset, data)]) == [None]
+        expected = bytearray(content + bytes(24))
+        expected[offset : offset + len(data)] = data
+        assert await node.pread(0, 1024) == expected
+        assert [row[1] for row in await rows(node)] == sorted({size, 1024})
+        assert path.stat().st_size == size
+    finally:
+        await node.close()
+    assert path.read_bytes() == expected[:size]
+
+
+async def test_zeroes_in_the_last_sector(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * 1000)
+    node = await open_image(path, format="raw", read_only=False, whole_sectors=True)
+    try:
+        await node.write_zeroes(900, 110, may_unmap=True, fast=False)
+        await node.discard(512, 512)
+        await node.write_zeroes(1000, 24, may_unmap=False, fast=False)
+        assert await node.pread(0, 1024) == b"x" * 512 + bytes(512)
+    finally:
+        await node.close()
+
+
+@pytest.mark.parametrize("offset, size", [(0, 512), (512, 1024), (1024, None), (3584, None)])
+async def test_parts_of_a_file(tmp_path: Path, offset: int, size: int | None) -> None:
+    path = tmp_path / "disk"
+    content = bytearray(random.Random(2).randbytes(4096))
+    path.write_bytes(content)
+    options: dict[str, object] = {"driver": "raw", "file.filename": str(path), "offset": offset}
+    if size is not None:
+        options["size"] = size
+    end = 4096 if size is None else offset + size
+    node = await open_image(options, read_only=False)
+    try:
+        assert await node.pread(0, node.size) == content[offset:end]
+        await node.pwrite_batch([(10, b"new")])
+        await node.write_zeroes(100, 50, may_unmap=False, fast=False)
+        await node.discard(300, 50)
+        content[offset + 10 : offset + 13] = b"new"
+        content[offset + 100 : offset + 150] = bytes(50)
+        content[offset + 300 : offset + 350] = bytes(50)
+        assert await node.pread(0, node.size) == content[offset:end]
+    finally:
+        await node.close()
+    assert path.read_bytes() == content
