@@ -82,6 +82,10 @@ class BlockNode(ABC):
             yield node
             node = node.backing
 
+    def bitmap_layers(self) -> Iterator[BlockNode]:
+        """The layers whose bitmaps speak of this disk's guest offsets, from the top."""
+        return self.chain()
+
     # What a format answers
 
     @abstractmethod

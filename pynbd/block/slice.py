@@ -48,6 +48,9 @@ class SliceNode(BlockNode):
         """The layers of the image: the slice is none of them."""
         return self.image.chain()
 
+    def bitmap_layers(self) -> Iterator[BlockNode]:
+        return iter(())
+
     def files(self) -> Sequence[HostFile]:
         return ()
 

@@ -32,16 +32,10 @@ def full_names(contexts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(_SHORT.get(name, name) for name in contexts)) or [BASE_ALLOCATION]
 
 
-def _layers(top: BlockNode) -> list[BlockNode]:
-    """Those whose bitmaps speak of the bytes of ``top``: of the image below a slice they do not."""
-    chain = list(top.chain())
-    return chain if chain[0] is top else [top]
-
-
 def _bitmaps(top: BlockNode) -> dict[str, DirtyBitmap]:
     """The bitmaps that can be used, by name: those of the active layer first."""
     found: dict[str, DirtyBitmap] = {}
-    for layer in _layers(top):
+    for layer in top.bitmap_layers():
         for bitmap in layer.bitmaps():
             found.setdefault(bitmap.name, bitmap)
     return found
@@ -65,7 +59,7 @@ class ImageSource:
 
 
 def _chosen(wanted: Sequence[str], there: Sequence[str], node: BlockNode) -> list[str]:
-    for layer in _layers(node):
+    for layer in node.bitmap_layers():
         for torn in layer.inconsistent_bitmaps():
             if QEMU_DIRTY_BITMAP + torn in wanted and QEMU_DIRTY_BITMAP + torn not in there:
                 raise ImageError(

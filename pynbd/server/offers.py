@@ -58,7 +58,7 @@ def _unasked_bitmaps(node: BlockNode) -> Sequence[DirtyBitmap]:
 
 
 def _find_bitmap(top: BlockNode, name: str) -> DirtyBitmap:
-    for depth, node in enumerate(top.chain()):
+    for depth, node in enumerate(top.bitmap_layers()):
         for bitmap in node.bitmaps():
             if bitmap.name == name:
                 if depth:
@@ -78,7 +78,7 @@ def _find_bitmap(top: BlockNode, name: str) -> DirtyBitmap:
 
 def _known_bitmaps(top: BlockNode) -> str:
     known: dict[str, str] = {}
-    for depth, node in enumerate(top.chain()):
+    for depth, node in enumerate(top.bitmap_layers()):
         where = f" (in {os.path.basename(node.name)})" if depth else ""
         for bitmap in node.bitmaps():
             known.setdefault(bitmap.name, where)
