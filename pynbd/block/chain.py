@@ -219,9 +219,9 @@ class _Opening:
             return file
         if writable:
             raise UnsupportedFeature(f"{file.path}: an image inside a file is not written yet")
-        self.files.remove(file)
-        self.files.append(WindowFile.of(file, inner.offset, inner.size))
-        return self.files[-1]
+        window = WindowFile.of(file, inner.offset, inner.size)
+        self.files[self.files.index(file)] = window
+        return window
 
     def _open(self, options: FileOptions, *, writable: bool = False) -> HostFile:
         """Open a file of the chain."""
