@@ -1,0 +1,186 @@
+"""What `pynbd-qemu-nbd` serves, once its arguments are known to make sense."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+
+from pynbd.block.chain import open_image
+from pynbd.block.engine import Cache
+from pynbd.block.image_options import JSON_PREFIX, parse_image_opts
+from pynbd.block.node import BlockNode
+from pynbd.cli.daemon import Daemon, write_pid_file
+from pynbd.cli.kernel import KernelDevice
+from pynbd.cli.qemu_options import QemuNbdOptions
+from pynbd.cli.running import LOOPS, listen_on, run_server
+from pynbd.cli.signals import watch
+from pynbd.errors import PynbdError, UnsupportedFeature
+from pynbd.server.export import Export
+from pynbd.server.listening import Listening
+from pynbd.server.offers import offered_contexts
+
+log = logging.getLogger("pynbd")
+
+_SOCKET_LABEL = "/proc/thread-self/attr/sockcreate"  # attr(5) of SELinux
+
+
+def run(
+    wanted: QemuNbdOptions,
+    sockets: Sequence[socket.socket],
+    daemon: Daemon | None,
+    *,
+    trace: bool,
+) -> None:
+    """Serve until a signal, or the last client, ends it."""
+    loop = next(iter(LOOPS.values()))
+    if wanted.connect is None:
+        loop(_serve(wanted, sockets, daemon, None, trace=trace))
+        return
+    with closing(KernelDevice(wanted.connect)) as device:
+        attachment = _Attachment(wanted, device, daemon)
+        loop(_serve(wanted, sockets, daemon, attachment, trace=trace))
+        attachment.end()
+
+
+async def _serve(
+    wanted: QemuNbdOptions,
+    sockets: Sequence[socket.socket],
+    daemon: Daemon | None,
+    attachment: _Attachment | None,
+    *,
+    trace: bool,
+) -> None:
+    node = await _open(wanted)
+    try:
+        export = Export(
+            wanted.export_name,
+            node,
+            description=wanted.description,
+            contexts=offered_contexts(node, depth=wanted.allocation_depth, bitmaps=wanted.bitmap),
+            multi_conn=wanted.shared != 1,
+            unmap=wanted.unmap,
+        )
+
+        def listen() -> Listening:
+            with _socket_label(wanted.selinux_label):
+                return listen_on(sockets, wanted.socket_path, wanted.host, wanted.tcp_port)
+
+        def ready(_listening: Listening) -> None:
+            if wanted.pid_file is not None:
+                write_pid_file(wanted.pid_file)
+            os.chdir("/")  # no file system is kept from being unmounted
+            if attachment is not None:
+                attachment.start()
+            elif daemon is not None:
+                daemon.ready()
+
+        await run_server(
+            export,
+            listen,
+            ready,
+            max_clients=wanted.shared,
+            until_idle=not wanted.persistent,
+            handshake_limit=wanted.handshake_limit,
+            trace=trace,
+        )
+    finally:
+        await node.close()
+
+
+async def _open(wanted: QemuNbdOptions) -> BlockNode:
+    """The image, for writing where that can be and was not ruled out."""
+    image: str | Mapping[str, object] = wanted.image
+    if wanted.image_opts:
+        image = parse_image_opts(wanted.image)
+
+    async def attempt(*, read_only: bool) -> BlockNode:
+        return await open_image(
+            image,
+            format=wanted.format,
+            read_only=read_only,
+            snapshot=wanted.load_snapshot,
+            probe_backing=True,
+            offset=wanted.offset,
+            whole_sectors=True,
+            cache=Cache(wanted.cache_mode),
+        )
+
+    if wanted.reads_only:
+        return await attempt(read_only=True)
+    try:
+        node = await attempt(read_only=False)
+    except UnsupportedFeature as error:
+        if wanted.unmap:
+            raise
+        node = await attempt(read_only=True)
+        log.warning("%s", error)
+        return node
+    guessed = wanted.format is None and not wanted.image_opts
+    if guessed and node.format == "raw" and not wanted.image.startswith(JSON_PREFIX):
+        log.warning(
+            "%s: its format was not given, and guessed to be raw: no write may make it look like"
+            " another format (-f raw lifts that)",
+            node.name,
+        )
+    return node
+
+
+class _Attachment(threading.Thread):
+    """``--connect``: the kernel as the client, in a thread that waits for its end."""
+
+    def __init__(self, wanted: QemuNbdOptions, device: KernelDevice, daemon: Daemon | None) -> None:
+        super().__init__(name="kernel", daemon=True)
+        self._wanted = wanted
+        self._device = device
+        self._daemon = daemon
+        self._failure: PynbdError | None = None
+
+    def run(self) -> None:
+        path = self._wanted.socket_path
+        assert path is not None
+        try:
+            self._device.attach(path, self._attached)
+        except PynbdError as error:
+            self._failure = error
+        stop = watch().stop
+        assert stop is not None
+        stop()
+
+    def end(self) -> None:
+        """After the server has ended. Raises `PynbdError` if the device failed."""
+        if self.is_alive():
+            self.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _attached(self) -> None:
+        if self._daemon is not None:
+            self._daemon.ready()
+        else:
+            wanted = self._wanted
+            log.info("NBD device %s is now connected to %s", wanted.connect, wanted.image)
+
+
+@contextmanager
+def _socket_label(label: str | None) -> Iterator[None]:
+    """Sockets that this thread makes have an SELinux label. Raises `PynbdError`."""
+    if label is None:
+        yield
+        return
+    try:
+        _write_label(label)
+    except OSError as error:
+        raise PynbdError(f"--selinux-label: {label!r}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        _write_label("")
+
+
+def _write_label(label: str) -> None:
+    with open(_SOCKET_LABEL, "w") as attribute:
+        attribute.write(label)
