@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from pynbd.client.stream import PlainStream, open_socket
+from pynbd.client.tracing import TracedStream, is_wanted
 from pynbd.errors import OptionError, ProtocolError, UnsupportedFeature
 from pynbd.protocol.handshake import Read, Step, Write
 from pynbd.protocol.handshake_client import ABORT
@@ -37,7 +38,8 @@ async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tup
     stream: PlainStream | None = None
     try:
         async with asyncio.timeout(HANDSHAKE_LIMIT):
-            stream = PlainStream(await open_socket(uri))
+            kind = TracedStream if is_wanted() else PlainStream
+            stream = kind(await open_socket(uri))
             return stream, await _drive(stream, steps)
     except BaseException as error:
         if stream is not None:

@@ -84,9 +84,16 @@ class Traced:
         fields = [f"{_label(name, value)}{_text(value)}" for name, value in self.fields.items()]
         return " ".join([self.direction.value, self.message, *fields])
 
-    def values(self) -> dict[str, object]:
-        """The fields as JSON has them: what has a name in the specification is a string."""
-        return {name: _value(value) for name, value in self.fields.items()}
+    def record(self, connection: str) -> dict[str, object]:
+        """What a program wants to know of it, as JSON has it: what has a name in the specification
+        is a string.
+        """
+        fields = {name: _value(value) for name, value in self.fields.items()}
+        return {
+            "connection": connection,
+            "direction": str(self.direction),
+            "nbd": {"message": self.message, **fields},
+        }
 
 
 def _label(name: str, value: object) -> str:

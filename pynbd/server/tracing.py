@@ -38,12 +38,7 @@ class TracedStream(PlainStream):
         self._tracer = Tracer(self._tell)
 
     def _tell(self, told: Traced) -> None:
-        trace = {
-            "connection": self._name,
-            "direction": str(told.direction),
-            "nbd": {"message": told.message, **told.values()},
-        }
-        log.debug("%s %s", self._name, told, extra={"trace": trace})
+        log.debug("%s %s", self._name, told, extra={"trace": told.record(self._name)})
 
     # The handshake
 

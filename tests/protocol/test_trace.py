@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from struct import pack
@@ -445,7 +446,7 @@ def test_nothing_makes_it_fail(session: Session) -> None:
     told = traced(OPENING + session)
     for message in told:
         assert str(message).isprintable()
-        message.values()
+        json.dumps(message.record("one"))
     lost = [message for message in told if message.message.startswith("undecodable")]
     assert len({message.direction for message in lost}) == len(lost)
     for message in lost:
@@ -461,9 +462,14 @@ def test_values() -> None:
         (">", option(7, string(b"\xffa") + pack(">HH", 1, 3))),
         ("<", structured_chunk(5, 1, pack(">III", 3, 512, 3), DONE)),
     ]
-    go, status = (message.values() for message in traced(session)[-2:])
-    assert go == {"name": "\\udcffa", "infos": ["NBD_INFO_BLOCK_SIZE"]}
-    assert status == {
+    go, status = (message.record("one") for message in traced(session)[-2:])
+    assert go == {
+        "connection": "one",
+        "direction": "to server",
+        "nbd": {"message": "NBD_OPT_GO", "name": "\\udcffa", "infos": ["NBD_INFO_BLOCK_SIZE"]},
+    }
+    assert status["nbd"] == {
+        "message": "NBD_REPLY_TYPE_BLOCK_STATUS",
         "flags": "NBD_REPLY_FLAG_DONE",
         "cookie": "0x1",
         "context": "base:allocation",
