@@ -90,9 +90,10 @@ def compare(**options: Any) -> int:  # the options are CompareOptions, name by n
     wanted = CompareOptions(**options)
     check_name("A", wanted.a)
     check_name("B", wanted.b)
-    for disk, format_ in (wanted.a, wanted.format), (wanted.b, wanted.b_format):
-        if is_uri(disk):
-            check_no_image_options({"format": format_})
+    if is_uri(wanted.a):
+        check_no_image_options({"format": wanted.format})
+    if is_uri(wanted.b):
+        check_no_image_options({"b_format": wanted.b_format})
     try:
         return run(_compare(wanted))
     except (PynbdError, OSError) as error:

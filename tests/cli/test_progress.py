@@ -1,0 +1,33 @@
+"""The progress bar; on a real terminal see interop/test_copy_failures.py."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+
+from pynbd.cli.progress import progress_bar
+
+
+def test_nobody_looks_on(capsys: pytest.CaptureFixture[str]) -> None:
+    for wanted in None, False:
+        with progress_bar(wanted, 100) as progress:
+            progress(100)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("total", [0, 1, 100, 1 << 40])
+def test_it_ends_where_the_whole_is(total: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(True, total) as progress:
+        progress(total // 3)
+        progress(total - total // 3)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "100%" in said.err or total == 0
+
+
+def test_an_error_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(KeyError), progress_bar(True, 100) as progress:
+        progress(50)
+        raise KeyError
+    assert "50%" in capsys.readouterr().err
