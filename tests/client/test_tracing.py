@@ -42,7 +42,7 @@ async def test_what_passes_is_told(disk: Path, caplog: pytest.LogCaptureFixture)
     for message in (
         ("to client", "NBDMAGIC IHAVEOPT"),
         ("to server", "NBD_OPT_GO"),
-        ("to client", "NBD_REP_INFO"),
+        ("to client", "NBD_REP_INFO NBD_INFO_EXPORT"),
         ("to server", "NBD_CMD_WRITE"),
         ("to server", "NBD_CMD_READ"),
         ("to client", "NBD_REPLY_TYPE_OFFSET_DATA"),
