@@ -35,8 +35,8 @@ class GetoptCommand(click.Command):
             raise click.UsageError(error.msg, ctx) from None
         for alike in self.once:
             if sum(name in alike for name, _ in options) > 1:
-                names = " and ".join(sorted(alike, key=len))
-                raise click.UsageError(f"{names} can only be given once", ctx)
+                names = ", ".join(sorted(alike, key=len))
+                raise click.UsageError(f"{names}: to be given once only", ctx)
         return super().parse_args(ctx, [*_whole(options, long), "--", *operands])
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import click
 
 from pynbd.cli.pages import Page, Section, page_of
+from pynbd.cli.qemu_nbd import NAME as QEMU_NBD
+from pynbd.cli.qemu_nbd import qemu_nbd
 from pynbd.cli.roff import man_page
 
 _OTHERS = ("nbdcopy(1)", "nbdinfo(1)", "nbdkit(1)", "qemu-img(1)", "qemu-nbd(8)")
@@ -54,7 +56,9 @@ def man(context: click.Context, directory: Path, markdown: bool) -> None:
     DIRECTORY is made where it is missing; without it, they are written where you are. The names
     of the files are printed.
     """
-    pages = [page for root in _roots(context) for page in root.all()]
+    programs = {"pynbd": context.find_root().command, QEMU_NBD: qemu_nbd}
+    roots = [_completed(page_of(command, name)) for name, command in programs.items()]
+    pages = [page for root in roots for page in root.all()]
     if markdown:
         click.echo(reference(pages), nl=False)
         return
@@ -66,13 +70,8 @@ def man(context: click.Context, directory: Path, markdown: bool) -> None:
         click.echo(path)
 
 
-def _roots(context: click.Context) -> Iterator[Page]:
-    """The pages of each program, complete."""
-    root = context.find_root()
-    yield _completed(page_of(root.command, "pynbd"))
-
-
 def _completed(page: Page) -> Page:
+    """The page with a section on the exit status."""
     commands = tuple(map(_completed, page.commands))
     told = any(section.title == _STATUS for section in page.sections)
     sections = page.sections if told else (_STATUSES, *page.sections)

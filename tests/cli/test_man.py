@@ -12,6 +12,7 @@ import click
 import pytest
 
 from pynbd.cli.main import commands
+from pynbd.cli.qemu_nbd import qemu_nbd
 from tests.cli.test_main import pynbd
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
@@ -29,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def all_commands() -> dict[str, click.Command]:
     context = click.Context(commands)
     found = {name: commands.get_command(context, name) for name in commands.list_commands(context)}
-    return {f"pynbd-{name}": command for name, command in found.items() if command}
+    pages = {f"pynbd-{name}": command for name, command in found.items() if command}
+    return pages | {"pynbd-qemu-nbd": qemu_nbd}
 
 
 def printed(path: Path) -> str:
