@@ -29,7 +29,7 @@ from pynbd.cli.map_sources import (
     full_names,
 )
 from pynbd.cli.output import standard_output
-from pynbd.cli.picture import draw, picture_of, renderer
+from pynbd.cli.picture.drawing import draw, picture_of, renderer
 from pynbd.errors import UsageError
 
 

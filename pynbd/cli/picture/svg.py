@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.sax.saxutils import escape, quoteattr
 
-from pynbd.cli.picture_shapes import BACKGROUND, PLAIN, Box, Fill, Sheet, Words
+from pynbd.cli.picture.shapes import BACKGROUND, PLAIN, Box, Fill, Sheet, Words
 
 _FONTS = "DejaVu Sans, Verdana, Segoe UI, Helvetica, Arial, sans-serif"
 

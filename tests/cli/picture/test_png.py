@@ -6,8 +6,8 @@ from io import BytesIO
 
 from PIL import Image
 
-from pynbd.cli.picture_png import png
-from pynbd.cli.picture_shapes import HATCH, Box, Fill, Lane, Sheet, Words
+from pynbd.cli.picture.png import png
+from pynbd.cli.picture.shapes import HATCH, Box, Fill, Lane, Sheet, Words
 
 PAPER, INK = (255, 255, 255), (0x11, 0x22, 0x33)
 

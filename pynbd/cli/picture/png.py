@@ -12,7 +12,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from pynbd.cli.picture_shapes import BACKGROUND, PLAIN, Box, Fill, Sheet, Words
+from pynbd.cli.picture.shapes import BACKGROUND, PLAIN, Box, Fill, Sheet, Words
 
 _SCALE = 2
 _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}

@@ -6,8 +6,8 @@ in lightness as well, only help.
 
 from __future__ import annotations
 
-from pynbd.cli.picture_columns import Content
-from pynbd.cli.picture_shapes import CHECKERS, DANGER, HATCH, INK, STRIPES, Fill
+from pynbd.cli.picture.columns import Content
+from pynbd.cli.picture.shapes import CHECKERS, DANGER, HATCH, INK, STRIPES, Fill
 
 # By the number of the layer, from the active one. Neighbours differ in lightness, and all are told
 # apart by the colour-blind (most are those of Okabe and Ito).

@@ -1,6 +1,6 @@
 """``pynbd map --image``: a picture of a disk, as SVG or PNG.
 
-`picture_columns` measures, `picture_layout` says what lies where, `picture_svg` and `picture_png`
+`columns` measures, `layout` says what lies where, `svg` and `png`
 draw it.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from pynbd.cli.picture_columns import DiskPicture, picture_of
-from pynbd.cli.picture_layout import lay_out
-from pynbd.cli.picture_shapes import Sheet
-from pynbd.cli.picture_svg import svg
+from pynbd.cli.picture.columns import DiskPicture, picture_of
+from pynbd.cli.picture.layout import lay_out
+from pynbd.cli.picture.shapes import Sheet
+from pynbd.cli.picture.svg import svg
 from pynbd.errors import PynbdError, UsageError
 
 __all__ = ["DiskPicture", "draw", "picture_of", "renderer"]
@@ -41,7 +41,7 @@ def renderer(path: Path) -> Callable[[Sheet], bytes]:
         case ".png":
             try:
                 # By its name: Pillow may be missing, and takes long to import.
-                render: Callable[[Sheet], bytes] = import_module("pynbd.cli.picture_png").png
+                render: Callable[[Sheet], bytes] = import_module("pynbd.cli.picture.png").png
             except ModuleNotFoundError:
                 raise PynbdError(
                     f"{path}: drawing PNG needs Pillow: pip install 'pynbd[picture]', or draw .svg"

@@ -11,11 +11,11 @@ import numpy as np
 
 from interop import peers, samples
 from pynbd.block.chain import open_image
-from pynbd.cli.picture import draw
-from pynbd.cli.picture_columns import COLUMNS, MAX_LAYERS, DiskPicture, Layer, picture_of
-from pynbd.cli.picture_layout import lay_out
-from pynbd.cli.picture_shapes import HATCH, Box, Fill, Lane, Sheet, Words
-from pynbd.cli.picture_svg import svg
+from pynbd.cli.picture.columns import COLUMNS, MAX_LAYERS, DiskPicture, Layer, picture_of
+from pynbd.cli.picture.drawing import draw
+from pynbd.cli.picture.layout import lay_out
+from pynbd.cli.picture.shapes import HATCH, Box, Fill, Lane, Sheet, Words
+from pynbd.cli.picture.svg import svg
 
 NS = "{http://www.w3.org/2000/svg}"
 SCREEN = 1000  # pixels of a bar, from 40 on

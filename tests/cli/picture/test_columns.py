@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from interop import peers, samples
 from pynbd.block.chain import open_image
 from pynbd.block.qcow2.builder import Cluster, Data, Image, Zero
-from pynbd.cli.picture_columns import (
+from pynbd.cli.picture.columns import (
     COLUMNS,
     MAX_LAYERS,
     Columns,

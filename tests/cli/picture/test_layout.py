@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pynbd.cli.picture_columns import BitmapLane, Columns, Content, DiskPicture, Layer
-from pynbd.cli.picture_layout import lay_out, share, shortened
-from pynbd.cli.picture_shapes import Fill, Lane, Sheet, Words
+from pynbd.cli.picture.columns import BitmapLane, Columns, Content, DiskPicture, Layer
+from pynbd.cli.picture.layout import lay_out, share, shortened
+from pynbd.cli.picture.shapes import Fill, Lane, Sheet, Words
 
 SIZE = 1000 << 20
 
@@ -67,7 +67,7 @@ def test_what_is_said() -> None:
     for expected in (
         "overlay.qcow2",
         (
-            "A disk of 0.977 GiB in 2 images. Image 1 is on top and takes what is written. Where it"
+            "A disk of 1000 MiB in 2 images. Image 1 is on top and takes what is written. Where it"
             " holds nothing, image 2 is read, and so on down."
         ),
         "350 MiB data · 650 MiB read as zeroes",
@@ -89,7 +89,7 @@ def test_offsets_are_where_they_are() -> None:
     assert offsets == {
         "0 B": 40,
         **{f"{at} MiB": 40 + at for at in range(128, 800, 128)},
-        "0.977 GiB": 1040,
+        "1000 MiB": 1040,
     }
 
 
@@ -153,7 +153,7 @@ def test_a_disk_in_one_image_has_one_bar() -> None:
     one = picture(bitmaps=0)
     sheet = lay_out(replace(one, layers=one.layers[:1], columns=one.columns[:3]))
     assert "reading" not in {lane.name for lane in sheet.lanes}
-    assert "A disk of 0.977 GiB in one image." in words(sheet)
+    assert "A disk of 1000 MiB in one image." in words(sheet)
 
 
 def test_an_empty_disk() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pynbd.cli.picture import DiskPicture, draw, renderer
-from pynbd.cli.picture_columns import Layer
+from pynbd.cli.picture.columns import Layer
+from pynbd.cli.picture.drawing import DiskPicture, draw, renderer
 from pynbd.errors import PynbdError, UsageError
 
 NOTHING = np.zeros((5, 0), np.int64)
@@ -33,7 +33,7 @@ def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_png_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pynbd.cli.picture_png", raising=False)
+    monkeypatch.delitem(sys.modules, "pynbd.cli.picture.png", raising=False)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(PynbdError, match=r"pip install 'pynbd\[picture\]', or draw \.svg"):
         renderer(Path("disk.png"))

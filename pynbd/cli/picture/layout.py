@@ -1,7 +1,7 @@
 """The layout of a picture of a disk: which shape lies where (pure).
 
 From the top: what is read, coloured by the image that it comes from; each image by itself; the
-dirty bitmaps; guest offsets; what the textures mean. `picture_svg` and `picture_png` draw the sheet
+dirty bitmaps; guest offsets; what the textures mean. `svg` and `png` draw the sheet
 in the same way.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pynbd.cli.output import in_units
-from pynbd.cli.picture_bars import Bars, frame
-from pynbd.cli.picture_columns import BitmapLane, Content, DiskPicture, Layer, Source
-from pynbd.cli.picture_looks import (
+from pynbd.cli.picture.bars import Bars, frame
+from pynbd.cli.picture.columns import BitmapLane, Content, DiskPicture, Layer, Source
+from pynbd.cli.picture.looks import (
     CLEAN,
     DAMAGED,
     DIRTY,
@@ -23,7 +23,7 @@ from pynbd.cli.picture_looks import (
     layer_colour,
     readable_on,
 )
-from pynbd.cli.picture_shapes import Anchor, Box, Fill, Lane, Sheet, Words
+from pynbd.cli.picture.shapes import Anchor, Box, Fill, Lane, Sheet, Words
 
 _SOFT = "#5c5c5c"
 

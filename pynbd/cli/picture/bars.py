@@ -15,7 +15,7 @@ from operator import itemgetter
 import numpy as np
 
 from pynbd.block.extent import Int64s
-from pynbd.cli.picture_shapes import Box, Fill
+from pynbd.cli.picture.shapes import Box, Fill
 
 LINE = "#8a8a8a"
 

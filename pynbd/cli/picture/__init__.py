@@ -1,0 +1,1 @@
+"""Pictures of disks: measured, laid out once, drawn as SVG or PNG."""
