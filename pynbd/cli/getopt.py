@@ -20,6 +20,8 @@ class GetoptCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read ``args``; what click gets has whole names, and the operands behind all options."""
+        if ctx.resilient_parsing:  # a shell completes what is not complete yet
+            return super().parse_args(ctx, args)
         short, long = "", []
         for option in self.get_params(ctx):
             if isinstance(option, click.Option):

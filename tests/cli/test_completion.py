@@ -102,6 +102,16 @@ def test_scripts_are_well_formed(shell: str, program: str) -> None:
 def test_the_drop_in() -> None:
     script = pynbd("completion", "bash", "--program", "pynbd-qemu-nbd").stdout
     assert "_PYNBD_QEMU_NBD_COMPLETE=bash_complete" in script
+    asked = {
+        "_PYNBD_QEMU_NBD_COMPLETE": "bash_complete",
+        "COMP_WORDS": "pynbd-qemu-nbd disk --cache w",
+        "COMP_CWORD": "3",
+    }
+    line = [sys.executable, "-m", "pynbd.qemu_nbd"]
+    done = subprocess.run(
+        line, env={**os.environ, **asked}, capture_output=True, text=True, timeout=20, check=True
+    )
+    assert done.stdout.split() == ["plain,writeback", "plain,writethrough"]
 
 
 def test_a_shell_that_is_not_there() -> None:
