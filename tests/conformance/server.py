@@ -35,7 +35,8 @@ from pynbd.protocol.handshake import negotiate
 from pynbd.server import connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
-from pynbd.server.server import Server, listen_unix
+from pynbd.server.listening import listen_unix
+from pynbd.server.server import Server
 
 RAW_SIZE = 5 << 30
 RAW_DATA = [(0, 1 << 20), (2 << 20, 64 << 10), (RAW_SIZE - 4096, 4096)]
