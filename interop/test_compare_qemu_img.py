@@ -10,7 +10,7 @@ import pytest
 
 from interop import peers, samples
 from interop.conftest import PynbdServe
-from interop.transferring import compared, pynbd
+from interop.transferring import compared, pynbd_here
 
 M = 1 << 20
 SECTOR = 512  # what qemu-img tells offsets in
@@ -73,18 +73,18 @@ def test_statuses(images: dict[str, Path]) -> None:
 
 def test_what_is_said(images: dict[str, Path]) -> None:
     hole, late, beyond = (images[f"{name}.raw"] for name in ("hole", "late", "beyond"))
-    assert pynbd("compare", hole, late, status=1) == "The contents differ at offset 700416.\n"
-    assert pynbd("compare", "-q", hole, late, status=1) == ""
-    assert pynbd("compare", hole, beyond, status=1) == (
+    assert pynbd_here("compare", hole, late, status=1) == "The contents differ at offset 700416.\n"
+    assert pynbd_here("compare", "-q", hole, late, status=1) == ""
+    assert pynbd_here("compare", hole, beyond, status=1) == (
         "The sizes differ: A has 1048576 bytes, B 2097152; beyond the shorter one zeroes are"
         " expected.\nThe contents differ at offset 2097151.\n"
     )
-    assert pynbd("compare", "-s", hole, beyond, status=1) == (
+    assert pynbd_here("compare", "-s", hole, beyond, status=1) == (
         "The sizes differ: A has 1048576 bytes, B 2097152.\n"
     )
-    said = pynbd("compare", "-s", hole, images["data.qcow2"], status=1)
+    said = pynbd_here("compare", "-s", hole, images["data.qcow2"], status=1)
     assert said == "The allocation differs at offset 0.\n"
-    told = json.loads(pynbd("compare", "--json", "--all", late, beyond, status=1))
+    told = json.loads(pynbd_here("compare", "--json", "--all", late, beyond, status=1))
     assert told == {
         "identical": False,
         "sizes": [M, 2 * M],
@@ -92,7 +92,7 @@ def test_what_is_said(images: dict[str, Path]) -> None:
         "offset": 700_416,
         "ranges": [{"offset": 700_416, "length": 512}, {"offset": 2 * M - 512, "length": 512}],
     }
-    told = json.loads(pynbd("compare", "--json", hole, images["zero.qcow2"]))
+    told = json.loads(pynbd_here("compare", "--json", hole, images["zero.qcow2"]))
     assert told == {"identical": True, "sizes": [M, M]}
 
 
@@ -103,18 +103,18 @@ def test_errors(images: dict[str, Path], tmp_path: Path, pynbd_serve: PynbdServe
     hole, nowhere = images["hole.raw"], tmp_path / "nowhere"
     for args in ([hole, nowhere], ["-f", "qcow2", hole, hole]):
         assert peers.run("qemu-img", "compare", *args, check=False).returncode == 2
-        pynbd("compare", *args, status=2, says=str(args[-1]))
-    pynbd("compare", hole, status=2, says="argument")
-    pynbd("compare", "", hole, status=2, says="A: ")
-    pynbd("compare", "-f", "raw", "nbd://localhost", hole, status=2, says="--format")
-    pynbd("compare", "-R", "0", hole, hole, status=2, says="--requests")
+        pynbd_here("compare", *args, status=2, says=str(args[-1]))
+    pynbd_here("compare", hole, status=2, says="argument")
+    pynbd_here("compare", "", hole, status=2, says="A: ")
+    pynbd_here("compare", "-f", "raw", "nbd://localhost", hole, status=2, says="--format")
+    pynbd_here("compare", "-R", "0", hole, hole, status=2, says="--requests")
     raw = ["-f", "raw", "-F", "raw"]
     with peers.nbdkit("--filter=error", "pattern", "1M", "error-pread-rate=100%") as uri:
         assert peers.run("qemu-img", "compare", *raw, hole, uri, check=False).returncode == 4
-        pynbd("compare", hole, uri, status=4, says="cannot read 262144 bytes at offset 0")
+        pynbd_here("compare", hole, uri, status=4, says="cannot read 262144 bytes at offset 0")
     with peers.nbdkit("--filter=error", "memory", "1M", "error-extents-rate=100%") as uri:
         assert peers.run("qemu-img", "compare", *raw, hole, uri, check=False).returncode == 3
-        pynbd("compare", hole, uri, status=3, says="cannot map 1048576 bytes at offset 0")
+        pynbd_here("compare", hole, uri, status=3, says="cannot map 1048576 bytes at offset 0")
 
 
 def test_over_nbd(images: dict[str, Path], tmp_path: Path, pynbd_serve: PynbdServe) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from interop import peers, samples
 from interop.conftest import PynbdServe
-from interop.transferring import pynbd
+from interop.transferring import pynbd, pynbd_here
 
 M = 1 << 20
 HALF = 512 << 10
@@ -46,12 +46,12 @@ def test_reading_fails(source: Path, tmp_path: Path) -> None:
     with broken(HALF, "read") as uri:
         line = ["copy", "--request-size", "64k", "-R", "1", uri]
         reason = f"{uri}: cannot read 65536 bytes at offset {HALF}: "
-        pynbd(*line, new, status=1, says=reason)
+        pynbd_here(*line, new, status=1, says=reason)
         assert not new.exists()
         old.write_bytes(b"old")
-        pynbd(*line, old, status=1, says=f"; {old} is incomplete now\n")
+        pynbd_here(*line, old, status=1, says=f"; {old} is incomplete now\n")
         assert old.exists()
-        pynbd("copy", uri, new, status=1, says="cannot read 262144 bytes at offset ")
+        pynbd_here("copy", uri, new, status=1, says="cannot read 262144 bytes at offset ")
         assert not new.exists()
 
 
@@ -60,8 +60,8 @@ def test_writing_fails(source: Path) -> None:
     with broken(HALF, "write") as uri:
         line = ["copy", "--request-size", "64k", "-R", "1", source, uri]
         reason = f"{uri}: cannot write 65536 bytes at offset {HALF}: "
-        pynbd(*line, status=1, says=reason)
-        pynbd(*line, status=1, says=f"; {uri} is incomplete now\n")
+        pynbd_here(*line, status=1, says=reason)
+        pynbd_here(*line, status=1, says=f"; {uri} is incomplete now\n")
 
 
 def test_a_full_disk(source: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_server_goes_away(source: Path, tmp_path: Path) -> None:
     peers.require("nbdkit")
     new = tmp_path / "new"
     with peers.nbdkit("--filter=exitwhen", "eval", f"get_size=echo {M}", "pread=kill $PPID") as uri:
-        pynbd("copy", uri, new, status=1, says=f"{uri}: ")
+        pynbd_here("copy", uri, new, status=1, says=f"{uri}: ")
     assert not new.exists()
 
 
@@ -93,9 +93,9 @@ def test_the_source_is_never_the_target(tmp_path: Path, pynbd_serve: PynbdServe)
     link.symlink_to(top)
     hard.hardlink_to(tmp_path / "base.raw")
     for target in top, tmp_path / "middle.qcow2", tmp_path / "base.raw", link, hard:
-        pynbd("copy", "-O", "raw", top, target, status=2, says="the source")
+        pynbd_here("copy", "-O", "raw", top, target, status=2, says="the source")
     uri = pynbd_serve(tmp_path / "base.raw", "-f", "raw")
-    pynbd("copy", uri, uri, status=2, says="is the source")
+    pynbd_here("copy", uri, uri, status=2, says="is the source")
     assert {path: path.read_bytes() for path in contents} == contents
 
 
@@ -105,9 +105,9 @@ def test_other_formats_are_not_overwritten(source: Path, tmp_path: Path) -> None
         target = tmp_path / f"target.{name}"
         peers.run("qemu-img", "create", "-q", "-f", name, target, "1M")
         before = target.read_bytes()
-        pynbd("copy", source, target, status=1, says=f"looks like {name}")
+        pynbd_here("copy", source, target, status=1, says=f"looks like {name}")
         assert target.read_bytes() == before
-        pynbd("copy", "-O", "raw", source, target)
+        pynbd_here("copy", "-O", "raw", source, target)
         assert target.read_bytes() == source.read_bytes()
 
 
@@ -130,20 +130,20 @@ def test_targets_that_do_not_do(source: Path, tmp_path: Path, pynbd_serve: Pynbd
     before = b"\xee" * (M - 1)
     small.write_bytes(before)
     whole.write_bytes(before + b"\xee")
-    pynbd("copy", source, pynbd_serve(whole, "-r"), status=1, says="read-only")
+    pynbd_here("copy", source, pynbd_serve(whole, "-r"), status=1, says="read-only")
     small_uri = pynbd_serve(small, "-f", "raw", "-x", "y")
-    pynbd("copy", source, small_uri, status=1, says=f"{M - 1} bytes, and the source has {M}")
+    pynbd_here("copy", source, small_uri, status=1, says=f"{M - 1} bytes, and the source has {M}")
     assert small.read_bytes() == before
     assert whole.read_bytes() == before + b"\xee"
-    pynbd("copy", source, tmp_path, status=1, says="Is a directory")
-    pynbd("copy", source, "/dev/null", status=1, says="not a regular file")
-    pynbd("copy", source, tmp_path / "no" / "where", status=1, says="cannot be made")
-    pynbd("copy", source, "nbd+unix:///?socket=/nowhere", status=1, says="No such file")
-    pynbd("copy", source, "json:{}", status=2, says="protocol name")
-    pynbd("copy", source, "-", status=2, says="./-")
-    pynbd("copy", "-O", "qcow2", source, tmp_path / "new", status=2, says="not written yet")
-    pynbd("copy", "-f", "raw", "nbd://localhost", tmp_path / "new", status=2, says="--format")
-    pynbd("copy", "-S", "5000", source, tmp_path / "new", status=2, says="--sparse")
+    pynbd_here("copy", source, tmp_path, status=1, says="Is a directory")
+    pynbd_here("copy", source, "/dev/null", status=1, says="not a regular file")
+    pynbd_here("copy", source, tmp_path / "no" / "where", status=1, says="cannot be made")
+    pynbd_here("copy", source, "nbd+unix:///?socket=/nowhere", status=1, says="No such file")
+    pynbd_here("copy", source, "json:{}", status=2, says="protocol name")
+    pynbd_here("copy", source, "-", status=2, says="./-")
+    pynbd_here("copy", "-O", "qcow2", source, tmp_path / "new", status=2, says="not written yet")
+    pynbd_here("copy", "-f", "raw", "nbd://localhost", tmp_path / "new", status=2, says="--format")
+    pynbd_here("copy", "-S", "5000", source, tmp_path / "new", status=2, says="--sparse")
     assert not (tmp_path / "new").exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from interop import peers, samples
 from interop.conftest import serving
-from interop.transferring import compared, copied, pynbd, same
+from interop.transferring import compared, copied, pynbd, pynbd_here, same
 
 SIZE = (16 << 20) + (32 << 10)
 
@@ -122,15 +122,15 @@ def test_a_clean_bitmap_copies_nothing(disk: Path, tmp_path: Path) -> None:
 def test_refusals(disk: Path, tmp_path: Path) -> None:
     """Nothing is made, nothing is changed."""
     target, overlay = tmp_path / "target.raw", tmp_path / "overlay.qcow2"
-    pynbd("copy", "--bitmap", "monday", disk, target, status=1, says="does not exist")
+    pynbd_here("copy", "--bitmap", "monday", disk, target, status=1, says="does not exist")
     assert not target.exists()
     target.write_bytes(b"\xee" * (SIZE + 512))
-    pynbd("copy", "--bitmap", "monday", disk, target, status=1, says=f"{SIZE + 512} bytes")
-    pynbd("copy", "--bitmap", "sunday", disk, target, status=1, says="there is 'monday'")
+    pynbd_here("copy", "--bitmap", "monday", disk, target, status=1, says=f"{SIZE + 512} bytes")
+    pynbd_here("copy", "--bitmap", "sunday", disk, target, status=1, says="there is 'monday'")
     backing = ["-b", disk.name, "-F", "qcow2"]
     peers.run("qemu-img", "create", "-q", "-f", "qcow2", *backing, overlay)
-    pynbd("copy", "--bitmap", "monday", overlay, target, status=1, says="writes above it")
+    pynbd_here("copy", "--bitmap", "monday", overlay, target, status=1, says="writes above it")
     with serving(disk, "-r") as uri:
-        pynbd("copy", "--bitmap", "sunday", uri, target, status=1, says="there is 'monday'")
-    pynbd("copy", "--bitmap", "x", "-l", "y", disk, target, status=2, says="not a snapshot")
+        pynbd_here("copy", "--bitmap", "sunday", uri, target, status=1, says="there is 'monday'")
+    pynbd_here("copy", "--bitmap", "x", "-l", "y", disk, target, status=2, says="not a snapshot")
     assert target.read_bytes() == b"\xee" * (SIZE + 512)
