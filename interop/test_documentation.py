@@ -15,7 +15,7 @@ from interop import peers, samples, terminal
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
-SERVERS = ("pynbd serve", "pynbd-qemu-nbd")
+SERVER = "pynbd serve"
 
 
 def lines() -> Iterator[tuple[str, str]]:
@@ -60,7 +60,7 @@ def test_command(place: str, command: str, folder: Path) -> None:
     words = shlex.split(command, comments=True)
     line = ["unshare", "-rn"] if terminal.lends_a_network() else []
     line += ["sh", "-c", f"ip link set lo up; exec {command}"]
-    serves = command.startswith(SERVERS)
+    serves = command.startswith(SERVER)
     with subprocess.Popen(
         line,
         stdin=subprocess.DEVNULL,

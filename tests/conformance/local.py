@@ -42,8 +42,8 @@ class HeldFile(HostFile):
     ``events`` has "write" and "sync" in the order in which they were done.
     """
 
-    def __init__(self, engine: Engine, path: str, fd: int, *, writable: bool) -> None:
-        super().__init__(engine, path, fd, writable=writable)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.released = threading.Event()
         self.released.set()
         self.entered = threading.Semaphore(0)
