@@ -56,11 +56,16 @@ async def _serve(
 ) -> None:
     node = await _open(wanted)
     try:
+        contexts = offered_contexts(
+            node,
+            depth=wanted.allocation_depth,
+            bitmaps=wanted.bitmap[::-1],  # the order in which qemu-nbd lists them
+        )
         export = Export(
             wanted.export_name,
             node,
             description=wanted.description,
-            contexts=offered_contexts(node, depth=wanted.allocation_depth, bitmaps=wanted.bitmap),
+            contexts=contexts,
             multi_conn=wanted.shared != 1,
             unmap=wanted.unmap,
         )
@@ -113,11 +118,11 @@ async def _open(wanted: QemuNbdOptions) -> BlockNode:
         return await attempt(read_only=True)
     try:
         node = await attempt(read_only=False)
-    except UnsupportedFeature as error:
+    except UnsupportedFeature:
         if wanted.unmap:
             raise
         node = await attempt(read_only=True)
-        log.warning("%s", error)
+        log.warning("%s: served read-only: qcow2 images are not written yet", node.name)
         return node
     guessed = wanted.format is None and not wanted.image_opts
     if guessed and node.format == "raw" and not wanted.image.startswith(JSON_PREFIX):
