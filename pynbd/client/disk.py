@@ -145,11 +145,11 @@ class Target(Disk):
 
     async def _write_blocks(self, offset: int, view: memoryview) -> None:
         pieces = []
-        for start, end, zero in zero_runs(view, self._sparse):
+        for start, end, zero in zero_runs(view, offset, self._sparse):
             if zero:
-                await self._zero_blocks(offset + start, end - start)
+                await self._zero_blocks(start, end - start)
             else:
-                pieces.append((offset + start, view[start:end]))
+                pieces.append((start, view[start - offset : end - offset]))
         if pieces:
             with named(WriteError, self.name, "write", offset, len(view)):
                 for error in filter(None, await self.node.pwrite_batch(pieces)):
@@ -168,24 +168,37 @@ class Target(Disk):
             raise WriteError(f"{self.name}: cannot flush: {reason(error)}") from error
 
 
-def zero_runs(view: memoryview, granularity: int) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, is zero) of the runs of ``view``, in whole pieces of ``granularity``, a power of
-    two from 8 on; 0 looks for none. What is left at the end is a piece too.
+def zero_runs(view: memoryview, offset: int, granularity: int) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, is zero) of the runs of what ``view`` holds from ``offset`` on.
+
+    They consist of blocks of ``granularity``, a power of two from 8 on, which begin at its
+    multiples; the first and the last one may be cut. With 0 all is one run that is not zero.
     """
-    whole = len(view) // granularity * granularity if granularity else 0
-    if not whole and view:
-        zero = bool(granularity) and not np.frombuffer(view, np.uint8).any()
-        yield 0, len(view), zero
-    if not whole:
-        return
-    words = np.frombuffer(view[:whole], np.uint64).reshape(-1, granularity // 8)
-    zeroes = words[:, 0] == 0  # most of what is not zero shows it at once
-    suspects = np.flatnonzero(zeroes)
-    zeroes[suspects] = words[suspects].max(axis=1) == 0
-    if whole < len(view):
-        zeroes = np.append(zeroes, not np.frombuffer(view[whole:], np.uint8).any())
-    edges = (np.flatnonzero(zeroes[1:] != zeroes[:-1]) + 1) * granularity
-    start, zero = 0, bool(zeroes[0])
-    for end in [*edges.tolist(), len(view)]:
+    start, end = offset, offset + len(view)
+    zero = False
+    for edge, becomes in _blocks(view, offset, granularity) if granularity else ():
+        if becomes != zero and edge > start:
+            yield start, edge, zero
+            start = edge
+        zero = becomes
+    if start < end:
         yield start, end, zero
-        start, zero = end, not zero
+
+
+def _blocks(view: memoryview, offset: int, granularity: int) -> Iterator[tuple[int, bool]]:
+    """Where runs of zero blocks, and of others, begin; neighbours may be alike."""
+    first = min(-offset % granularity, len(view))
+    count = (len(view) - first) // granularity
+    last = first + count * granularity
+    if first:
+        yield offset, not np.frombuffer(view[:first], np.uint8).any()
+    if count:
+        words = np.frombuffer(view[first:last], np.uint64).reshape(count, -1)
+        zeroes = words[:, 0] == 0  # most of what is not zero shows it at once
+        suspects = np.flatnonzero(zeroes)
+        zeroes[suspects] = words[suspects].max(axis=1) == 0
+        changes = np.flatnonzero(np.append(True, zeroes[1:] != zeroes[:-1]))
+        for row in changes.tolist():
+            yield offset + first + row * granularity, bool(zeroes[row])
+    if last < len(view):
+        yield offset + last, not np.frombuffer(view[last:], np.uint8).any()

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -124,7 +124,8 @@ async def open_target(
             yield target
     except BaseException as error:
         if is_new:
-            os.unlink(name)
+            with suppress(FileNotFoundError):
+                os.unlink(name)
         elif isinstance(error, DiskError):
             raise type(error)(f"{error}; {name} is incomplete now") from error
         raise
@@ -161,7 +162,11 @@ async def _file_target(
             await _refuse_format(file)
         blank = whole and not file.is_device
         if blank:
-            await file.empty(source.size)
+            try:
+                await file.empty(source.size)
+            except OSError as error:
+                reason = f"it cannot have {source.size} bytes: {error.strerror}"
+                raise ImageError(f"{path}: {reason}") from None
         else:
             _check_size(path, file.size(), source, exact=not file.is_device)
         yield _target(RawNode(file, read_only=False), how, blank=blank)

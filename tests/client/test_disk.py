@@ -13,19 +13,22 @@ from tests.client.memory import MemoryNode
 CONTENT = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0, 0, 7])), max_size=12)
 
 
-@given(CONTENT, st.sampled_from([0, 8, 16]))
-def test_zero_runs(parts: list[tuple[int, int]], granularity: int) -> None:
+@given(CONTENT, st.integers(0, 40), st.sampled_from([0, 8, 16]))
+def test_zero_runs(parts: list[tuple[int, int]], offset: int, granularity: int) -> None:
     content = b"".join(bytes([byte]) * length for length, byte in parts)
-    runs = list(zero_runs(memoryview(content), granularity))
-    step = granularity or max(len(content), 1)
+    runs = list(zero_runs(memoryview(content), offset, granularity))
+    blocks: dict[int, bytes] = {}
+    for at, byte in enumerate(content, offset):
+        number = at // granularity if granularity else 0
+        blocks[number] = blocks.get(number, b"") + bytes([byte])
     expected: list[tuple[int, int, bool]] = []
-    for at in range(0, len(content), step):
-        block = content[at : at + step]
+    for block in blocks.values():
         zero = granularity > 0 and not any(block)
         if expected and expected[-1][2] == zero:
-            expected[-1] = expected[-1][0], at + len(block), zero
+            expected[-1] = expected[-1][0], expected[-1][1] + len(block), zero
         else:
-            expected.append((at, at + len(block), zero))
+            start = expected[-1][1] if expected else offset
+            expected.append((start, start + len(block), zero))
     assert runs == expected
 
 
