@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
 from pynbd.client.workers import Progress
 
+_STANDARD_ERROR = 2  # sys.stderr is None where the parent has closed it
 # The bar hears of every so many parts of the whole.
 _STEPS = 500
 
@@ -18,7 +19,7 @@ def progress_bar(wanted: bool | None, total: int) -> Iterator[Progress]:
     """What to tell of bytes that are done; they add up to ``total``. ``wanted`` None: if a person
     looks on.
     """
-    if not (sys.stderr.isatty() if wanted is None else wanted):
+    if not (os.isatty(_STANDARD_ERROR) if wanted is None else wanted):
         yield lambda _: None
         return
     # It takes longer to import than a small copy does, and is seldom seen.

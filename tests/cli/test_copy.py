@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,11 @@ def test_arguments_that_make_no_sense(
     assert err.startswith("pynbd: ")
     assert err.count("\n") == 1
     assert not new.exists()
+
+
+def test_closed_standard_descriptors(disk: Path, tmp_path: Path) -> None:
+    """What it opens does not become its standard error, or anything else that is written to."""
+    new = tmp_path / "new"
+    line = f'exec "{sys.executable}" -m pynbd copy "{disk}" "{new}" <&- >&- 2>&-'
+    assert subprocess.run(["/bin/sh", "-c", line], check=False, timeout=30).returncode == 0
+    assert new.read_bytes() == b"now".ljust(M, b"\0")
