@@ -6,6 +6,7 @@ gives to a program that SIGPIPE ended.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,8 @@ def standard_output() -> Iterator[Callable[[str], object]]:
         except OSError as error:
             _give_up(error)
 
-    stream = sys.stdout.buffer
+    # There is no sys.stdout where the parent has closed it.
+    stream = sys.stdout.buffer if sys.stdout else io.BytesIO()
     yield write
     try:
         stream.flush()

@@ -4,6 +4,8 @@ interop/test_compare_qemu_img.py.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,10 @@ def test_status_2(
     assert (status, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_closed_standard_output(disks: tuple[Path, Path]) -> None:
+    """The status tells."""
+    line = f'exec "{sys.executable}" -m pynbd compare "{disks[0]}" "{disks[1]}" >&-'
+    done = subprocess.run(["/bin/sh", "-c", line], check=False, timeout=30, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
