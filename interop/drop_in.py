@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +65,41 @@ def refused(
         text=True,
         timeout=timeout,
     )
+
+
+def wait_until(true: Callable[[], bool], within: float = 10) -> None:
+    deadline = time.monotonic() + within
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def start(program: str, *args: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """To the end of the parent, with what it has printed. The server may stay."""
+    said = folder / "said"
+    with said.open("w") as stream:
+        status = subprocess.run(
+            [*command(program, folder), *map(str, args)],
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            timeout=20,
+        ).returncode
+    return subprocess.CompletedProcess(args, status, said.read_text())
+
+
+def stop(pid: int, number: signal.Signals = signal.SIGTERM) -> None:
+    os.kill(pid, number)
+    wait_until(lambda: not alive(pid))
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def alive(pid: int) -> bool:

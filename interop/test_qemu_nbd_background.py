@@ -7,15 +7,14 @@ import os
 import signal
 import struct
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from interop import drop_in, peers, samples
-from interop.drop_in import OURS, PROGRAMS
+from interop.drop_in import OURS, PROGRAMS, start, stop, wait_until
 
 MIB = 1 << 20
 
@@ -24,33 +23,6 @@ MIB = 1 << 20
 def disk(tmp_path: Path) -> Path:
     samples.sparse_file(tmp_path / "disk.raw", MIB)
     return tmp_path / "disk.raw"
-
-
-def wait_until(true: Callable[[], bool], within: float = 10) -> None:
-    deadline = time.monotonic() + within
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def start(program: str, *args: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """To the end of the parent, with what it has printed. The server may stay."""
-    said = folder / "said"
-    with said.open("w") as stream:
-        status = subprocess.run(
-            [*drop_in.command(program, folder), *map(str, args)],
-            check=False,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            timeout=20,
-        ).returncode
-    return subprocess.CompletedProcess(args, status, said.read_text())
-
-
-def stop(pid: int, number: signal.Signals = signal.SIGTERM) -> None:
-    os.kill(pid, number)
-    wait_until(lambda: not drop_in.alive(pid))
 
 
 @contextmanager
@@ -126,7 +98,7 @@ def test_pid_file(program: str, disk: Path) -> None:
         assert pid_file.read_text() == f"{pid}\n"
         assert lock_is_held(pid_file)
     assert pid_file.read_text() == f"{pid}\n"  # it stays
-    assert not lock_is_held(pid_file)
+    wait_until(lambda: not lock_is_held(pid_file))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -140,7 +112,7 @@ def test_pid_file_is_for_its_owner(program: str, disk: Path) -> None:
 def test_pid_file_in_the_foreground(program: str, disk: Path) -> None:
     peers.require("qemu-nbd")
     pid_file = disk.parent / "pid"
-    args = ["-f", "raw", f"--pid-file={pid_file}", disk]
+    args = ["-f", "raw", f"--pid-file={pid_file}", str(disk)]
     with drop_in.running(program, *args, folder=disk.parent) as run:
         wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
         assert pid_file.read_text() == f"{run.process.pid}\n"
@@ -154,8 +126,8 @@ def test_pid_file_of_a_process_that_lives(program: str, disk: Path) -> None:
         peers.socket_path() as other,
     ):
         pid_file = disk.parent / f"{program}.pid"
-        args = ["-r", "-f", "raw", "--fork", f"--pid-file={pid_file}", f"--socket={other}", disk]
-        done = start(program, *args, folder=disk.parent)
+        args = ["-r", "-f", "raw", "--fork", f"--pid-file={pid_file}", f"--socket={other}"]
+        done = start(program, *args, disk, folder=disk.parent)
         assert done.returncode == 1
         assert done.stdout.count("\n") == 1
         assert pid_file.read_text() == f"{pid}\n"
@@ -184,8 +156,8 @@ def test_fork_with_a_warning(disk: Path) -> None:
 def test_readers_of_standard_error_see_its_end(disk: Path) -> None:
     """Who captures the output of the parent does not wait for the server."""
     with peers.socket_path() as path:
-        args = ["-f", "raw", "--fork", "--pid-file=pid", f"--socket={path}", disk]
-        done = drop_in.refused(OURS, *args, folder=disk.parent)
+        args = ["-f", "raw", "--fork", "--pid-file=pid", f"--socket={path}"]
+        done = drop_in.refused(OURS, *args, disk, folder=disk.parent)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         stop(int((disk.parent / "pid").read_text()))
 

@@ -56,9 +56,7 @@ def _lines(export: RemoteExport) -> Iterator[str]:
     if export.constrained:
         for what, size in zip(("min", "opt", "max"), export.block_size, strict=True):
             yield f" {what} block: {size}"
-    # Only with extended headers may a server set this flag, and with them each sets it here.
-    wide = TransmissionFlag.BLOCK_STATUS_PAYLOAD in export.flags
-    yield f" transaction size: {64 if wide else 32}-bit"
+    yield f" transaction size: {64 if export.extended else 32}-bit"
     if export.contexts:
         yield f" available meta contexts: {len(export.contexts)}"
         yield from (f"  {printable(name)}" for name in export.contexts)
