@@ -33,6 +33,9 @@ bench: .venv/tested peers ## Compare the speed with qemu-nbd and nbdkit; QUICK=1
 peers: .venv/tested ## Find the peers of the interop tests, or build their tree in ~/.cache/pynbd
 	@$(BIN)/python -m interop.peers --host || interop/rootfs.sh
 
+docs: .venv/installed ## Write docs/reference.md anew, from the help of every command
+	@$(BIN)/pynbd man --markdown > docs/reference.md
+
 clean: ## Remove the virtual environment and every cache in the checkout
 	rm -rf .venv build dist bench.json .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find pynbd tests interop -name __pycache__ -prune -exec rm -rf {} +
@@ -46,4 +49,4 @@ clean: ## Remove the virtual environment and every cache in the checkout
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-.PHONY: help serve test check bench peers clean
+.PHONY: help serve test check bench peers docs clean

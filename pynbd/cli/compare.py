@@ -13,6 +13,8 @@ import click
 
 from pynbd.block.chain import FORMATS
 from pynbd.cli.complaints import complain
+from pynbd.cli.completion import file_names
+from pynbd.cli.logs import told
 from pynbd.cli.looking import check_no_image_options, image_options
 from pynbd.cli.output import standard_output
 from pynbd.cli.progress import progress_bar
@@ -62,8 +64,8 @@ Examples:
   pynbd compare --json --strict disk.qcow2 copy.qcow2
 """
 )
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=file_names)
+@click.argument("b", shell_complete=file_names)
 @image_options
 @click.option(
     "-F",
@@ -82,6 +84,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (default: text).")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @transfer_options
+@told
 def compare(**options: Any) -> int:  # the options are CompareOptions, name by name
     """Compare what guests see of the disks A and B; each is an image or an NBD URI.
 

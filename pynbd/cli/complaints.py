@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 from click.exceptions import NoArgsIsHelpError
 
+from pynbd.cli.logs import last_words
 from pynbd.errors import PynbdError, UsageError
 
 
@@ -47,5 +48,5 @@ def _text(error: click.ClickException) -> str:
 
 def complain(name: str, text: str, status: int) -> NoReturn:
     """One line, and the end."""
-    click.echo(f"{name}: {text}", err=True)
+    last_words(name, text)
     sys.exit(status)

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from pynbd.cli.completion import file_names
+from pynbd.cli.logs import told
 from pynbd.cli.looking import check_no_image_options, image_options
 from pynbd.cli.progress import progress_bar
 from pynbd.cli.transfer import Interrupted, check_name, power_of_two, run, transfer_options
@@ -48,8 +50,8 @@ Examples:
   pynbd copy --bitmap monday disk.qcow2 copy-of-monday.raw
 """
 )
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST")
+@click.argument("source", metavar="SRC", shell_complete=file_names)
+@click.argument("target", metavar="DST", shell_complete=file_names)
 @image_options
 @click.option(
     "-l",
@@ -87,6 +89,7 @@ Examples:
 )
 @click.option("--flush", is_flag=True, help="Always done: in the end all is on stable storage.")
 @transfer_options
+@told
 def copy(flush: bool, **options: Any) -> None:  # the options are CopyOptions, name by name
     """Copy the disk SRC onto DST; each is an image or an NBD URI.
 

@@ -17,13 +17,13 @@ from pynbd.cli.export_info import server_info
 from pynbd.cli.export_report import server_report
 from pynbd.cli.image_info import Info, image_info
 from pynbd.cli.image_report import report
+from pynbd.cli.logs import told
 from pynbd.cli.looking import (
     check_no_image_options,
     image_options,
     is_uri,
     open_alone,
     open_disk,
-    tell_warnings,
 )
 from pynbd.cli.output import standard_output
 from pynbd.errors import ImageError, PynbdError, UsageError
@@ -47,11 +47,11 @@ Examples:
     help="JSON: a list, with the images below too. Text always has them.",
 )
 @image_options
+@told
 def info(disk: str, as_json: bool, backing_chain: bool, **options: Any) -> None:
     """Tell about IMAGE: format, sizes, chain, features, snapshots, bitmaps; or about the exports of
     a server.
     """
-    tell_warnings()
     asyncio.run(_info(disk, as_json, backing_chain, options))
 
 

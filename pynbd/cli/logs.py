@@ -13,53 +13,87 @@ import json
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import click
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 TRACE = logging.getLogger("pynbd.trace")
 
 
 def log_options(command: _Decorated) -> _Decorated:
     """Give a command the options ``verbose``, ``trace`` and ``log_format``, for `configure`."""
+    verbose = click.option(
+        "-v", "--verbose", is_flag=True, help="Tell of clients that come and go."
+    )
+    return verbose(_trace_options(command))
+
+
+def told(command: Callable[_P, _T]) -> Callable[..., _T]:
+    """Give a command that is no server the options ``trace`` and ``log_format``, and heed them."""
+
+    @wraps(command)
+    def configured(*args: Any, trace: bool, log_format: str, **options: Any) -> _T:
+        configure(verbose=False, trace=trace, log_format=log_format)
+        return command(*args, **options)
+
+    return _trace_options(configured)
+
+
+def _trace_options(command: _Decorated) -> _Decorated:
     for option in (
         click.option(
             "--log-format",
             type=click.Choice(list(_FORMATTERS)),
             default="text",
             show_default=True,
-            help="How that is written: for people, or an object on each line.",
+            help="How standard error is written: for people, or an object on each line.",
         ),
         click.option(
             "--trace",
             is_flag=True,
             help="Tell every message of the protocol, on standard error.",
         ),
-        click.option("-v", "--verbose", is_flag=True, help="Tell of clients that come and go."),
     ):
         command = option(command)
     return command
 
 
-def configure(*, verbose: bool, trace: bool, log_format: str) -> None:
+def configure(*, verbose: bool, trace: bool, log_format: str, program: str = "pynbd") -> None:
     """Let the loggers of this process write to standard error what these options ask for."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_FORMATTERS[log_format]())
+    handler.setFormatter(_FORMATTERS[log_format](program))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     TRACE.setLevel(logging.DEBUG if trace else logging.WARNING)
 
 
-class _Text(logging.Formatter):
+def last_words(program: str, text: str) -> None:
+    """Why the program ends, in the form of all that it has said before."""
+    if any(isinstance(handler.formatter, _Json) for handler in logging.getLogger().handlers):
+        logging.getLogger("pynbd").error("%s", text)
+    else:
+        click.echo(f"{program}: {text}", err=True)
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, program: str) -> None:
+        super().__init__()
+        self._program = program
+
+
+class _Text(_Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         if record.name != TRACE.name:
-            return f"pynbd: {record.message}"
+            return f"{self._program}: {record.message}"
         time = datetime.fromtimestamp(record.created)
         return f"{time:%H:%M:%S.%f} {record.message}"
 
 
-class _Json(logging.Formatter):
+class _Json(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         told: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
@@ -73,4 +107,4 @@ class _Json(logging.Formatter):
         return json.dumps(told)
 
 
-_FORMATTERS: dict[str, type[logging.Formatter]] = {"text": _Text, "json": _Json}
+_FORMATTERS: dict[str, type[_Formatter]] = {"text": _Text, "json": _Json}

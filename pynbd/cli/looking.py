@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,8 +64,3 @@ def check_no_image_options(options: Mapping[str, object]) -> None:
         if value:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} is for images: how an export is opened is the server's")
-
-
-def tell_warnings() -> None:
-    """What the layers below warn of goes to standard error."""
-    logging.basicConfig(level=logging.WARNING, format="pynbd: %(message)s")

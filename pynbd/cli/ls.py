@@ -9,6 +9,7 @@ import click
 
 from pynbd.cli.export_info import export_info
 from pynbd.cli.export_report import export_report, listing
+from pynbd.cli.logs import told
 from pynbd.cli.looking import is_uri
 from pynbd.cli.output import standard_output
 from pynbd.client.connection import list_exports
@@ -29,6 +30,7 @@ Examples:
     "-l", "--long", "everything", is_flag=True, help="Tell all of each (default: a line of each)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (default: text).")
+@told
 def ls(uri: str, everything: bool, as_json: bool) -> None:
     """List the exports of the server at URI, whichever export it names: name, size, what they can,
     description.

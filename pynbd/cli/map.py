@@ -13,12 +13,12 @@ from typing import Any
 import click
 
 from pynbd.cli.completion import file_names
+from pynbd.cli.logs import told
 from pynbd.cli.looking import (
     check_no_image_options,
     image_options,
     is_uri,
     open_disk,
-    tell_warnings,
 )
 from pynbd.cli.map_lines import JsonMap, TextMap, Totals
 from pynbd.cli.map_rows import rows_of
@@ -64,6 +64,7 @@ Examples:
     help="Draw the layers and bitmaps of an image: FILE.svg or FILE.png.",
 )
 @image_options
+@told
 def map(  # noqa: A001 (the name of the command)
     disk: str,
     contexts: tuple[str, ...],
@@ -73,7 +74,6 @@ def map(  # noqa: A001 (the name of the command)
     **options: Any,
 ) -> None:
     """Print what each range of IMAGE or of an export is: data, hole, zero; whose; dirty."""
-    tell_warnings()
     wanted = full_names(contexts)
     if picture is not None:
         if as_json or totals or contexts:

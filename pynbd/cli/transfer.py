@@ -12,7 +12,6 @@ import click
 
 from pynbd.cli.complaints import complain
 from pynbd.cli.descriptors import fill_standard_descriptors
-from pynbd.cli.looking import tell_warnings
 from pynbd.cli.numbers import whole_number
 from pynbd.client.ends import CONNECTIONS
 from pynbd.client.workers import REQUEST_SIZE, REQUESTS
@@ -112,7 +111,6 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     and the number of the signal.
     """
     fill_standard_descriptors()
-    tell_warnings()
     caught: list[int] = []
     try:
         result: T = _run(_until_signal(work, caught))

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
+from interop import peers
 from tests.cli.test_main import pynbd
 
 SCRIPT = """
@@ -78,3 +80,34 @@ def test_a_format_that_is_not_there() -> None:
     done = pynbd("serve", "--log-format", "xml", "disk")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "pynbd: --log-format: 'xml' is not one of 'text', 'json'\n"
+
+
+@pytest.mark.parametrize("command", ["info", "map", "ls"])
+def test_the_last_words_are_json_too(command: str) -> None:
+    done = pynbd(command, "--log-format", "json", "nbd+unix:///?socket=/nowhere")
+    assert (done.returncode, done.stdout) == (1, "")
+    record = json.loads(done.stderr)
+    assert record["level"] == "ERROR"
+    assert "/nowhere" in record["message"]
+
+
+def test_a_client_tells_what_passes(tmp_path: Path) -> None:
+    """Each end hears what the other one says."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(1 << 20))
+    with peers.socket_path() as socket:
+        line = [sys.executable, "-m", "pynbd", "serve", "--trace", "-k", str(socket), str(path)]
+        with subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as server:
+            assert server.stdout
+            uri = server.stdout.readline().strip()
+            try:
+                done = pynbd("map", "--trace", uri)
+            finally:
+                server.terminate()
+            served = server.communicate(timeout=20)[1]
+    assert done.returncode == 0
+    told, heard = (re.findall(r"[<>] .*", text) for text in (done.stderr, served))
+    assert told == heard
+    assert "> NBD_CMD_BLOCK_STATUS cookie 0x1 offset 0 length 1048576" in told
