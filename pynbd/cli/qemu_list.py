@@ -57,6 +57,6 @@ def _lines(export: RemoteExport) -> Iterator[str]:
         for what, size in zip(("min", "opt", "max"), export.block_size, strict=True):
             yield f" {what} block: {size}"
     yield f" transaction size: {64 if export.extended else 32}-bit"
-    if export.contexts:
+    if export.contexts and (export.structured or export.extended):
         yield f" available meta contexts: {len(export.contexts)}"
         yield from (f"  {printable(name)}" for name in export.contexts)

@@ -123,9 +123,7 @@ def survey(*, structured: bool = True, extended: bool = True) -> Listing:
     for server in map(Server.parse, listed):
         haggling.name = server.name
         info = yield from haggling.info(Option.INFO, server.description)
-        names: tuple[str, ...] = ()
-        if haggling.structured or haggling.extended:  # nothing else carries a block status
-            names = yield from haggling.list_contexts(())
+        names = yield from haggling.list_contexts(())
         exports[server.name] = haggling.export(info, names)
     return list(exports.values())
 
