@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pynbd.block.chain import FORMATS
-from pynbd.cli.complaints import complain
+from pynbd.cli.complaints import complain, said_of
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import told
 from pynbd.cli.looking import check_no_image_options, image_options
@@ -100,7 +100,7 @@ def compare(**options: Any) -> int:  # the options are CompareOptions, name by n
     try:
         return run(_compare(wanted))
     except (PynbdError, OSError) as error:
-        complain("pynbd", str(error), _status(error))
+        complain("pynbd", said_of(error), _status(error))
 
 
 def _status(error: Exception) -> int:

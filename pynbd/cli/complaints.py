@@ -29,11 +29,8 @@ def run(command: click.Command, name: str, *, usage_status: int = 2) -> NoReturn
         complain(name, _text(error), error.exit_code)
     except UsageError as error:
         complain(name, str(error), usage_status)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        complain(name, where + (error.strerror or str(error)), 1)
-    except PynbdError as error:
-        complain(name, str(error), 1)
+    except (PynbdError, OSError) as error:
+        complain(name, said_of(error), 1)
     except click.Abort:
         complain(name, "interrupted", 1)
 
@@ -44,6 +41,14 @@ def _text(error: click.ClickException) -> str:
         return f"{max(error.param.opts, key=len)}: {error.message.rstrip('.')}"
     text = " ".join(error.format_message().split())
     return text[:1].lower() + text[1:].rstrip(".")
+
+
+def said_of(error: PynbdError | OSError) -> str:
+    """What an error says, and of what file or URI."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return where + (error.strerror or str(error))
 
 
 def complain(name: str, text: str, status: int) -> NoReturn:

@@ -46,6 +46,10 @@ def test_formats(
         (["-f", "raw", "nbd://x", "{a}"], "--format is for images"),
         (["-R", "x", "{a}", "{a}"], "--requests: 'x' is not a whole number, 1 to 1024"),
         (["{a}", "/no/where"], "/no/where: cannot be opened: No such file or directory"),
+        (
+            ["{a}", "nbd+unix:///?socket=/no/where"],
+            "pynbd: nbd+unix:///?socket=/no/where: No such file or directory\n",
+        ),
     ],
 )
 def test_status_2(
