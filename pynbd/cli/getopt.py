@@ -7,7 +7,7 @@ The options and the help are click's own.
 from __future__ import annotations
 
 import getopt
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import ClassVar
 
 import click
@@ -22,11 +22,12 @@ class GetoptCommand(click.Command):
         """Read ``args``; what click gets has whole names, and the operands behind all options."""
         if ctx.resilient_parsing:  # a shell completes what is not complete yet
             return super().parse_args(ctx, args)
-        short, long = "", []
+        short, long, whole = "", [], {}
         for option in self.get_params(ctx):
             if isinstance(option, click.Option):
                 takes_value = not (option.is_flag or option.count)
                 for name in option.opts:
+                    whole[name] = max(option.opts, key=len) + "=" * takes_value
                     if name.startswith("--"):
                         long.append(name[2:] + "=" * takes_value)
                     else:
@@ -39,12 +40,5 @@ class GetoptCommand(click.Command):
             if sum(name in alike for name, _ in options) > 1:
                 names = ", ".join(sorted(alike, key=len))
                 raise click.UsageError(f"{names}: to be given once only", ctx)
-        return super().parse_args(ctx, [*_whole(options, long), "--", *operands])
-
-
-def _whole(options: list[tuple[str, str]], long: list[str]) -> Iterator[str]:
-    for name, value in options:
-        if name.startswith("--"):
-            yield f"{name}={value}" if f"{name[2:]}=" in long else name
-        else:
-            yield name + value
+        named = [whole[name] + value for name, value in options]
+        return super().parse_args(ctx, [*named, "--", *operands])

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 
+import click
+
 from pynbd.block.chain import open_image
 from pynbd.block.engine import Cache
 from pynbd.block.image_options import JSON_PREFIX, parse_image_opts
@@ -167,7 +169,8 @@ class _Attachment(threading.Thread):
             self._daemon.ready()
         else:
             wanted = self._wanted
-            log.info("NBD device %s is now connected to %s", wanted.connect, wanted.image)
+            text = f"NBD device {wanted.connect} is now connected to {wanted.image}"
+            click.echo(text, err=True)
 
 
 @contextmanager
