@@ -26,14 +26,18 @@ from typing import TYPE_CHECKING
 
 from pynbd.errors import (
     CorruptImage,
+    DiskError,
     ImageError,
     ImageLocked,
+    MapError,
     OptionError,
     ProtocolError,
     PynbdError,
+    ReadError,
     RequestError,
     UnsupportedFeature,
     UsageError,
+    WriteError,
 )
 
 if TYPE_CHECKING:
@@ -61,13 +65,16 @@ __all__ = [
     "CorruptImage",
     "DirtyBitmap",
     "Disk",
+    "DiskError",
     "Export",
     "ExportTable",
     "ImageError",
     "ImageLocked",
+    "MapError",
     "OptionError",
     "ProtocolError",
     "PynbdError",
+    "ReadError",
     "RequestError",
     "Runs",
     "Server",
@@ -76,6 +83,7 @@ __all__ = [
     "StatusMethod",
     "UnsupportedFeature",
     "UsageError",
+    "WriteError",
     "connect",
     "list_exports",
     "listen_tcp",

@@ -1,5 +1,6 @@
 """The program ``pynbd``, and ``python -m pynbd``."""
 
+import signal
 import sys
 
 from pynbd.cli.descriptors import fill_standard_descriptors
@@ -8,6 +9,8 @@ from pynbd.cli.signals import watch
 if sys.argv[1:2] == ["serve"]:
     fill_standard_descriptors()
     watch()  # a signal that comes while the rest is imported ends it like any other
+else:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as of any other program, without a traceback
 
 from pynbd.cli.main import main
 

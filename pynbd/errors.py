@@ -10,6 +10,10 @@
     │   ├── CorruptImage           its bytes contradict the format's specification
     │   ├── UnsupportedFeature     it needs a feature that pynbd does not have
     │   └── ImageLocked            another process holds a conflicting lock
+    ├── DiskError                  a disk failed while it was copied or compared
+    │   ├── MapError               it could not say where it has data
+    │   ├── ReadError              it could not be read
+    │   └── WriteError             it could not be written
     └── UsageError                 a combination of arguments that makes no sense
 
 Trouble with the disk itself stays ``OSError``: its errno becomes an NBD error in one function,
@@ -65,6 +69,22 @@ class UnsupportedFeature(ImageError):
 
 class ImageLocked(ImageError):
     """Another process holds a lock on the image that conflicts with what was asked."""
+
+
+class DiskError(PynbdError):
+    """A disk failed while it was worked on. The text names it, the place and the reason."""
+
+
+class MapError(DiskError):
+    """A disk could not say where it has data."""
+
+
+class ReadError(DiskError):
+    """A disk could not be read."""
+
+
+class WriteError(DiskError):
+    """A disk could not be written."""
 
 
 class UsageError(PynbdError):

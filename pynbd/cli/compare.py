@@ -21,9 +21,10 @@ from pynbd.cli.progress import progress_bar
 from pynbd.cli.transfer import Interrupted, check_name, run, transfer_options
 from pynbd.client.compare import Comparison, Difference
 from pynbd.client.compare import compare as compare_disks
-from pynbd.client.disk import Disk, MapError, ReadError
-from pynbd.client.ends import Reading, is_uri, open_disk
-from pynbd.errors import PynbdError
+from pynbd.client.disk import Disk
+from pynbd.client.ends import Reading, open_disk
+from pynbd.errors import MapError, PynbdError, ReadError
+from pynbd.protocol.uri import is_uri
 
 _DIFFERENT, _CANNOT_OPEN, _CANNOT_MAP, _CANNOT_READ = 1, 2, 3, 4
 

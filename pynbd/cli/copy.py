@@ -16,8 +16,9 @@ from pynbd.cli.progress import progress_bar
 from pynbd.cli.transfer import Interrupted, check_name, power_of_two, run, transfer_options
 from pynbd.client.copy import copy as copy_disk
 from pynbd.client.dirty import dirty_ranges
-from pynbd.client.ends import Reading, Writing, is_uri, open_disk, open_target
+from pynbd.client.ends import Reading, Writing, open_disk, open_target
 from pynbd.errors import UsageError
+from pynbd.protocol.uri import is_uri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

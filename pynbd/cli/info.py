@@ -21,12 +21,12 @@ from pynbd.cli.logs import told
 from pynbd.cli.looking import (
     check_no_image_options,
     image_options,
-    is_uri,
     open_alone,
     open_disk,
 )
 from pynbd.cli.output import standard_output
 from pynbd.errors import ImageError, PynbdError, UsageError
+from pynbd.protocol.uri import is_uri
 
 
 @click.command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,13 +10,6 @@ import click
 from pynbd.block.chain import FORMATS, open_image
 from pynbd.block.node import BlockNode
 from pynbd.errors import UsageError
-
-_URI = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
-
-
-def is_uri(disk: str) -> bool:
-    """Whether an argument is an NBD URI; a file of such a name is ``./nbd:...``."""
-    return bool(_URI.match(disk))
 
 
 def image_options(command: Callable[..., Any]) -> Callable[..., Any]:

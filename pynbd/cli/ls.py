@@ -10,11 +10,10 @@ import click
 from pynbd.cli.export_info import export_info
 from pynbd.cli.export_report import export_report, listing
 from pynbd.cli.logs import told
-from pynbd.cli.looking import is_uri
 from pynbd.cli.output import standard_output
 from pynbd.client.connection import list_exports
 from pynbd.errors import UsageError
-from pynbd.protocol.uri import NbdUri
+from pynbd.protocol.uri import NbdUri, is_uri
 
 
 @click.command(

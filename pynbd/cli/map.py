@@ -17,7 +17,6 @@ from pynbd.cli.logs import told
 from pynbd.cli.looking import (
     check_no_image_options,
     image_options,
-    is_uri,
     open_disk,
 )
 from pynbd.cli.map_lines import JsonMap, TextMap, Totals
@@ -31,6 +30,7 @@ from pynbd.cli.map_sources import (
 from pynbd.cli.output import standard_output
 from pynbd.cli.picture.drawing import draw, picture_of, renderer
 from pynbd.errors import UsageError
+from pynbd.protocol.uri import is_uri
 
 
 @click.command(

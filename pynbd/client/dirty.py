@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.node import BlockNode
 from pynbd.client.connection import Client, connect
-from pynbd.client.disk import Disk, MapError, named
+from pynbd.client.disk import Disk, named
 from pynbd.client.node import NbdNode
 from pynbd.client.pieces import Ranges
-from pynbd.errors import ImageError
+from pynbd.errors import ImageError, MapError
 from pynbd.protocol.metadata import QEMU_DIRTY_BITMAP
 
 _DIRTY = 1  # the flag of qemu:dirty-bitmap contexts

@@ -19,23 +19,7 @@ import numpy as np
 
 from pynbd.block.extent import ZERO, Runs
 from pynbd.block.node import BlockNode
-from pynbd.errors import PynbdError
-
-
-class DiskError(PynbdError):
-    """A disk failed while it was worked on. The text names it, the place and the reason."""
-
-
-class MapError(DiskError):
-    """It could not say where it has data."""
-
-
-class ReadError(DiskError):
-    """It could not be read."""
-
-
-class WriteError(DiskError):
-    """It could not be written."""
+from pynbd.errors import DiskError, MapError, PynbdError, ReadError, WriteError
 
 
 def reason(error: BaseException) -> str:

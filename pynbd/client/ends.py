@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing, suppress
@@ -23,24 +22,17 @@ from pynbd.block.file import open_host_file
 from pynbd.block.node import BlockNode
 from pynbd.block.probe import PROBE_LENGTH, probe_format
 from pynbd.block.raw import RawNode
-from pynbd.client.disk import Disk, DiskError, Target
+from pynbd.client.disk import Disk, Target
 from pynbd.client.node import NbdNode
-from pynbd.errors import ImageError, ImageLocked, UnsupportedFeature, UsageError
+from pynbd.errors import DiskError, ImageError, ImageLocked, UnsupportedFeature, UsageError
 from pynbd.protocol.metadata import BASE_ALLOCATION, QEMU_DIRTY_BITMAP
-from pynbd.protocol.uri import NbdUri
+from pynbd.protocol.uri import NbdUri, is_uri
 
 log = logging.getLogger("pynbd")
 
 CONNECTIONS = 4
 
 _Node = TypeVar("_Node", bound=BlockNode)
-
-_URI = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
-
-
-def is_uri(name: str) -> bool:
-    """Whether ``name`` is an NBD URI; a file of such a name is ``./nbd:...``."""
-    return bool(_URI.match(name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,13 @@ _SCHEMES: Final = {
     for transport in Transport
     for secure in ("", "s")
 }
+_URI: Final = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
 _CHOICES: Final = {"tls-type": ("anon", "x509", "psk"), "tls-verify-peer": ("0", "1")}
+
+
+def is_uri(name: str) -> bool:
+    """Whether what may also name a file is meant to be an NBD URI; such a file is ``./nbd:...``."""
+    return _URI.match(name) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

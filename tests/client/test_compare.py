@@ -7,7 +7,8 @@ from random import Random
 import pytest
 
 from pynbd.client.compare import compare
-from pynbd.client.disk import Disk, ReadError
+from pynbd.client.disk import Disk
+from pynbd.errors import ReadError
 from tests.client.memory import MemoryNode
 
 K = 1 << 10

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from pynbd.client.copy import copy
-from pynbd.client.disk import Disk, ReadError, Target
+from pynbd.client.disk import Disk, Target
+from pynbd.errors import ReadError
 from tests.client.memory import MemoryNode
 
 K = 1 << 10

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pynbd.block.extent import ZERO
-from pynbd.client.disk import Disk, ReadError, Target, WriteError, zero_runs
+from pynbd.client.disk import Disk, Target, zero_runs
+from pynbd.errors import ReadError, WriteError
 from tests.client.memory import MemoryNode
 
 CONTENT = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0, 0, 7])), max_size=12)

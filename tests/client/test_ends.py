@@ -10,9 +10,15 @@ import pytest
 
 from pynbd.block.engine import HostFile
 from pynbd.client.copy import copy
-from pynbd.client.disk import DiskError, ReadError
-from pynbd.client.ends import Reading, Writing, is_uri, open_disk, open_target
-from pynbd.errors import ImageError, ImageLocked, UnsupportedFeature, UsageError
+from pynbd.client.ends import Reading, Writing, open_disk, open_target
+from pynbd.errors import (
+    DiskError,
+    ImageError,
+    ImageLocked,
+    ReadError,
+    UnsupportedFeature,
+    UsageError,
+)
 from tests.block.devices import loop_device
 
 M = 1 << 20
@@ -46,13 +52,6 @@ def failing(source: Path, target: Path | str, how: BaseException) -> None:
             raise how
 
     asyncio.run(work())
-
-
-def test_uris() -> None:
-    for name in "nbd://localhost", "NBDS://x", "nbd+unix:///?socket=/s", "nbds+vsock://1":
-        assert is_uri(name)
-    for name in "./nbd://x", "disk.nbd", "nbd", "http://x", "json:{}", "/nbd:x":
-        assert not is_uri(name)
 
 
 def test_a_new_file(source: Path, tmp_path: Path) -> None:

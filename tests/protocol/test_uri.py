@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pynbd.errors import UsageError
-from pynbd.protocol.uri import NbdUri, Transport
+from pynbd.protocol.uri import NbdUri, Transport, is_uri
 
 UNIX = {"transport": Transport.UNIX}
 VSOCK = {"transport": Transport.VSOCK}
@@ -147,3 +147,10 @@ def test_garbage_is_refused_or_parsed(text: str) -> None:
     except UsageError:
         return
     assert NbdUri.parse(str(uri)) == uri
+
+
+def test_what_is_meant_to_be_a_uri() -> None:
+    for name in "nbd://localhost", "NBDS://x", "nbd+unix:///?socket=/s", "nbds+vsock://1":
+        assert is_uri(name)
+    for name in "./nbd://x", "disk.nbd", "nbd", "http://x", "json:{}", "/nbd:x":
+        assert not is_uri(name)
