@@ -190,7 +190,8 @@ Examples:
     type=click.Choice(["off", "on", "unmap"]),
     default="off",
     show_default=True,
-    help="Write zeroes as holes: not yet, and without effect with -r.",
+    help="What becomes of writes of nothing but zeroes: on marks them as zeroes, unmap makes holes"
+    " of them, and needs --discard=unmap.",
 )
 @click.option("--fork", is_flag=True, help="Go on in the background, once clients can connect.")
 @click.option(

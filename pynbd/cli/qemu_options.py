@@ -158,11 +158,5 @@ class QemuNbdOptions:
         if self.bitmap and (self.offset or self.load_snapshot is not None):
             other = "--offset" if self.offset else "--load-snapshot"
             raise UsageError(f"--bitmap: bitmaps are of the whole active state; not with {other}")
-        if not self.reads_only:
-            if self.snapshot:
-                raise UnsupportedFeature("--snapshot: it is not supported yet; -r serves FILE")
-            if self.detect_zeroes != "off":
-                raise UnsupportedFeature(
-                    f"--detect-zeroes={self.detect_zeroes}: it is not supported yet, except with"
-                    " -r, where it has no effect"
-                )
+        if self.snapshot and not self.reads_only:
+            raise UnsupportedFeature("--snapshot: it is not supported yet; -r serves FILE")

@@ -24,6 +24,7 @@ from pynbd.errors import PynbdError, UnsupportedFeature
 from pynbd.server.export import Export
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
+from pynbd.server.zeroes import DetectZeroes
 
 log = logging.getLogger("pynbd")
 
@@ -70,6 +71,7 @@ async def _serve(
             contexts=contexts,
             multi_conn=wanted.shared != 1,
             unmap=wanted.unmap,
+            detect_zeroes=DetectZeroes(wanted.detect_zeroes),
         )
 
         def listen() -> Listening:
@@ -100,7 +102,7 @@ async def _serve(
 
 async def _open(wanted: QemuNbdOptions) -> BlockNode:
     """The image, for writing where that can be and was not ruled out."""
-    image: str | Mapping[str, object] = wanted.image
+    image: str | Mapping[str, object] = wanted.image.removeprefix("file:")  # as QEMU names files
     if wanted.image_opts:
         image = parse_image_opts(wanted.image)
 
@@ -121,7 +123,7 @@ async def _open(wanted: QemuNbdOptions) -> BlockNode:
     try:
         node = await attempt(read_only=False)
     except UnsupportedFeature:
-        if wanted.unmap:
+        if wanted.unmap or wanted.detect_zeroes != "off":
             raise
         node = await attempt(read_only=True)
         log.warning("%s: served read-only: qcow2 images are not written yet", node.name)

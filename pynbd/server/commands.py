@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pynbd.block.engine import Buffer
 from pynbd.block.extent import ZERO, Extent
 from pynbd.errors import RequestError
 from pynbd.protocol.handshake import Session
@@ -28,6 +29,7 @@ from pynbd.server.contexts import block_status
 from pynbd.server.export import Export
 from pynbd.server.steps import together
 from pynbd.server.stream import FilePiece, Piece, ReplyEnd
+from pynbd.server.zeroes import DetectZeroes, pwrite_detecting
 
 log = logging.getLogger("pynbd")
 
@@ -174,7 +176,7 @@ class Commands:
         fua = any(request.flags & _FUA for request in requests)
         pieces = [(request.offset, request.payload) for request in requests if request.payload]
         try:
-            errors = iter(await self._node.pwrite_batch(pieces, fua=fua))
+            errors = iter(await self._pwrite(pieces, fua=fua))
         except OSError as error:
             return [self.refusal(request, error) for request in requests]
         except Exception:
@@ -190,6 +192,14 @@ class Commands:
                 else self._dialect.done(request.cookie, request.offset)
             )
         return replies
+
+    async def _pwrite(
+        self, pieces: Sequence[tuple[int, Buffer]], *, fua: bool
+    ) -> list[OSError | None]:
+        detect = self._export.detect_zeroes
+        if detect is DetectZeroes.OFF:
+            return await self._node.pwrite_batch(pieces, fua=fua)
+        return await pwrite_detecting(self._node, pieces, detect, fua=fua)
 
     def refusal(self, request: Request, error: RequestError | OSError) -> bytes:
         """The reply to a request that failed."""

@@ -10,6 +10,7 @@ from pynbd.protocol.handshake import ExportInfo
 from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, TransmissionFlag
 from pynbd.server.contexts import Context
 from pynbd.server.troubles import TroubleLog
+from pynbd.server.zeroes import DetectZeroes
 
 _ALWAYS = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
 _WRITABLE = TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
@@ -21,8 +22,9 @@ class Export:
     ``contexts``: the metadata contexts on offer, by name, in the order of their ids.
     ``multi_conn``: whether a second connection sees what the first one wrote; one process with one
     node always grants that, but it is pointless where only one connection is allowed. ``unmap``:
-    whether TRIM and WRITE_ZEROES may give space back; else TRIM does nothing, and succeeds. Raises
-    `ImageError` if the image is larger than an export can be.
+    whether TRIM and WRITE_ZEROES may give space back; else TRIM does nothing, and succeeds.
+    ``detect_zeroes``: what becomes of writes of nothing but zeroes. Raises `ImageError` if the
+    image is larger than an export can be.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Export:
         contexts: Mapping[str, Context],
         multi_conn: bool = True,
         unmap: bool = True,
+        detect_zeroes: DetectZeroes = DetectZeroes.OFF,
     ) -> None:
         if node.size > MAX_EXPORT_SIZE:
             raise ImageError(f"{node.name}: of its {node.size} bytes no client could ask for all")
@@ -42,6 +45,7 @@ class Export:
         self.contexts = contexts
         self.read_only = node.read_only
         self.unmap = unmap
+        self.detect_zeroes = detect_zeroes
         self.troubles = TroubleLog()
         flags = _ALWAYS | (TransmissionFlag.READ_ONLY if node.read_only else _WRITABLE)
         if node.can_discard and not node.read_only:

@@ -157,8 +157,6 @@ def test_bitmaps_of_a_part(bitmap: str) -> None:
     "args",
     [
         "-s disk",
-        "--detect-zeroes=on disk",
-        "--discard=unmap --detect-zeroes=unmap disk",
         "--object secret,id=s disk",
         "-r --tls-creds t disk",
         "-L --tls-hostname t",

@@ -329,6 +329,25 @@ async def test_zeroes_and_holes(path: Path, engine: WatchedEngine, mode: Mode) -
         assert data == bytes(3 << 17) + BYTES[3 << 17 :]
 
 
+async def test_an_export_that_gives_no_space_back(path: Path, engine: WatchedEngine) -> None:
+    """TRIM succeeds and does nothing; zeroes keep their space."""
+    node = await open_image(path, format="raw", read_only=False, engine=engine)
+    export = Export("", node, contexts={}, unmap=False)
+    commands = Commands(
+        export,
+        negotiated(export, Mode.STRUCTURED, {}),
+        dialect(structured=True, extended=False),
+    )
+    before = node.file.allocated_size()
+    engine.calls.clear()
+    await commands.serve(Request(0, TRIM, 1, 0, 1 << 17))
+    assert engine.calls == []
+    await commands.serve(Request(0, WRITE_ZEROES, 2, 1 << 17, 1 << 17))
+    assert node.file.allocated_size() == before
+    await node.close()
+    assert content(path) == BYTES[: 1 << 17] + bytes(1 << 17) + BYTES[1 << 18 :]
+
+
 @pytest.mark.parametrize("flags, error", [(FAST_ZERO, ENOTSUP), (0, 0)])
 async def test_fast_zero(path: Path, engine: WatchedEngine, flags: int, error: int) -> None:
     """W9: told before anything is touched; only where FAST_ZERO asks is it ENOTSUP."""
