@@ -221,3 +221,25 @@ def test_the_parent_may_be_ended_while_it_waits(disk: Path) -> None:
         pid_file = disk.parent / "pid"
         wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
         stop(int(pid_file.read_text()))
+
+
+def test_the_socket_of_a_server_that_lives(disk: Path) -> None:
+    """qemu-nbd would take it away from it."""
+    with drop_in.running(OURS, "-t", "-r", "-f", "raw", disk, folder=disk.parent) as run:
+        path = run.uri.partition("socket=")[2]
+        done = drop_in.refused(OURS, "-k", path, "-r", "-f", "raw", disk, folder=disk.parent)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"{OURS}: cannot listen on {path}: Address already in use\n"
+        assert peers.run("nbdinfo", "--size", run.uri).stdout == f"{MIB}\n"
+
+
+def test_trace(disk: Path) -> None:
+    with peers.socket_path() as path, (disk.parent / "said").open("w") as said:
+        line = ["-T", "nbd_*", "-f", "raw", f"--socket={path}", str(disk)]
+        with subprocess.Popen([*drop_in.command(OURS), *line], stdout=said, stderr=said) as server:
+            wait_until(lambda: peers.connects(path))
+            peers.run("nbdinfo", "--map", peers.unix_uri(path))
+            assert server.wait(5) == 0
+    told = (disk.parent / "said").read_text()
+    assert "NBD_OPT_GO" in told
+    assert "NBD_CMD_BLOCK_STATUS" in told

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from interop import drop_in, peers
+from interop import drop_in, peers, samples
 from interop.drop_in import OURS, free_port, start, stop, wait_until
 
 READ_ONLY = ["--read-only", "--cache=none", "--aio=native"]
@@ -125,6 +125,30 @@ def test_ovirt_disk_in_an_ova(folder: Path, tmp_path: Path) -> None:
     }
     with drop_in.running(OURS, *ovirt(image), folder=folder) as run:
         assert copied(run.uri) == content("flat.qcow2", folder)
+
+
+def test_ovirt_upload_to_a_raw_disk(folder: Path, tmp_path: Path) -> None:
+    """Written sparsely: zeroes that a client writes as data become holes."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"old" * 349526)  # a MiB, and 2 bytes
+    source = folder / "disk.raw"
+    image = {"driver": "raw", "file": {"driver": "file", "filename": str(disk)}}
+    line = [word for word in ovirt(image, depth=False) if word != "--read-only"]
+    with drop_in.running(OURS, *line, folder=folder) as run:
+        script = f"""
+data = open({str(source)!r}, "rb").read()
+for at in range(0, len(data), {samples.BLOCK}):
+    h.pwrite(data[at:at + {samples.BLOCK}], at)
+h.flush()
+"""
+        peers.nbdsh(script, run.uri)
+    data = source.read_bytes()
+    assert disk.read_bytes()[: 1 << 20] == data
+    blocks = [data[at : at + samples.BLOCK] for at in range(0, 1 << 20, samples.BLOCK)]
+    zero = sum(not any(block) for block in blocks)
+    assert zero
+    # The 2 bytes after the MiB take a block of the file system.
+    assert samples.allocated(disk) == (len(blocks) - zero) * samples.BLOCK + 4096
 
 
 def test_ovirt_on_tcp(folder: Path) -> None:

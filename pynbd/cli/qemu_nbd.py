@@ -72,6 +72,13 @@ Exit status:
   1  an error, which is one line on standard error
 
 \b
+Where it is not like qemu-nbd:
+  A qcow2 image is served read-only for now; -s and TLS are not there yet.
+  A raw image has one writer, and nobody reads beside it.
+  -k does not take a socket away from a server that listens there.
+  --fork ends with 0 when the server runs, also after a warning.
+
+\b
 Examples:
   pynbd-qemu-nbd -k /run/disk.sock -f qcow2 disk.qcow2
   pynbd-qemu-nbd -k /run/disk.sock -t -e 8 -r -B backup-1 disk.qcow2

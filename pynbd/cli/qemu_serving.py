@@ -192,5 +192,8 @@ def _socket_label(label: str | None) -> Iterator[None]:
 
 
 def _write_label(label: str) -> None:
-    with open(_SOCKET_LABEL, "w") as attribute:
-        attribute.write(label)
+    fd = os.open(_SOCKET_LABEL, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.write(fd, label.encode() + b"\0" if label else b"")  # nothing: the default again
+    finally:
+        os.close(fd)
