@@ -257,7 +257,9 @@ def test_nbdinfo_starts_it(folder: Path) -> None:
     done = peers.run("nbdinfo", "--json", "--", *line)
     export = json.loads(done.stdout)["exports"][0]
     assert export["export-size"] == (8 << 20) + (32 << 10)
-    assert done.stderr == ("pynbd: top.qcow2: served read-only: qcow2 images are not written yet\n")
+    assert done.stderr == (
+        "pynbd-qemu-nbd: top.qcow2: served read-only: qcow2 images are not written yet\n"
+    )
 
 
 def test_nbdcopy_starts_it(folder: Path) -> None:

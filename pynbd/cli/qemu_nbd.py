@@ -240,7 +240,7 @@ def qemu_nbd(**options: Any) -> None:  # the options are QemuNbdOptions, name by
     wanted = QemuNbdOptions(**options)
     sockets = activated_sockets()
     wanted.check(activated=bool(sockets))
-    configure(verbose=wanted.verbose, trace=_traces(wanted.trace), log_format="text")
+    configure(verbose=wanted.verbose, trace=_traces(wanted.trace), log_format="text", program=NAME)
     if wanted.list or wanted.disconnect:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         if wanted.disconnect:
