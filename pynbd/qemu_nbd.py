@@ -10,7 +10,7 @@ fill_standard_descriptors()
 # --fork.
 signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
-from pynbd.cli.qemu_nbd import main  # noqa: E402 (see above)
+from pynbd.cli.qemu_nbd.command import main  # noqa: E402 (see above)
 
 if __name__ == "__main__":
     main()

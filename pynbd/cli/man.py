@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 
 from pynbd.cli.pages import Page, Section, page_of
-from pynbd.cli.qemu_nbd import NAME as QEMU_NBD
-from pynbd.cli.qemu_nbd import qemu_nbd
+from pynbd.cli.qemu_nbd.command import NAME as QEMU_NBD
+from pynbd.cli.qemu_nbd.command import qemu_nbd
 from pynbd.cli.roff import man_page
 
 _OTHERS = ("nbdcopy(1)", "nbdinfo(1)", "nbdkit(1)", "qemu-img(1)", "qemu-nbd(8)")

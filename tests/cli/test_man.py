@@ -12,7 +12,7 @@ import click
 import pytest
 
 from pynbd.cli.main import commands
-from pynbd.cli.qemu_nbd import qemu_nbd
+from pynbd.cli.qemu_nbd.command import qemu_nbd
 from tests.cli.test_main import pynbd
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pynbd.cli.daemon import write_pid_file
+from pynbd.cli.qemu_nbd.daemon import write_pid_file
 from pynbd.errors import PynbdError
 
 

@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from pynbd.cli.getopt import GetoptCommand
+from pynbd.cli.qemu_nbd.getopt import GetoptCommand
 
 
 class _Command(GetoptCommand):

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 
 from pynbd.cli.output import printable, standard_output
-from pynbd.cli.qemu_options import QemuNbdOptions
+from pynbd.cli.qemu_nbd.options import QemuNbdOptions
 from pynbd.client.connection import list_exports
 from pynbd.errors import PynbdError
 from pynbd.protocol.handshake_client import RemoteExport

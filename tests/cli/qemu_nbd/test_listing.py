@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from pynbd.cli import qemu_list
-from pynbd.cli.qemu_nbd import qemu_nbd
-from pynbd.cli.qemu_options import QemuNbdOptions
+from pynbd.cli.qemu_nbd import listing
+from pynbd.cli.qemu_nbd.command import qemu_nbd
+from pynbd.cli.qemu_nbd.options import QemuNbdOptions
 from pynbd.errors import PynbdError
 from pynbd.protocol.handshake_client import RemoteExport
 from pynbd.protocol.uri import NbdUri
@@ -32,8 +32,8 @@ def printed(
     async def listed(_where: NbdUri) -> list[RemoteExport]:
         return list(exports)
 
-    monkeypatch.setattr(qemu_list, "list_exports", listed)
-    qemu_list.print_exports(options("-k", "/s"))
+    monkeypatch.setattr(listing, "list_exports", listed)
+    listing.print_exports(options("-k", "/s"))
     return capfd.readouterr().out
 
 
@@ -89,4 +89,4 @@ def test_none(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 
 def test_nobody_is_there() -> None:
     with pytest.raises(PynbdError, match=r"^nbd\+unix:///\?socket=/nonexistent: No such file"):
-        qemu_list.print_exports(options("-k", "/nonexistent"))
+        listing.print_exports(options("-k", "/nonexistent"))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from interop import peers
-from pynbd.cli import kernel
-from pynbd.cli.kernel import KernelDevice
+from pynbd.cli.qemu_nbd import kernel
+from pynbd.cli.qemu_nbd.kernel import KernelDevice
 from pynbd.errors import PynbdError
 
 HEADER = Path("/usr/include/linux/nbd.h")

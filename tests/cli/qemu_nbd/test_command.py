@@ -18,8 +18,8 @@ import pytest
 from click.testing import CliRunner
 
 from interop import peers
-from pynbd.cli.qemu_nbd import qemu_nbd
-from pynbd.cli.qemu_options import QemuNbdOptions
+from pynbd.cli.qemu_nbd.command import qemu_nbd
+from pynbd.cli.qemu_nbd.options import QemuNbdOptions
 
 PROGRAM = [sys.executable, "-m", "pynbd.qemu_nbd"]
 
@@ -87,7 +87,9 @@ def test_every_option_has_help() -> None:
 
 def test_its_front_is_light() -> None:
     """With --fork the process is doubled before numpy or a loop bring threads."""
-    script = "import sys, pynbd.cli.qemu_nbd as _; print({'numpy', 'uvloop'} & set(sys.modules))"
+    script = (
+        "import sys, pynbd.cli.qemu_nbd.command as _; print({'numpy', 'uvloop'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert done.stdout == b"set()\n"
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from pynbd.cli.qemu_nbd import qemu_nbd
-from pynbd.cli.qemu_options import QemuNbdOptions
+from pynbd.cli.qemu_nbd.command import qemu_nbd
+from pynbd.cli.qemu_nbd.options import QemuNbdOptions
 from pynbd.errors import PynbdError, UnsupportedFeature, UsageError
 
 

@@ -22,11 +22,11 @@ import click
 from pynbd.cli import complaints
 from pynbd.cli.activation import activated_sockets
 from pynbd.cli.completion import file_names
-from pynbd.cli.daemon import Daemon
-from pynbd.cli.getopt import GetoptCommand
-from pynbd.cli.kernel import disconnect
 from pynbd.cli.logs import configure
-from pynbd.cli.qemu_options import QemuNbdOptions
+from pynbd.cli.qemu_nbd.daemon import Daemon
+from pynbd.cli.qemu_nbd.getopt import GetoptCommand
+from pynbd.cli.qemu_nbd.kernel import disconnect
+from pynbd.cli.qemu_nbd.options import QemuNbdOptions
 from pynbd.cli.signals import ENDING, watch
 from pynbd.cli.texts import export_text
 from pynbd.protocol.values import DEFAULT_PORT
@@ -246,13 +246,13 @@ def qemu_nbd(**options: Any) -> None:  # the options are QemuNbdOptions, name by
         if wanted.disconnect:
             disconnect(wanted.image)
         else:
-            import_module("pynbd.cli.qemu_list").print_exports(wanted)
+            import_module("pynbd.cli.qemu_nbd.listing").print_exports(wanted)
         return
     daemon = None
     if wanted.fork or (wanted.connect is not None and not wanted.verbose):
         daemon = Daemon.fork(keep_errors=wanted.verbose)
     watch()
-    import_module("pynbd.cli.qemu_serving").run(
+    import_module("pynbd.cli.qemu_nbd.serving").run(
         wanted, sockets, daemon, trace=_traces(wanted.trace)
     )
 

@@ -15,9 +15,9 @@ from pynbd.block.chain import open_image
 from pynbd.block.engine import Cache
 from pynbd.block.image_options import JSON_PREFIX, parse_image_opts
 from pynbd.block.node import BlockNode
-from pynbd.cli.daemon import Daemon, write_pid_file
-from pynbd.cli.kernel import KernelDevice
-from pynbd.cli.qemu_options import QemuNbdOptions
+from pynbd.cli.qemu_nbd.daemon import Daemon, write_pid_file
+from pynbd.cli.qemu_nbd.kernel import KernelDevice
+from pynbd.cli.qemu_nbd.options import QemuNbdOptions
 from pynbd.cli.running import LOOPS, listen_on, run_server
 from pynbd.cli.signals import watch
 from pynbd.errors import PynbdError, UnsupportedFeature

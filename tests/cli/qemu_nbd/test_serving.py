@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from interop import peers
-from pynbd.cli import qemu_serving
-from pynbd.cli.qemu_nbd import qemu_nbd
-from pynbd.cli.qemu_options import QemuNbdOptions
+from pynbd.cli.qemu_nbd import serving
+from pynbd.cli.qemu_nbd.command import qemu_nbd
+from pynbd.cli.qemu_nbd.options import QemuNbdOptions
 from pynbd.errors import PynbdError, UnsupportedFeature
 
 M = 1 << 20
@@ -39,7 +39,7 @@ def qcow2(tmp_path: Path) -> str:
 async def opened(*args: str) -> bool:
     """Whether it is writable."""
     options = QemuNbdOptions(**qemu_nbd.make_context("test", list(args)).params)
-    node = await qemu_serving._open(options)
+    node = await serving._open(options)
     try:
         assert node.size == M
         return not node.read_only
@@ -96,10 +96,10 @@ async def test_qcow2_for_reading(option: str, qcow2: str, caplog: pytest.LogCapt
 
 
 def test_a_label_where_there_is_no_selinux(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu_serving, "_SOCKET_LABEL", "/nonexistent/sockcreate")
+    monkeypatch.setattr(serving, "_SOCKET_LABEL", "/nonexistent/sockcreate")
     with (
         pytest.raises(PynbdError, match=r"^--selinux-label: 'x': No such file or directory$"),
-        qemu_serving._socket_label("x"),
+        serving._socket_label("x"),
     ):
         pytest.fail("a socket without its label")
 
@@ -108,8 +108,8 @@ def test_a_label_is_given_and_taken_back(tmp_path: Path, monkeypatch: pytest.Mon
     attribute = tmp_path / "sockcreate"
     attribute.touch()
     written: list[bytes] = []
-    monkeypatch.setattr(qemu_serving, "_SOCKET_LABEL", str(attribute))
+    monkeypatch.setattr(serving, "_SOCKET_LABEL", str(attribute))
     monkeypatch.setattr(os, "write", lambda _fd, data: written.append(data))
-    with qemu_serving._socket_label("system_u:object_r:svirt_t:s0"):
+    with serving._socket_label("system_u:object_r:svirt_t:s0"):
         assert written == [b"system_u:object_r:svirt_t:s0\0"]
     assert written[1:] == [b""]

@@ -1,0 +1,1 @@
+"""The drop-in for qemu-nbd: its argument vector, its lifetime, its ways in the background."""
