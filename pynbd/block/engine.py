@@ -487,6 +487,7 @@ def _write_fully(fd: int, data: Buffer, offset: int) -> None:
 
 @_with_descriptor
 def _empty(fd: int, size: int) -> None:
+    os.ftruncate(fd, size)  # a size that it cannot have is refused before anything is lost
     os.ftruncate(fd, 0)
     os.ftruncate(fd, size)
 

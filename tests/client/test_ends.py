@@ -20,6 +20,7 @@ from pynbd.errors import (
     UsageError,
 )
 from tests.block.devices import loop_device
+from tests.block.test_engine import largest_file
 
 M = 1 << 20
 
@@ -74,6 +75,14 @@ def test_a_file_gets_the_size_of_the_source(size: int, source: Path, tmp_path: P
     copied(source, old)
     assert old.read_bytes() == source.read_bytes()
     assert old.stat().st_ino == number
+
+
+def test_a_file_that_cannot_have_the_size_keeps_what_it_has(source: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_bytes(b"old")
+    with largest_file(M - 1), pytest.raises(ImageError, match="it cannot have 1048576 bytes: File"):
+        copied(source, old)
+    assert old.read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("how", [ReadError("bad"), asyncio.CancelledError(), KeyError("defect")])
