@@ -64,8 +64,8 @@ async def open_image(
     options = _options(image, cache, force_share=force_share)
     if format is not None:
         options = replace(options, driver=format)
-    if options.read_only and not read_only:
-        raise ImageError("image option read-only: it is on, and the image is to be written")
+    if not read_only:
+        options.refuse_writing()
     opening = _Opening(engine or Engine(), probe_backing=probe_backing, whole_sectors=whole_sectors)
     try:
         if not read_only:
@@ -231,6 +231,7 @@ class _Opening:
             path,
             writable=writable,
             force_share=options.force_share,
+            locked=options.locked,
             cache=options.cache,
         )
         self.files.append(file)

@@ -46,9 +46,10 @@ def open_host_file(
     *,
     writable: bool,
     force_share: bool = False,
+    locked: bool = True,
     cache: CacheMode = Cache.WRITEBACK.mode,
 ) -> HostFile:
-    """Open an image file or device and lock it as QEMU does.
+    """Open an image file or device and, unless it is not to be ``locked``, lock it as QEMU does.
 
     ``force_share`` opens a file for reading although others may write it, with a warning when one
     does. Raises `ImageError` naming the file, `ImageLocked` if another process holds a conflicting
@@ -61,7 +62,8 @@ def open_host_file(
         hint = " for writing (-r serves it read-only)" if denied else ""
         raise ImageError(f"{path}: cannot be opened{hint}: {error.strerror}") from None
     try:
-        _lock(file, force_share=force_share)
+        if locked:
+            _lock(file, force_share=force_share)
     except BaseException:
         file.close()
         raise

@@ -61,12 +61,16 @@ _UNITS = "bkmgtpe"
 
 @dataclass(frozen=True, slots=True)
 class FileOptions:
-    """A host file. ``device``: whether it has to be a block device; None: whatever it is."""
+    """A host file. ``device``: whether it has to be a block device; None: whatever it is.
+    ``locked``: as QEMU locks it, unless ``force_share``.
+    """
 
     filename: str
     cache: CacheMode
     force_share: bool
     device: bool | None = None
+    read_only: bool = False
+    locked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,16 @@ class ImageOptions:
         """Whether it was given an offset or a size."""
         return bool(self.offset) or self.size is not None
 
+    def refuse_writing(self) -> None:
+        """Raise `ImageError` if its options, or those of what it stands on, are against it."""
+        node: FileOptions | ImageOptions | None = self
+        while node is not None:
+            if node.read_only:
+                raise ImageError("image option read-only: it is on, and the image is to be written")
+            if node.force_share:
+                raise ImageError("image option force-share: only what is read can be shared so")
+            node = node.file if isinstance(node, ImageOptions) else None
+
 
 def image_options(
     options: Mapping[str, object], *, cache: CacheMode, force_share: bool
@@ -102,7 +116,7 @@ def image_options(
     node = _Node(options, "")
     if node.driver() in ("file", "host_device"):
         file = node.file(cache, force_share)
-        return ImageOptions("raw", file, file.cache, file.force_share, node.flag("read-only"))
+        return ImageOptions("raw", file, file.cache, file.force_share)
     return node.image(cache, force_share)
 
 
@@ -135,8 +149,14 @@ class _Node:
         filename = self._text("filename", "a file name")
         if not filename:
             raise ImageError(f"{self._at('filename')}: a file name is needed")
-        device = driver == "host_device" if driver else None
-        return FileOptions(filename, self._cache(cache), self._shared(force_share), device)
+        return FileOptions(
+            filename,
+            self._cache(cache),
+            self.flag("force-share", force_share),
+            driver == "host_device" if driver else None,
+            self.flag("read-only"),
+            self._options.get("locking") != "off",
+        )
 
     def image(self, cache: CacheMode, force_share: bool, *, recorded: bool = False) -> ImageOptions:
         """As an image; ``recorded``: an overlay records its file."""
@@ -144,7 +164,7 @@ class _Node:
         if not driver and "file" not in self._options and not recorded:
             raise ImageError(f"{self._at('driver')}: driver or file is needed")
         self._check(driver)
-        cache, force_share = self._cache(cache), self._shared(force_share)
+        cache, force_share = self._cache(cache), self.flag("force-share", force_share)
         below = self._node("file")
         if below is None and not recorded:
             raise ImageError(f"{self._at('file')}: a node is needed, as file.filename=NAME")
@@ -179,7 +199,7 @@ class _Node:
         value = self._options.get(name, default)
         if isinstance(value, bool):
             return value
-        if value in _YES or value in _NO:
+        if isinstance(value, str) and value in _YES | _NO:
             return value in _YES
         raise self._wrong(name, "on or off")
 
@@ -213,9 +233,6 @@ class _Node:
             direct=node.flag("direct", inherited.direct),
             no_flush=node.flag("no-flush", inherited.no_flush),
         )
-
-    def _shared(self, inherited: bool) -> bool:
-        return self.flag("force-share", inherited) or self._options.get("locking") == "off"
 
     def _node(self, name: str) -> _Node | None:
         value = self._options.get(name)

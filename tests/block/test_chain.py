@@ -326,3 +326,14 @@ async def test_locks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert str(path) in record.getMessage()
     async with opened(top):
         pass
+
+
+async def test_a_writer_shares_with_nobody(tmp_path: Path) -> None:
+    """Unless the options say that there are no locks."""
+    path = raw(tmp_path / "disk")
+    with pytest.raises(ImageError, match="force-share: "):
+        await open_image(path, read_only=False, force_share=True)
+    options = {"driver": "raw", "file.filename": str(path), "file.locking": "off"}
+    async with opened(path, format="raw"):
+        node = await open_image(options, read_only=False)
+        await node.close()

@@ -63,11 +63,42 @@ def test_caches_are_inherited() -> None:
     assert options.file.cache == CacheMode(no_flush=True)
 
 
-@pytest.mark.parametrize("option", ["force-share=on", "file.force-share=on", "file.locking=off"])
+@pytest.mark.parametrize("option", ["force-share=on", "file.force-share=on"])
 def test_force_share(option: str) -> None:
     options = meant(f"driver=raw,file.filename=x,{option}")
     assert isinstance(options.file, FileOptions)
     assert options.file.force_share
+    assert options.file.locked
+
+
+def test_without_locks() -> None:
+    options = meant("driver=raw,file.filename=x,file.locking=off")
+    assert isinstance(options.file, FileOptions)
+    assert not options.file.force_share
+    assert not options.file.locked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "driver=file,filename=x,{}",
+        "driver=raw,file.filename=x,{}",
+        "driver=raw,file.filename=x,file.{}",
+    ],
+)
+@pytest.mark.parametrize("option", ["read-only", "force-share"])
+def test_what_is_not_to_be_written(text: str, option: str) -> None:
+    """Wherever it stands, as qemu-nbd has it ("Block node is read-only")."""
+    with pytest.raises(ImageError, match=f"image option {option}: "):
+        meant(text.format(f"{option}=on")).refuse_writing()
+    meant(text.format(f"{option}=off")).refuse_writing()
+
+
+@pytest.mark.parametrize("value", [[], {}, 1, None])
+def test_flags_of_other_types(value: object) -> None:
+    """As JSON may have them."""
+    with pytest.raises(ImageError, match=r"read-only: .* is not on or off"):
+        meant({"driver": "raw", "file": {"filename": "x"}, "read-only": value})
 
 
 @pytest.mark.parametrize(
