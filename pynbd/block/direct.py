@@ -118,11 +118,15 @@ class DirectAccess:
         """
         first, last = self._down(offset), self._up(end)
         alone = (first, last) != (offset, end)
-        moves_end = last > end and last > self._calls.size(fd)
-        # Whoever makes the file longer waits, too.
-        mine = (first, _FOR_EVER if moves_end else last, alone)
         with self._changed:
-            self._changed.wait_for(lambda: not self._conflicts(mine))
+            while True:
+                # Asked anew after each wait: those who were before may have moved the end.
+                moves_end = last > end and last > self._calls.size(fd)
+                # Whoever makes the file longer waits, too.
+                mine = (first, _FOR_EVER if moves_end else last, alone)
+                if not self._conflicts(mine):
+                    break
+                self._changed.wait()
             self._writes.append(mine)
         try:
             yield self._calls.size(fd) if moves_end else None

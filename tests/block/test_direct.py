@@ -128,6 +128,16 @@ async def test_two_that_make_it_longer(tmp_path: Path) -> None:
         assert path.read_bytes() == bytes(50) + b"a" * 100 + bytes(3946) + b"b" * 8192
 
 
+async def test_several_within_the_last_block(tmp_path: Path) -> None:
+    """The file ends where the last of them ends, whoever comes last."""
+    path = tmp_path / "disk"
+    for _ in range(150):
+        path.write_bytes(b"o" * 1000)
+        with opened(path) as file:
+            await asyncio.gather(*(file.write(b"new", 1000 + 4 * place) for place in range(5)))
+        assert path.read_bytes() == b"o" * 1000 + b"new\0" * 4 + b"new"
+
+
 def test_alignments() -> None:
     """As QEMU finds it: the first length that can be read; 4096 if one byte can, or none."""
     for wanted, found in ((512, 512), (2048, 2048), (4096, 4096), (1, 4096), (1 << 20, 4096)):
