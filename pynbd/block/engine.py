@@ -205,6 +205,8 @@ class HostFile:
                 problem = "its file system does not support O_DIRECT (cache none, directsync)"
                 raise OSError(errno.EINVAL, problem, path) from None
             raise
+        except ValueError:  # a NUL, or half a surrogate pair: JSON can have both
+            raise OSError(errno.EINVAL, "it cannot be the name of a file", path) from None
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             os.close(fd)

@@ -241,6 +241,26 @@ async def test_what_is_no_file(tmp_path: Path, make: Callable[[Path], None]) -> 
     await refused(path, ImageError, tmp_path / "odd", "backing file of")
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+async def test_what_no_file_can_be_called(tmp_path: Path, name: str) -> None:
+    """JSON has such strings."""
+    await refused(tmp_path / name, ImageError, "it cannot be the name of a file")
+    await refused(tmp_path / name, ImageError, "cannot be", format="raw", read_only=False)
+    options = {"driver": "raw", "file.filename": str(tmp_path / name)}
+    with pytest.raises(ImageError, match="cannot be the name of a file"):
+        await open_image(options)
+
+
+async def test_many_nodes_on_one_another(tmp_path: Path) -> None:
+    path = raw(tmp_path / "disk", b"bottom")
+    options: dict[str, object] = {"driver": "file", "filename": str(path)}
+    for _ in range(300):
+        options = {"driver": "raw", "file": options}
+    node = await open_image(options)
+    assert await node.pread(0, 6) == b"bottom"
+    await node.close()
+
+
 async def test_loops(tmp_path: Path) -> None:
     await refused(overlay(tmp_path / "self", "self", "qcow2"), ImageError, "loop")
     overlay(tmp_path / "a", "b", "qcow2")
