@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pynbd.errors import UsageError
 
 JSON_PREFIX = "json:"
+# Objects within objects: a chain of as many layers as there may be, and each on a file.
+MAX_NESTING = 300
 
 _STRING = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""")
 _INNER = re.compile(r"""\\.|\"""")
@@ -77,6 +79,8 @@ def nested(options: Mapping[str, object], place: str) -> dict[str, object]:
 
 def _plant(tree: dict[str, object], options: Mapping[str, object], path: str, place: str) -> None:
     for name, value in options.items():
+        if f"{path}{name}".count(".") > MAX_NESTING:
+            raise UsageError(f"{place}: options within more than {MAX_NESTING} others")
         *parents, last = str(name).split(".")
         branch = tree
         for parent in parents:

@@ -111,3 +111,15 @@ def test_nested() -> None:
     assert nested({"a.b": 1, "a": {"c": 2}}, "here") == {"a": {"b": 1, "c": 2}}
     with pytest.raises(UsageError, match=r"here: 'a\.b' is given both"):
         nested({"a": {"b": {"c": 1}}, "a.b": 2}, "here")
+
+
+def test_nested_too_deep() -> None:
+    """A line, wherever Python would have had enough of it."""
+    for count in (301, 900, 100_000):
+        dotted = "file." * count + "filename"
+        with pytest.raises(UsageError, match="options within more than 300 others"):
+            nested({dotted: "x"}, "here")
+    for count in (301, 900):
+        text = 'json:{"driver":"raw"' + ',"file":{"driver":"raw"' * count + "}" * (count + 1)
+        with pytest.raises(UsageError, match=r"within more than 300 others|not JSON"):
+            parse_json_name(text)
