@@ -19,8 +19,8 @@ def check_window(name: str, file_size: int, offset: int, size: int | None) -> No
     sectors of 512 bytes.
     """
     whole = -(-file_size // SECTOR) * SECTOR
-    if offset > whole:
-        raise ImageError(f"{name}: it has {whole} bytes; the offset {offset} is beyond its end")
+    if not 0 <= offset <= whole:
+        raise ImageError(f"{name}: it has {whole} bytes; the offset {offset} is outside of them")
     if size is not None and offset + size > whole:
         raise ImageError(
             f"{name}: it has {whole} bytes; {size} bytes from offset {offset} reach beyond its end"

@@ -66,7 +66,7 @@ async def test_depth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("offset", [SIZE + 512, SIZE + 1])
 async def test_beyond_the_end(tmp_path: Path, offset: int) -> None:
-    with pytest.raises(ImageError, match="beyond its end"):
+    with pytest.raises(ImageError, match="is outside of them"):
         await open_image(image(tmp_path), offset=offset)
 
 

@@ -70,7 +70,14 @@ async def test_its_holes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "offset, size, fits",
-    [(0, None, True), (512, 512, True), (1024, None, True), (0, 1025, False), (1025, None, False)],
+    [
+        (0, None, True),
+        (512, 512, True),
+        (1024, None, True),
+        (0, 1025, False),
+        (1025, None, False),
+        (-5, None, False),
+    ],
 )
 def test_where_a_window_may_be(offset: int, size: int | None, fits: bool) -> None:
     """A file of 1000 bytes is 1024 long: whole sectors, as in QEMU."""
