@@ -1,7 +1,8 @@
 """What the programs say on standard error while they run: how much, and as text or as JSON.
 
 1. Text is a line for people, with the name of the program before it; what passes on a connection
-   (``--trace``) has the time there instead.
+   (``--trace``) has the time there instead. Whatever a name has in it, a terminal takes none of it
+   for a command.
 2. JSON is one object a line: ``time`` (ISO 8601, UTC), ``level``, ``logger``, ``message``; for
    ``--trace`` also ``connection``, ``direction`` and ``nbd``, the message and its fields; where a
    defect shows, ``traceback``.
@@ -17,6 +18,8 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import click
+
+from pynbd.cli.output import printable
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _P = ParamSpec("_P")
@@ -76,7 +79,7 @@ def last_words(program: str, text: str) -> None:
     if any(isinstance(handler.formatter, _Json) for handler in logging.getLogger().handlers):
         logging.getLogger("pynbd").error("%s", text)
     else:
-        click.echo(f"{program}: {text}", err=True)
+        click.echo(f"{program}: {printable(text)}", err=True)
 
 
 class _Formatter(logging.Formatter):
@@ -87,10 +90,11 @@ class _Formatter(logging.Formatter):
 
 class _Text(_Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        message = "\n".join(map(printable, record.message.split("\n")))
         if record.name != TRACE.name:
-            return f"{self._program}: {record.message}"
+            return f"{self._program}: {message}"
         time = datetime.fromtimestamp(record.created)
-        return f"{time:%H:%M:%S.%f} {record.message}"
+        return f"{time:%H:%M:%S.%f} {message}"
 
 
 class _Json(_Formatter):

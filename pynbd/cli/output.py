@@ -79,5 +79,5 @@ def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
 
 def heading(text: str) -> str:
     """Bold where a person reads it (and does not mind: NO_COLOR)."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    return text if plain else click.style(text, bold=True)
+    read = sys.stdout is not None and sys.stdout.isatty()
+    return click.style(text, bold=True) if read and not os.environ.get("NO_COLOR") else text

@@ -182,3 +182,16 @@ def test_names_cannot_command_a_terminal(tmp_path: Path) -> None:
     name = "evil\x1b[2Jdisk.raw"
     (tmp_path / name).write_bytes(bytes(M))
     assert "\x1b" not in pynbd("info", "-f", "raw", name, cwd=tmp_path).stdout
+
+
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    """Whatever the name of the file, it is no command to a terminal."""
+    done = pynbd("info", "no\x1b[2J\nsuch\udcff.raw", cwd=tmp_path)
+    said = "pynbd: no?[2J?such?.raw: cannot be opened: No such file or directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
+def test_closed_standard_output(top: Path) -> None:
+    line = f'exec "{sys.executable}" -m pynbd info "{top}" >&-'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

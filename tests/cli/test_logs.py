@@ -42,6 +42,14 @@ def test_text() -> None:
     assert rest.endswith("ZeroDivisionError: division by zero\n")
 
 
+def test_names_cannot_command_a_terminal() -> None:
+    """Those in warnings, too; but a traceback has lines."""
+    script = SCRIPT.replace("two", "a \\x1b[2J").format(verbose=False, trace=False, log_format="text")
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stderr.startswith("pynbd: a ?[2J\nlines\npynbd: a defect\nTraceback")
+
+
 def test_verbose_text() -> None:
     assert said(verbose=True).startswith("pynbd: somebody has come\npynbd: two\n")
 

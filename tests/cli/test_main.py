@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -33,6 +35,19 @@ def test_an_unknown_subcommand() -> None:
     done = pynbd("nonsense")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "pynbd: no such command 'nonsense'\n"
+
+
+def test_closed_standard_descriptors() -> None:
+    """What is opened never gets their numbers."""
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        uri = f"nbd://127.0.0.1:{deaf.getsockname()[1]}"
+        line = ["sh", "-c", f'exec "{sys.executable}" -m pynbd ls {uri} <&- >&- 2>&-']
+        with subprocess.Popen(line) as process:
+            connection, _ = deaf.accept()
+            with connection:
+                opened = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+                process.terminate()
+    assert opened == ["/dev/null"] * 3
 
 
 def test_no_arguments() -> None:
