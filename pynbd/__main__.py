@@ -12,7 +12,7 @@ if sys.argv[1:2] == ["serve"]:
 else:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as of any other program, without a traceback
 
-from pynbd.cli.main import main
+from pynbd.cli.main import main  # noqa: E402 (see above)
 
 if __name__ == "__main__":
     main()

@@ -44,7 +44,8 @@ def test_text() -> None:
 
 def test_names_cannot_command_a_terminal() -> None:
     """Those in warnings, too; but a traceback has lines."""
-    script = SCRIPT.replace("two", "a \\x1b[2J").format(verbose=False, trace=False, log_format="text")
+    script = SCRIPT.replace("two", "a \\x1b[2J")
+    script = script.format(verbose=False, trace=False, log_format="text")
     line = [sys.executable, "-c", script]
     done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True)
     assert done.stderr.startswith("pynbd: a ?[2J\nlines\npynbd: a defect\nTraceback")
