@@ -239,7 +239,8 @@ class Client:
             self._stream.send(encode(self._dialect, farewell, filtered=False))
             try:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._stream.drain(), _CLOSE_LIMIT)
+                    async with asyncio.timeout(_CLOSE_LIMIT):
+                        await self._stream.drain()
             finally:
                 self._give_up(self._loss(errno.ECONNABORTED, "the connection was closed"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from itertools import cycle
 from typing import Self
 
@@ -19,7 +19,7 @@ from pynbd.block.engine import Buffer
 from pynbd.block.extent import DATA, NO_HOST, ZERO, Runs
 from pynbd.block.node import RESOLVE_WINDOW, BlockNode
 from pynbd.client.connection import Client
-from pynbd.errors import RequestError
+from pynbd.errors import PynbdError, RequestError
 from pynbd.protocol.metadata import BASE_ALLOCATION
 from pynbd.protocol.uri import NbdUri
 from pynbd.protocol.values import State, TransmissionFlag
@@ -31,6 +31,11 @@ _KIND_OF_STATE[State.HOLE | State.ZERO] = ZERO
 
 # Bytes of zeroes that are written at once to a server without NBD_CMD_WRITE_ZEROES.
 _ZERO_PIECE = 1 << 20
+
+# A server may say that connections agree, and take fewer of them: the next one waits for its turn,
+# which comes when the others have gone. Seconds, and times what the first one took.
+_PATIENCE = 1.0
+_PATIENCE_TIMES = 3
 
 
 class NbdNode(BlockNode):
@@ -64,22 +69,24 @@ class NbdNode(BlockNode):
         contexts: Sequence[str] = (BASE_ALLOCATION,),
         read_only: bool = True,
     ) -> Self:
-        """Connect, up to ``connections`` times if the server says that they agree.
+        """Connect, up to ``connections`` times if the server says that they agree; it need not take
+        so many.
 
         ``contexts``: of the first connection. Raises as `Client.open`, and `OSError` EROFS for an
         export that cannot be written to, unless ``read_only``.
         """
-        clients = [await Client.open(uri, contexts=contexts)]
-        first = clients[0]
+        begun = asyncio.get_running_loop().time()
+        first = await Client.open(uri, contexts=contexts)
+        took = asyncio.get_running_loop().time() - begun
+        clients = [first]
         try:
             if first.read_only and not read_only:
                 raise OSError(errno.EROFS, "the export is read-only", first.name)
-            if TransmissionFlag.CAN_MULTI_CONN in first.flags:
-                while len(clients) < connections:
-                    clients.append(await Client.open(uri))
+            if TransmissionFlag.CAN_MULTI_CONN in first.flags and connections > 1:
+                patience = max(_PATIENCE, took * _PATIENCE_TIMES)
+                clients += await _further(uri, connections - 1, patience)
         except BaseException:
-            for client in clients:
-                await client.close()
+            await first.close()
             raise
         return cls(first.name, clients, read_only=read_only)
 
@@ -182,8 +189,7 @@ class NbdNode(BlockNode):
                 await asyncio.gather(*(client.flush() for client in self.clients))
 
     async def close(self) -> None:
-        for client in self.clients:
-            await client.close()
+        await _close(self.clients)
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -207,3 +213,33 @@ class NbdNode(BlockNode):
         except RequestError as error:
             said = error.message.removeprefix(f"{self.name}: ")
             raise OSError(error.error, said, self.name) from error
+
+
+async def _further(uri: str | NbdUri, count: int, patience: float) -> list[Client]:
+    """As many connections as there are within ``patience`` seconds, ``count`` at most."""
+    opening = [asyncio.ensure_future(Client.open(uri)) for _ in range(count)]
+    try:
+        await asyncio.wait(opening, timeout=patience)
+    except asyncio.CancelledError:
+        await _close(await _opened(opening))
+        raise
+    return await _opened(opening)
+
+
+async def _opened(opening: Sequence[asyncio.Task[Client]]) -> list[Client]:
+    """Those that are open by now; the others are given up."""
+    for task in opening:
+        task.cancel()
+    clients = []
+    for outcome in await asyncio.gather(*opening, return_exceptions=True):
+        if isinstance(outcome, Client):
+            clients.append(outcome)
+        elif not isinstance(outcome, (OSError, PynbdError, asyncio.CancelledError)):
+            raise outcome
+    return clients
+
+
+async def _close(clients: Sequence[Client]) -> None:
+    async with AsyncExitStack() as leaving:  # all of them, also if this is cancelled
+        for client in clients:
+            leaving.push_async_callback(client.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -18,6 +19,7 @@ from pynbd.client.node import NbdNode
 from tests.client.playing import (
     EXTENDED_HEADERS,
     HAS_FLAGS,
+    MULTI_CONN,
     READ_ONLY,
     REQUEST,
     negotiate,
@@ -61,6 +63,50 @@ async def test_it_is_what_it_serves(image: Path) -> None:
                 await node.discard(0, 512)
         finally:
             await node.close()
+
+
+async def test_a_server_that_takes_fewer_clients(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lets the others wait; what is asked goes to those that there are."""
+    monkeypatch.setattr("pynbd.client.node._PATIENCE", 0.2)
+    async with pynbd.serve(image, format="raw", read_only=True, max_clients=2) as server:
+        node = await NbdNode.open(server.uri, connections=4)
+        assert len(node.clients) == 2
+        assert await node.pread(0, MIB) == CONTENT
+        await node.close()
+        async with pynbd.connect(server.uri):  # those that were given up take no place
+            pass
+
+
+async def test_a_server_that_takes_one_client_and_goes() -> None:
+    def play(sock: socket.socket) -> None:
+        os.unlink(sock.getsockname())
+        negotiate(sock, flags=HAS_FLAGS | MULTI_CONN)
+        until_closed(sock)
+
+    with playing(play) as uri:
+        node = await NbdNode.open(uri, connections=4)
+        assert len(node.clients) == 1
+        await node.close()
+
+
+async def test_opening_and_closing_are_cancelled(image: Path) -> None:
+    """No connection stays open."""
+    async with pynbd.serve(image, format="raw", read_only=True, max_clients=3) as server:
+        files = len(os.listdir("/proc/self/fd"))
+        opening = asyncio.ensure_future(NbdNode.open(server.uri, connections=4))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(opening, 0.2)
+        node = await NbdNode.open(server.uri, connections=3)
+        closing = asyncio.ensure_future(node.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        async with asyncio.timeout(5):
+            while len(os.listdir("/proc/self/fd")) > files:  # noqa: ASYNC110 (the server's ends)
+                await asyncio.sleep(0.01)
 
 
 async def test_an_image_of_layers_is_one(tmp_path: Path) -> None:
