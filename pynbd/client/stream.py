@@ -55,7 +55,10 @@ async def _addresses(uri: NbdUri) -> list[tuple[int, Any]]:
     if uri.transport is Transport.VSOCK:
         return [(socket.AF_VSOCK, (int(uri.host), uri.port))]
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
+    try:
+        found = await loop.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
+    except UnicodeError:  # a part that is empty or too long, before anybody is asked
+        raise OSError(errno.EINVAL, "no host can have this name") from None
     return [(family, address) for family, _, _, _, address in found]
 
 

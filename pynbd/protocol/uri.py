@@ -151,8 +151,10 @@ def _parse_authority(uri: str, transport: Transport, authority: str) -> tuple[st
             raise _wrong(uri, f"nbd{transport} has no host, three slashes follow it")
         return user, "", DEFAULT_PORT
     if transport is Transport.VSOCK:
-        if not re.fullmatch("[0-9]*", host) or port >= 2**32:
-            raise _wrong(uri, "the host of a vsock is a context id, its port below 2**32")
+        if not re.fullmatch("[0-9]{0,10}", host) or max(int(host or 0), port) >= 2**32:
+            raise _wrong(
+                uri, "the host of a vsock is a context id, both it and its port below 2**32"
+            )
         return user, host or VMADDR_CID_HOST, port
     if not 1 <= port <= 65535:
         raise _wrong(uri, "the port is 1 to 65535")

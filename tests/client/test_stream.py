@@ -44,6 +44,12 @@ async def test_every_address_is_tried() -> None:
         (await open_socket(NbdUri.parse(f"nbd://localhost:{port}"))).close()
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, "\xe4" * 63])
+async def test_names_that_no_host_can_have(host: str) -> None:
+    with pytest.raises(OSError, match="no host can have this name"):
+        await open_socket(NbdUri(host=host))
+
+
 async def test_vsock() -> None:
     """The loopback of AF_VSOCK, context 1, where the kernel has it."""
     with socket.socket(socket.AF_VSOCK) as listener:
