@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pynbd.block.bitmap import DirtyBitmap
-from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, UNALLOCATED, ZERO, Int64s, Runs
+from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, UNALLOCATED, ZERO, Int64s
 from pynbd.block.node import BlockNode
 
 COLUMNS = 500
@@ -29,23 +29,13 @@ Classes = npt.NDArray[np.intp]
 
 
 class Content(IntEnum):
-    """What a layer itself holds somewhere: the classes of `Layer.columns`."""
+    """What a layer itself holds somewhere: the classes of `Layer.held` and `Layer.read`."""
 
     CORRUPT = 0
     DATA = 1
     COMPRESSED = 2
     ZERO = 3
     UNALLOCATED = 4
-
-
-class Source(IntEnum):
-    """Where what is read comes from: the classes of `DiskPicture.columns`. From `TOP` on, each
-    layer has its own, from the top.
-    """
-
-    CORRUPT = 0
-    ZERO = 1
-    TOP = 2
 
 
 _CONTENT: Classes = np.zeros(max(COMPRESSED, CORRUPT) + 1, np.intp)
@@ -84,17 +74,28 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A bar of one layer: what it holds itself; ``columns`` are bytes, by `Content`.
+    """A bar of one layer. ``held`` is what it holds itself and ``read`` what of that is read, since
+    no layer above hides it: bytes in columns, by `Content`. What is read though nobody holds it
+    counts as UNALLOCATED of the lowest layer.
 
     ``count`` is more than 1 for the lower layers of a long chain, drawn as one; ``name`` and
     ``format`` are then those of the first of them. ``size`` may differ from the disk's.
+    ``file_size``: what its files take on the host, in bytes, where that can be told.
     """
 
     name: str
     format: str
     size: int
-    columns: Int64s
+    held: Int64s
+    read: Int64s
     count: int = 1
+    file_size: int | None = None
+
+    @property
+    def hidden(self) -> Int64s:
+        """Bytes that it holds and nobody reads, in columns."""
+        hidden: Int64s = (self.held - self.read)[: Content.UNALLOCATED].sum(axis=0)
+        return hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,75 +109,83 @@ class BitmapLane:
 
 @dataclass(frozen=True, eq=False)
 class DiskPicture:
-    """A disk of ``size`` bytes as its reader sees it (``columns``, by `Source`), the layers that it
-    is made of from the top, and its bitmaps.
-    """
+    """A disk of ``size`` bytes, the layers that it is made of from the top, and its bitmaps."""
 
     title: str
     size: int
-    columns: Int64s
     layers: Sequence[Layer]
     bitmaps: Sequence[BitmapLane]
 
 
 async def picture_of(node: BlockNode, bitmaps: Sequence[DirtyBitmap] = ()) -> DiskPicture:
-    """Look all over a disk, and at the bitmaps that are to be drawn below it.
+    """Look all over a disk, and at the bitmaps that are to be drawn below it. What is a slice of an
+    image has the picture of all of the image.
 
     ``OSError`` if metadata cannot be read.
     """
-    chain = list(node.chain())
-    shown = chain if len(chain) <= MAX_LAYERS else chain[: MAX_LAYERS - 1]
-    layers = [await _layer(layer, node.size) for layer in shown]
-    if len(shown) < len(chain):
-        layers.append(await _rest(chain[len(shown)], node.size))
+    node, *below = node.chain()
+    chain = [node, *below]
+    single = len(chain) if len(chain) <= MAX_LAYERS else MAX_LAYERS - 1
+    groups = [[layer] for layer in chain[:single]] + [chain[single:]] * (single < len(chain))
+    read = await _read(node, [group[0].size for group in groups])
     return DiskPicture(
         title=node.name,
         size=node.size,
-        columns=await _reading(node, len(layers)),
-        layers=layers,
+        layers=[
+            Layer(
+                name=group[0].name,
+                format=group[0].format,
+                size=group[0].size,
+                held=await _held(group, node.size),
+                read=part,
+                count=len(group),
+                file_size=_file_size(group),
+            )
+            for group, part in zip(groups, read, strict=True)
+        ],
         bitmaps=[await _bitmap(bitmap, node.size) for bitmap in bitmaps],
     )
 
 
-async def _reading(node: BlockNode, layers: int) -> Int64s:
-    columns = Columns(node.size, Source.TOP + layers)
+async def _read(node: BlockNode, sizes: Sequence[int]) -> Int64s:
+    """`Layer.read` of each layer, of these sizes; the last may be several."""
+    columns = Columns(node.size, len(sizes) * len(Content))
     at = 0
-    while at < node.size:
-        runs = await node.map(at, node.size - at)
-        source = np.minimum(runs.depth, layers).astype(np.intp) + (Source.TOP - 1)
-        source[runs.kind & ZERO != 0] = Source.ZERO
-        source[runs.kind == CORRUPT] = Source.CORRUPT
-        columns.add(at, runs.ends, source)
+    # Past the end of a short layer there is nothing that it holds, though it is the one to say so.
+    for stop in sorted({min(size, node.size) for size in (*sizes, node.size)}):
+        ended = np.array([size <= at for size in sizes])
+        while at < stop:
+            runs = await node.map(at, stop - at)
+            layer = np.minimum(runs.depth, len(sizes)).astype(np.intp) - 1
+            nobody = (layer < 0) | ended[layer]
+            layer[nobody] = len(sizes) - 1
+            content = np.where(nobody, Content.UNALLOCATED, _CONTENT[runs.kind])
+            columns.add(at, runs.ends, layer * len(Content) + content)
+            at = runs.end
+    return columns.sums.reshape(len(sizes), len(Content), -1)
+
+
+async def _held(group: Sequence[BlockNode], size: int) -> Int64s:
+    """`Layer.held` of one layer, or of all that are left of a chain."""
+    first = group[0]
+    columns = Columns(size, len(Content))
+    at, end = 0, min(first.size, size)
+    while at < end:
+        if len(group) == 1:
+            runs = await first.layer(at, end - at, want_zero=True)
+        else:
+            runs = await first.map(at, end - at)
+        content = np.where(runs.depth == 0, Content.UNALLOCATED, _CONTENT[runs.kind])
+        columns.add(at, runs.ends, content)
         at = runs.end
     return columns.sums
 
 
-async def _layer(node: BlockNode, size: int) -> Layer:
-    columns = Columns(size, len(Content))
-    at, end = 0, min(node.size, size)
-    while at < end:
-        runs = await node.layer(at, end - at, want_zero=True)
-        columns.add(at, runs.ends, _CONTENT[runs.kind])
-        at = runs.end
-    return Layer(node.name, node.format, node.size, columns.sums)
-
-
-async def _rest(node: BlockNode, size: int) -> Layer:
-    """The layers from ``node`` down, as one."""
-    columns = Columns(size, len(Content))
-    at, end = 0, min(node.size, size)
-    while at < end:
-        runs = await node.map(at, end - at)
-        columns.add(at, runs.ends, _of_chain(runs))
-        at = runs.end
-    count = sum(1 for _ in node.chain())
-    return Layer(node.name, node.format, node.size, columns.sums, count)
-
-
-def _of_chain(runs: Runs) -> Classes:
-    content = _CONTENT[runs.kind]
-    content[runs.depth == 0] = Content.UNALLOCATED
-    return content
+def _file_size(group: Sequence[BlockNode]) -> int | None:
+    files = [file for node in group for file in node.files()]
+    if not files or any(file.is_device for file in files):
+        return None
+    return sum(file.allocated_size() for file in files)
 
 
 async def _bitmap(bitmap: DirtyBitmap, size: int) -> BitmapLane:

@@ -7,16 +7,17 @@ in lightness as well, only help.
 from __future__ import annotations
 
 from pynbd.cli.picture.columns import Content
-from pynbd.cli.picture.shapes import CHECKERS, DANGER, HATCH, INK, STRIPES, Fill
+from pynbd.cli.picture.shapes import DANGER, HATCH, INK, STRIPES, Fill
 
 # By the number of the layer, from the active one. Neighbours differ in lightness, and all are told
 # apart by the colour-blind (most are those of Okabe and Ito).
 _LAYERS = ("#d55e00", "#56b4e9", "#0b3c6f", "#e69f00", "#009e73", "#cc79a7", "#5b3a8c", "#7a9a01")
 
+_NOTHING = "#f3f3f3"
+
 DAMAGED = Fill("corrupt", "#000000", (), DANGER, "#ffd500")
-READ_ZEROES = Fill("zero", "#d0d0d0", (), HATCH, "#f6f6f6")
 DIRTY = Fill("dirty", INK, ())
-CLEAN = Fill("clean", "#f4f4f4", ())
+CLEAN = Fill("clean", _NOTHING, ())
 
 
 def content_look(content: Content, colour: str) -> Fill:
@@ -30,9 +31,14 @@ def content_look(content: Content, colour: str) -> Fill:
         case Content.COMPRESSED:
             return Fill(name, colour, (), STRIPES)
         case Content.ZERO:
-            return Fill(name, colour, (), HATCH, _tint(colour))
+            return Fill(name, colour, (), HATCH, _tint(colour, 4))
         case Content.UNALLOCATED:
-            return Fill(name, "#f0f0f0", (), CHECKERS)
+            return Fill(name, _NOTHING, ())
+
+
+def hidden_look(colour: str) -> Fill:
+    """How it looks where the layers above hide what a layer of that colour holds."""
+    return Fill("hidden", _tint(colour, 3), ())
 
 
 def layer_colour(number: int) -> str:
@@ -44,9 +50,9 @@ def _channels(colour: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(colour[1:]))
 
 
-def _tint(colour: str) -> str:
-    """A light tone of a colour."""
-    return "#" + bytes(255 - (255 - part) // 2 for part in _channels(colour)).hex()
+def _tint(colour: str, parts: int) -> str:
+    """A light tone of a colour: one of so many parts is colour, the others are white."""
+    return "#" + bytes(255 - (255 - part) // parts for part in _channels(colour)).hex()
 
 
 def readable_on(colour: str) -> str:

@@ -16,8 +16,7 @@ INK = "#1a1a1a"
 Texture = tuple[str, ...]
 PLAIN: Texture = ("#",)
 STRIPES: Texture = ("#", "#", "#", ".")
-HATCH: Texture = ("#...", ".#..", "..#.", "...#")
-CHECKERS: Texture = ("####....",) * 4 + ("....####",) * 4
+HATCH: Texture = ("#.....", ".#....", "..#...", "...#..", "....#.", ".....#")
 DANGER: Texture = ("##..", ".##.", "..##", "#..#")
 
 Anchor = Literal["start", "middle", "end"]

@@ -20,7 +20,6 @@ from pynbd.cli.picture.columns import (
     Columns,
     Content,
     DiskPicture,
-    Source,
     picture_of,
 )
 
@@ -28,7 +27,7 @@ CLUSTER = 1 << 16
 EMPTY = [0] * len(Content)
 
 
-async def looked_at(path: Path) -> DiskPicture:
+async def looked_at(path: Path | str) -> DiskPicture:
     node = await open_image(path)
     try:
         return await picture_of(node, node.bitmaps())
@@ -97,11 +96,14 @@ async def test_a_chain_is_what_qemu_img_says(tmp_path: Path) -> None:
     ]
 
     rows = json.loads(peers.run("qemu-img", "map", "--output=json", top).stdout)
-    read = [
-        (row["start"], row["length"], Source.ZERO if row["zero"] else Source.TOP + row["depth"])
-        for row in rows
-    ]
-    assert picture.columns.tolist() == summed(size, Source.TOP + 3, read)
+    assert not all(row["present"] for row in rows)  # past the end of the base
+    for depth, layer in enumerate(picture.layers):
+        read = [
+            (row["start"], row["length"], content(row))
+            for row in rows
+            if depth == (row["depth"] if row["present"] else 2)
+        ]
+        assert layer.read.tolist() == summed(size, len(Content), read)
 
     for layer in picture.layers:
         options = {"driver": layer.format, "file": {"driver": "file", "filename": layer.name}}
@@ -110,7 +112,8 @@ async def test_a_chain_is_what_qemu_img_says(tmp_path: Path) -> None:
         name = f"json:{json.dumps(options)}"
         rows = json.loads(peers.run("qemu-img", "map", "--output=json", name).stdout)
         own = [(row["start"], row["length"], content(row)) for row in rows]
-        assert layer.columns.tolist() == summed(size, len(Content), own)
+        assert layer.held.tolist() == summed(size, len(Content), own)
+        assert layer.file_size == samples.allocated(Path(layer.name))
 
 
 async def test_bitmaps_are_what_was_written(tmp_path: Path) -> None:
@@ -145,15 +148,21 @@ async def test_the_lower_layers_of_a_long_chain_are_one(tmp_path: Path) -> None:
         ).write(tmp_path / f"{number}.qcow2")
     picture = await looked_at(tmp_path / f"{layers - 1}.qcow2")
     assert [layer.count for layer in picture.layers] == [1] * (MAX_LAYERS - 1) + [4]
-    sums = [layer.columns.sum(axis=1) // CLUSTER for layer in picture.layers]
+    sums = [layer.held.sum(axis=1) // CLUSTER for layer in picture.layers]
     alone = EMPTY.copy()
     alone[Content.DATA], alone[Content.ZERO], alone[Content.UNALLOCATED] = 1, 1, 30
     assert [row.tolist() for row in sums[:-1]] == [alone] * (MAX_LAYERS - 1)
     together = EMPTY.copy()
     together[Content.DATA], together[Content.ZERO], together[Content.UNALLOCATED] = 4, 1, 27
     assert sums[-1].tolist() == together
-    read = (picture.columns.sum(axis=1) // CLUSTER).tolist()
-    assert read == [0, 32 - layers, *[1] * (MAX_LAYERS - 1), 4]
+    # The top one hides the zeroes of all others, and nobody holds what is left.
+    read = [layer.read.sum(axis=1) // CLUSTER for layer in picture.layers]
+    assert [row[Content.DATA] for row in read] == [1] * (MAX_LAYERS - 1) + [4]
+    assert [row[Content.ZERO] for row in read] == [1] + [0] * (MAX_LAYERS - 1)
+    nobody = 32 - layers - 1
+    assert [row[Content.UNALLOCATED] for row in read] == [0] * (MAX_LAYERS - 1) + [nobody]
+    files = [samples.allocated(tmp_path / f"{number}.qcow2") for number in range(layers)]
+    assert picture.layers[-1].file_size == sum(files[:4])
 
 
 async def test_damage_is_seen(tmp_path: Path) -> None:
@@ -170,11 +179,22 @@ async def test_damage_is_seen(tmp_path: Path) -> None:
     picture = await looked_at(path)
     expected = EMPTY.copy()
     expected[Content.CORRUPT], expected[Content.UNALLOCATED] = CLUSTER, 3 * CLUSTER
-    assert picture.layers[0].columns.sum(axis=1).tolist() == expected
-    assert picture.columns.sum(axis=1).tolist() == [CLUSTER, 3 * CLUSTER, 0]
+    assert picture.layers[0].held.sum(axis=1).tolist() == expected
+    assert picture.layers[0].read.sum(axis=1).tolist() == expected
 
 
 async def test_an_empty_disk_has_no_columns(tmp_path: Path) -> None:
     samples.empty_file(tmp_path / "empty.raw", 0)
     picture = await looked_at(tmp_path / "empty.raw")
-    assert picture.columns.shape == (3, 0)
+    (layer,) = picture.layers
+    assert layer.held.shape == layer.read.shape == (len(Content), 0)
+
+
+async def test_a_slice_has_the_picture_of_its_image(tmp_path: Path) -> None:
+    path = samples.chain(tmp_path)
+    image = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}}
+    options = {"driver": "raw", "offset": 1 << 20, "file": image}
+    whole, part = await looked_at(path), await looked_at(f"json:{json.dumps(options)}")
+    assert (part.size, part.title) == (whole.size, whole.title)
+    for one, other in zip(whole.layers, part.layers, strict=True):
+        assert (one.read == other.read).all()

@@ -14,7 +14,7 @@ from pynbd.cli.picture.drawing import DiskPicture, draw, renderer
 from pynbd.errors import PynbdError, UsageError
 
 NOTHING = np.zeros((5, 0), np.int64)
-EMPTY = DiskPicture("a.raw", 0, NOTHING[:3], [Layer("a.raw", "raw", 0, NOTHING)], [])
+EMPTY = DiskPicture("a.raw", 0, [Layer("a.raw", "raw", 0, NOTHING, NOTHING)], [])
 
 
 def test_the_suffix_decides(tmp_path: Path) -> None:

@@ -8,39 +8,67 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pynbd.block.extent import Int64s
 from pynbd.cli.picture.columns import BitmapLane, Columns, Content, DiskPicture, Layer
 from pynbd.cli.picture.layout import lay_out, share, shortened
 from pynbd.cli.picture.shapes import Fill, Lane, Sheet, Words
 
 SIZE = 1000 << 20
 
+Bars = dict[str, list[tuple[float, float, float, float]]]
 
-def columns(size: int, classes: int, rows: Sequence[tuple[int, int]]) -> Columns:
-    """From rows of (length, class), in MiB."""
+
+def columns(
+    size: int, classes: int, rows: Sequence[tuple[int, int | None]], unit: int = 1 << 20
+) -> Int64s:
+    """From rows of (length, class), in MiB; of the class None there is nothing."""
     made = Columns(size, classes)
-    ends = np.cumsum([length << 20 for length, _ in rows])
-    made.add(0, ends, np.array([kind for _, kind in rows], np.intp))
-    return made
+    at = 0
+    for length, kind in rows:
+        end = at + length * unit
+        if kind is not None:
+            made.add(at, np.array([end]), np.array([kind]))
+        at = end
+    return made.sums
 
 
 def picture(bitmaps: int = 1) -> DiskPicture:
     """An overlay with 100 MiB of data and 50 of zeroes, over 400 MiB of data in a base of 500."""
-    overlay = [(100, Content.DATA), (50, Content.ZERO), (850, Content.UNALLOCATED)]
+    own = [(100, Content.DATA), (50, Content.ZERO)]
     base = [(400, Content.DATA), (100, Content.UNALLOCATED)]
-    read = [(100, 2), (50, 1), (250, 3), (600, 1)]
+    base_read = [(150, None), (250, Content.DATA), (600, Content.UNALLOCATED)]
     return DiskPicture(
         title="/images/overlay.qcow2",
         size=SIZE,
-        columns=columns(SIZE, 4, read).sums,
         layers=[
-            Layer("/images/overlay.qcow2", "qcow2", SIZE, columns(SIZE, 5, overlay).sums),
-            Layer("/images/base.raw", "raw", SIZE // 2, columns(SIZE, 5, base).sums),
+            Layer(
+                "/images/overlay.qcow2",
+                "qcow2",
+                SIZE,
+                held=columns(SIZE, 5, [*own, (850, Content.UNALLOCATED)]),
+                read=columns(SIZE, 5, own),
+                file_size=151 << 20,
+            ),
+            Layer(
+                "/images/base.img",
+                "raw",
+                SIZE // 2,
+                held=columns(SIZE, 5, base),
+                read=columns(SIZE, 5, base_read),
+            ),
         ],
         bitmaps=[
-            BitmapLane(f"day{day}", 1 << 16, columns(SIZE, 2, [(150, 1), (850, 0)]).sums)
+            BitmapLane(f"day{day}", 1 << 16, columns(SIZE, 2, [(150, 1), (850, 0)]))
             for day in range(bitmaps)
         ],
     )
+
+
+def one_bar(rows: Sequence[tuple[int, int]]) -> Bars:
+    """What is drawn of an image of 500 columns of 8 bytes, from rows of (length, class)."""
+    made = columns(4000, len(Content), rows, unit=1)
+    image = Layer("a", "raw", 4000, made, made)
+    return drawn(lane(lay_out(DiskPicture("a", 4000, [image], [])), "image-1"))
 
 
 def lane(sheet: Sheet, name: str) -> Lane:
@@ -53,7 +81,7 @@ def words(sheet: Sheet) -> list[str]:
     return [shape.text for shape in shapes if isinstance(shape, Words)]
 
 
-def drawn(lane: Lane) -> dict[str, list[tuple[float, float, float, float]]]:
+def drawn(lane: Lane) -> Bars:
     """The boxes of a lane by what they stand for."""
     return {
         shape.name: [(box.x, box.y, box.width, box.height) for box in shape.boxes]
@@ -71,26 +99,32 @@ def test_what_is_said() -> None:
             " holds nothing, image 2 is read, and so on down."
         ),
         "350 MiB data · 650 MiB read as zeroes",
-        "overlay.qcow2 (qcow2)",
-        "holds 100 MiB data, 50 MiB zeroes: 15 % of the disk",
-        "base.raw (raw)",
-        "holds 400 MiB data: 40 % of the disk · 150 MiB overwritten above · ends at 500 MiB",
-        "150 MiB dirty: 15 % of the disk · in blocks of 64 KiB",
+        "100 MiB data, 50 MiB zeroes = 15 % of the disk · file: 151 MiB",
+        "base.img (raw, base)",
+        "400 MiB data = 40 % of the disk · 150 MiB hidden by images above · ends at 500 MiB",
+        "Written since bitmap day0",
+        "150 MiB dirty = 15 % of the disk · in blocks of 64 KiB",
         "data",
         "zeroes",
+        "hidden by an image above",
+        "dirty",
+        "not allocated: read from the image below; under the last one it reads as zeroes",
     ):
         assert expected in text
     assert "compressed data" not in text  # there is none
 
 
 def test_offsets_are_where_they_are() -> None:
-    """1000 MiB on 1000 pixels from 40 on; 896 MiB would run into the end."""
-    offsets = {shape.text: shape.x for shape in lane(lay_out(picture()), "offsets").shapes}
-    assert offsets == {
-        "0 B": 40,
-        **{f"{at} MiB": 40 + at for at in range(128, 800, 128)},
-        "1000 MiB": 1040,
-    }
+    """1000 MiB on 1000 pixels from 40 on; 896 MiB would run into the end. Below the upper bar, and
+    below the last one.
+    """
+    upper, lower = (lane for lane in lay_out(picture()).lanes if lane.name == "offsets")
+    for found in (upper, lower):
+        assert {shape.text: shape.x for shape in found.shapes if isinstance(shape, Words)} == {
+            "0 B": 40,
+            **{f"{at} MiB": 40 + at for at in range(128, 800, 128)},
+            "1000 MiB": 1040,
+        }
 
 
 def test_bars_are_where_the_bytes_are() -> None:
@@ -98,14 +132,19 @@ def test_bars_are_where_the_bytes_are() -> None:
     read, overlay, base = (drawn(lane(sheet, name)) for name in ("reading", "image-1", "image-2"))
     bitmap = drawn(lane(sheet, "bitmap"))
     across = {name: [(x, width) for x, _, width, _ in boxes] for name, boxes in read.items()}
-    assert across["image-1"] == [(40, 100)]
-    assert across["zero"] == [(140, 50), (440, 600)]
-    assert across["image-2"] == [(190, 250)]
+    assert across["image-1 data"] == [(40, 100)]
+    assert across["image-1 zero"] == [(140, 50)]
+    assert across["image-2 data"] == [(190, 250)]
+    assert across["image-2 unallocated"] == [(440, 600)]
     across = {name: [(x, width) for x, _, width, _ in boxes] for name, boxes in overlay.items()}
     assert across["data"] == [(40, 100)]
     assert across["zero"] == [(140, 50)]
     assert across["unallocated"] == [(190, 850)]
-    assert [(x, width) for x, _, width, _ in base["unallocated"]] == [(440, 100)]
+    across = {name: [(x, width) for x, _, width, _ in boxes] for name, boxes in base.items()}
+    assert across["hidden"] == [(40, 150)]
+    assert across["data"] == [(190, 250)]
+    assert across["unallocated"] == [(440, 100)]
+    assert across["grid"] == [(39.5 + at, 1) for at in range(0, 500, 128)]
     assert base["frame"][0][2] == 502  # it is as long as the image
     assert [(x, width) for x, _, width, _ in bitmap["dirty"]] == [(40, 150)]
     # All of a column is one thing here: every box is as high as its bar.
@@ -125,40 +164,87 @@ def test_lanes_are_below_one_another() -> None:
 
 
 def test_a_small_change_on_a_large_disk_is_a_mark() -> None:
-    """4 KiB of 1 EiB, beside data and alone."""
+    """4 KiB of 1 EiB."""
     size = 1 << 60
     made = Columns(size, len(Content))
     ends = np.array([size // 2, size // 2 + 4096, size])
     made.add(0, ends, np.array([Content.UNALLOCATED, Content.DATA, Content.UNALLOCATED]))
-    layer = Layer("a", "raw", size, made.sums)
-    read = np.zeros((3, 500), np.int64)
-    bars = drawn(lane(lay_out(DiskPicture("a", size, read, [layer], [])), "image-1"))
+    layer = Layer("a", "raw", size, made.sums, made.sums)
+    bars = drawn(lane(lay_out(DiskPicture("a", size, [layer], [])), "image-1"))
     ((x, _, width, height),) = bars["data"]
     assert (x, width) == (540, 2)
     assert height == 4
 
 
 def test_a_part_of_a_column_is_a_part_of_its_height() -> None:
-    made = Columns(4000, len(Content))
-    made.add(0, np.array([2, 8, 4000]), np.array([Content.DATA, Content.ZERO, Content.UNALLOCATED]))
-    read = np.zeros((3, 500), np.int64)
-    layer = Layer("a", "raw", 4000, made.sums)
-    bars = drawn(lane(lay_out(DiskPicture("a", 4000, read, [layer], [])), "image-1"))
+    bars = one_bar([(2, Content.DATA), (6, Content.ZERO), (3992, Content.UNALLOCATED)])
     (data,), (zero,) = bars["data"], bars["zero"]
     assert (data[3], zero[3]) == (9, 27)
     assert data[1] == zero[1] + zero[3]  # data is below
 
 
+@pytest.mark.parametrize("bytes_more,pixels", [(0, 20), (3, 20), (5, 22)])
+def test_a_block_has_no_steps_at_its_edges(bytes_more: int, pixels: int) -> None:
+    """Ten columns of data, and a part of one that is less or more than half."""
+    data = 80 + bytes_more
+    for rows, x in (
+        ([(data, Content.DATA), (4000 - data, Content.UNALLOCATED)], 40),
+        ([(4000 - data, Content.UNALLOCATED), (data, Content.DATA)], 1040 - pixels),
+    ):
+        assert [(box[0], box[2], box[3]) for box in one_bar(rows)["data"]] == [(x, pixels, 36)]
+
+
+def test_a_piece_of_an_overlay_stands_on_the_floor() -> None:
+    """Half a column of data over data of the base, which is hidden there."""
+    base = [(80, Content.DATA), (4, None), (3916, Content.DATA)]
+    own = [(80, None), (4, Content.DATA)]
+    held = [(80, Content.UNALLOCATED), (4, Content.DATA), (3916, Content.UNALLOCATED)]
+    layers = [
+        Layer("a", "raw", 4000, columns(4000, 5, held, 1), columns(4000, 5, own, 1)),
+        Layer(
+            "b", "raw", 4000, columns(4000, 5, [(4000, Content.DATA)], 1), columns(4000, 5, base, 1)
+        ),
+    ]
+    sheet = lay_out(DiskPicture("a", 4000, layers, []))
+    for name, kind, height in (
+        ("reading", "image-1 data", 48),
+        ("image-1", "data", 36),
+        ("image-2", "hidden", 36),
+    ):
+        bars = drawn(lane(sheet, name))
+        ((x, y, width, high),) = bars[kind]
+        assert (x, width, high) == (60, 2, height / 2)
+        assert y + high == bars["frame"][1][1]  # the line below
+
+
+def test_each_image_has_its_number_on_the_upper_bar() -> None:
+    """On the bar, or above it if there are only 4 pixels."""
+    base = [(200, Content.DATA), (4, None), (796, Content.DATA)]
+    own = [(200, None), (4, Content.DATA)]
+    layers = [
+        replace(picture().layers[0], read=columns(SIZE, 5, own)),
+        replace(picture().layers[1], read=columns(SIZE, 5, base)),
+    ]
+    reading = lane(lay_out(replace(picture(), layers=layers)), "reading")
+    numbers = {shape.text: shape for shape in reading.shapes if isinstance(shape, Words)}
+    bars = drawn(reading)
+    top = bars["frame"][0][1]
+    assert numbers["1"].x == 242
+    assert numbers["1"].y < bars["leader"][0][1] < top
+    assert numbers["2"].y > top
+
+
 def test_a_disk_in_one_image_has_one_bar() -> None:
     one = picture(bitmaps=0)
-    sheet = lay_out(replace(one, layers=one.layers[:1], columns=one.columns[:3]))
+    sheet = lay_out(replace(one, layers=one.layers[:1]))
     assert "reading" not in {lane.name for lane in sheet.lanes}
-    assert "A disk of 1000 MiB in one image." in words(sheet)
+    assert {"A disk of 1000 MiB in one image.", "overlay.qcow2"} <= set(words(sheet))
+    assert lane(sheet, "offsets").shapes
 
 
 def test_an_empty_disk() -> None:
     none = np.zeros((len(Content), 0), np.int64)
-    sheet = lay_out(DiskPicture("a", 0, none[:3], [Layer("a", "raw", 0, none)], []))
+    sheet = lay_out(DiskPicture("a", 0, [Layer("a", "raw", 0, none, none)], []))
     assert "holds nothing" in words(sheet)
 
 
@@ -173,15 +259,14 @@ def test_words_keep_apart() -> None:
     0.6 of the size of a letter for each.
     """
     long = picture()
-    mixed = columns(SIZE, 5, [(101, 1), (102, 2), (103, 3), (194, 4)]).sums
+    mixed = columns(SIZE, 5, [(101, 1), (102, 2), (103, 3), (194, 4)])
     long = replace(
         long,
         title="n" * 300,
         layers=[
             *(replace(layer, name="n" * 300) for layer in long.layers),
-            Layer("n" * 300, "qcow2", SIZE // 2, mixed, count=193),
+            Layer("n" * 300, "qcow2", SIZE // 2, mixed, 0 * mixed, count=193, file_size=SIZE),
         ],
-        columns=np.vstack((long.columns, np.zeros_like(long.columns[:1]))),
         bitmaps=[replace(bitmap, name="n" * 300) for bitmap in long.bitmaps],
     )
     lines: dict[float, float] = {}

@@ -27,13 +27,13 @@ def test_a_plain_box() -> None:
 
 
 def test_a_texture_goes_on_from_box_to_box() -> None:
-    """A diagonal of every fourth pixel, from the corner of the sheet, drawn twice as large."""
+    """A diagonal of every sixth pixel, from the corner of the sheet, drawn twice as large."""
     image = painted(
         Fill("zero", "#112233", [Box(1, 1, 4, 4), Box(5, 1, 8, 4)], HATCH, paper="#445566")
     )
     for x in range(2, 26):
         for y in range(2, 10):
-            inked = (x // 2 - y // 2) % 4 == 0
+            inked = (x // 2 - y // 2) % 6 == 0
             assert image.getpixel((x, y)) == (INK if inked else (0x44, 0x55, 0x66))
     assert image.getpixel((26, 5)) == PAPER
 
