@@ -25,10 +25,16 @@ class ServerThread:
     def __init__(self, errors: list[str]) -> None:
         self._pool = ThreadPoolExecutor(1, "pynbd")
         self._ready = threading.Event()
-        self._running = self._pool.submit(asyncio.run, self._run(errors))
+        self._running = self._pool.submit(self._run, errors)
+        self._running.add_done_callback(lambda _: self._ready.set())  # there may be no loop to have
         self._ready.wait()
+        if self._running.done():
+            self._end()
 
-    async def _run(self, errors: list[str]) -> None:
+    def _run(self, errors: list[str]) -> None:
+        asyncio.run(self._serve_all(errors))
+
+    async def _serve_all(self, errors: list[str]) -> None:
         log = logging.getLogger("pynbd")
         handler = _Errors(errors)
         log.addHandler(handler)
@@ -53,6 +59,9 @@ class ServerThread:
     def stop(self) -> None:
         """End every server and the thread. Raises what went wrong at the end."""
         self._loop.call_soon_threadsafe(self._stopped.set)
+        self._end()
+
+    def _end(self) -> None:
         with self._pool:
             self._running.result()
 
