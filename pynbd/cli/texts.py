@@ -1,21 +1,14 @@
-"""Texts on the command line that clients of a server see; a refusal says what is allowed."""
+"""Texts on the command line that clients of a server see."""
 
 from __future__ import annotations
 
 import click
 
-from pynbd.errors import UsageError
-from pynbd.protocol.values import MAX_STRING
+from pynbd.server.export import check_text
 
 
 def export_text(_context: click.Context, parameter: click.Parameter, text: str | None) -> str:
     """The callback of an option whose text clients see: a name, a description."""
     text = text or ""
-    option = max(parameter.opts, key=len)
-    try:
-        length = len(text.encode())
-    except UnicodeEncodeError:
-        raise UsageError(f"{option}: it has to be UTF-8") from None
-    if length > MAX_STRING:
-        raise UsageError(f"{option}: it has {length} bytes; at most {MAX_STRING} are allowed")
+    check_text(max(parameter.opts, key=len), text)
     return text

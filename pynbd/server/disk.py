@@ -35,8 +35,9 @@ from pynbd.block.extent import DATA, NO_HOST, Runs
 from pynbd.block.node import PREFETCH_MAX, BlockNode
 from pynbd.errors import UsageError
 from pynbd.protocol.metadata import BASE_ALLOCATION
-from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, MAX_STRING, State
+from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, State
 from pynbd.server.contexts import AllocationContext, Context, Ends, States
+from pynbd.server.export import check_text
 from pynbd.server.steps import together
 from pynbd.server.troubles import TroubleLog
 
@@ -166,13 +167,14 @@ class DiskNode(BlockNode):
         return value
 
     def _check_context(self, name: str, answer: StatusMethod) -> None:
+        if not isinstance(name, str):
+            raise UsageError(f"{self.name}.contexts: {name!r} is not the name of a context")
+        check_text(f"{self.name}.contexts: {name[:32]!r}", name)
         namespace, colon, leaf = name.partition(":")
         if not (namespace and colon and leaf):
             raise UsageError(f"{self.name}.contexts: {name!r} is not of the form namespace:leaf")
         if namespace == "base":
             raise UsageError(f"{self.name}.contexts: {name!r}: base:allocation is made by `map`")
-        if len(name.encode()) > MAX_STRING:
-            raise UsageError(f"{self.name}.contexts: a name has at most {MAX_STRING} bytes")
         if not callable(answer):
             raise UsageError(f"{self.name}.contexts: {name!r}: an async method is expected")
 

@@ -78,6 +78,8 @@ async def serve(
     """
     if socket is not None and (host is not None or port is not None):
         raise UsageError("socket excludes host and port")
+    if max_clients < 0:
+        raise UsageError(f"max_clients: 0 or more is expected, not {max_clients}")
     if isinstance(image, BlockNode | Disk):
         of_files = {
             "format": format,

@@ -228,7 +228,9 @@ def test_methods_are_async() -> None:
         (":reads", "':reads' is not of the form"),
         ("base:heat", "'base:heat': base:allocation is made by `map`"),
         ("base:allocation", "base:allocation is made by `map`"),
-        ("x-heat:" + "é" * 2045, "at most 4096 bytes"),
+        ("x-heat:" + "é" * 2045, "it has 4097 bytes; at most 4096"),
+        ("x-heat:\ud800", "it has to be UTF-8"),
+        (5, "5 is not the name of a context"),
     ],
 )
 def test_names_that_no_context_has(name: str, text: str) -> None:

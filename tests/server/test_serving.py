@@ -90,5 +90,13 @@ async def test_what_cannot_be_served(disk: Path) -> None:
         await serve(disk, bitmaps=["b"]).__aenter__()
     with pytest.raises(UsageError, match="socket excludes"):
         await serve(disk, socket="s", port=0).__aenter__()
+    with pytest.raises(UsageError, match="max_clients: 0 or more is expected, not -1"):
+        await serve(disk, max_clients=-1).__aenter__()
+    with pytest.raises(UsageError, match="export name: it has 4097 bytes; at most 4096"):
+        await serve(disk, export_name="x" * 4097).__aenter__()
+    with pytest.raises(UsageError, match="export name: it has a NUL"):
+        await serve(disk, export_name="a\0b").__aenter__()
+    with pytest.raises(UsageError, match="description: it has to be UTF-8"):
+        await serve(disk, description="\udcff").__aenter__()
     with pytest.raises(PynbdError, match="not a socket"):
         await serve(disk, socket=disk).__aenter__()
