@@ -45,6 +45,8 @@ class Listening:
     @classmethod
     def tcp(cls, host: str = "localhost", port: int = DEFAULT_PORT) -> Listening:
         """On every address of ``host``; port 0 takes a free one. Raises `PynbdError`."""
+        if not 0 <= port <= 65535:
+            raise UsageError(f"the port {port} is not a number from 0 to 65535")
         try:
             sockets = listen_tcp(host, port)
         except UnicodeError:
@@ -62,6 +64,8 @@ class Listening:
             raise UsageError(
                 f"the path of the socket has {length} bytes; 1 to {MAX_SOCKET_PATH} are allowed"
             )
+        if "\0" in path:
+            raise UsageError("the path of the socket has a NUL; names without a file are not made")
         try:
             sock = listen_unix(path)
         except OSError as error:

@@ -188,3 +188,20 @@ def test_given_sockets_tell_where_they_are(short: str) -> None:
 def test_a_path_that_no_socket_can_have(path: str) -> None:
     with pytest.raises(UsageError, match="1 to 107"):
         Listening.unix(path)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\0abstract"])
+def test_a_path_with_a_nul(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would take what is before it."""
+    monkeypatch.chdir(tmp_path)
+    before = open_files()
+    with pytest.raises(UsageError, match="the path of the socket has a NUL"):
+        Listening.unix(path)
+    assert open_files() == before
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_a_port_that_there_is_not(port: int) -> None:
+    with pytest.raises(UsageError, match=f"the port {port} is not a number from 0 to 65535"):
+        Listening.tcp("127.0.0.1", port)
