@@ -179,10 +179,10 @@ def _made(path: str, *, whole: bool) -> bool:
 
 def _open(engine: Engine, path: str, source: Disk) -> HostFile:
     """Open and lock a file that is not part of the source."""
-    status = os.stat(path)
+    target = _identities(os.stat(path))
     for node in source.node.chain():
         for file in node.files():
-            if _identity(os.fstat(file.fd)) == _identity(status):
+            if _identities(os.fstat(file.fd)) & target:
                 role = "" if node is source.node else "a part of "
                 raise UsageError(f"DST: {path} is {role}the source")
     if not os.access(path, os.W_OK):
@@ -193,11 +193,18 @@ def _open(engine: Engine, path: str, source: Disk) -> HostFile:
         raise ImageLocked(f"{path}: another process uses it") from None
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    """What two names of one file, or two nodes of one device, have in common."""
-    if stat.S_ISBLK(status.st_mode):
-        return status.st_rdev, 0
-    return status.st_dev, status.st_ino
+def _identities(status: os.stat_result) -> set[tuple[int, int]]:
+    """What two names of one file, or two nodes of one device, have in common; and what a loop
+    device, or a partition of one, has in common with the file behind it.
+    """
+    if not stat.S_ISBLK(status.st_mode):
+        return {(status.st_dev, status.st_ino)}
+    identities = {(status.st_rdev, 0)}
+    device = f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    for folder in device, f"{device}/..":
+        with suppress(OSError), open(f"{folder}/loop/backing_file", "rb") as behind:
+            identities |= _identities(os.stat(behind.read().rstrip(b"\n")))
+    return identities
 
 
 async def _refuse_format(file: HostFile) -> None:

@@ -173,6 +173,14 @@ def test_a_block_device(
     )
 
 
+def test_a_loop_device_is_the_file_behind_it(source: Path, tmp_path: Path) -> None:
+    with loop_device(source) as device:
+        for one, other in (source, device), (Path(device), source):
+            with pytest.raises(UsageError, match=f"DST: {other} is the source"):
+                copied(one, other)
+    assert source.read_bytes() == b"\x11" * M
+
+
 def test_nothing_stays_open(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[HostFile] = []
     init = HostFile.__init__
