@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import Any, TextIO
 
 from pynbd.client.workers import Progress
 
@@ -14,17 +16,36 @@ _STANDARD_ERROR = 2  # sys.stderr is None where the parent has closed it
 _STEPS = 500
 
 
+class _Shown:
+    """A file that loses what it cannot take: a terminal may go away while the job goes on."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 @contextmanager
 def progress_bar(wanted: bool | None, total: int) -> Iterator[Progress]:
     """What to tell of bytes that are done; they add up to ``total``. ``wanted`` None: if a person
     looks on.
     """
-    if not (os.isatty(_STANDARD_ERROR) if wanted is None else wanted):
+    is_shown = os.isatty(_STANDARD_ERROR) if wanted is None else wanted
+    if not is_shown or sys.stderr is None:
         yield lambda _: None
         return
     # It takes longer to import than a small copy does, and is seldom seen.
     rich = import_module("rich.progress")
-    console = import_module("rich.console").Console(stderr=True)
+    console = import_module("rich.console").Console(file=_Shown(sys.stderr))
     columns = (
         rich.BarColumn(None),
         rich.TaskProgressColumn(),

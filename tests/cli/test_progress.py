@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import sys
 from contextlib import suppress
 
 import pytest
@@ -31,3 +35,22 @@ def test_an_error_passes(capsys: pytest.CaptureFixture[str]) -> None:
         progress(50)
         raise KeyError
     assert "50%" in capsys.readouterr().err
+
+
+class Gone(io.StringIO):
+    """A terminal that has been closed."""
+
+    def write(self, _text: str) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_what_cannot_be_shown_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with progress_bar(True, 100) as progress:
+        progress(100)
+
+
+def test_nowhere_to_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress_bar(True, 100) as progress:
+        progress(100)
