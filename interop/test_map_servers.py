@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from interop import peers, samples
+from interop import peers, samples, storage_daemon
 from interop.conftest import serving
 from pynbd.cli.map import map as map_command
 from pynbd.errors import PynbdError
@@ -75,6 +75,48 @@ def test_a_context_that_is_not_there(name: str, there: str, tmp_path: Path) -> N
         pynbd_map("-c", "qemu:dirty-bitmap:none", uri)
     assert str(refused.value) == (
         f"{uri}: no metadata context 'qemu:dirty-bitmap:none'; there are: {there}"
+    )
+
+
+def test_a_context_that_is_not_there_where_one_client_is_let_in(tmp_path: Path) -> None:
+    """Nobody waits for a place that this very command holds."""
+    peers.require("qemu-img", "qemu-io", "qemu-nbd")
+    top = samples.chain(tmp_path)
+    line = ["-r", "-f", "qcow2", "-A", "--shared=1"]
+    with peers.qemu_nbd(top, *line) as uri, pytest.raises(PynbdError) as refused:
+        pynbd_map("-c", "nonsense", uri)
+    assert str(refused.value) == (
+        f"{uri}: no metadata context 'nonsense'; there are: base:allocation, qemu:allocation-depth"
+    )
+
+
+def test_a_context_that_is_not_there_and_a_server_that_ends(tmp_path: Path) -> None:
+    """It was there for one client, and nobody can be asked what it had."""
+    peers.require("qemu-img", "qemu-io", "qemu-nbd")
+    top = samples.chain(tmp_path)
+    with peers.socket_path() as path:
+        peers.run("qemu-nbd", "--fork", f"--socket={path}", "-r", "-f", "qcow2", top)
+        uri = peers.unix_uri(path)
+        with pytest.raises(PynbdError) as refused:
+            pynbd_map("-c", "nonsense", uri)
+    assert str(refused.value) == f"{uri}: no metadata context 'nonsense'"
+
+
+def test_a_context_that_is_not_there_but_elsewhere(tmp_path: Path) -> None:
+    """What other exports of the server have is not told."""
+    peers.require("qemu-img", "qemu-io", "qemu-storage-daemon")
+    top = samples.chain(tmp_path)
+    disk = f"driver=qcow2,node-name=disk,read-only=on,file.driver=file,file.filename={top}"
+    deep = {"node_name": "disk", "name": "deep", "allocation_depth": True}
+    with (
+        peers.socket_path() as path,
+        storage_daemon.running(path.parent, disk, export="disk", writable=False) as (daemon, uri),
+    ):
+        daemon.execute("block-export-add", type="nbd", id="deep", **deep)
+        with pytest.raises(PynbdError) as refused:
+            pynbd_map("-c", "depth", uri)
+    assert str(refused.value) == (
+        f"{uri}: no metadata context 'qemu:allocation-depth'; there are: base:allocation"
     )
 
 

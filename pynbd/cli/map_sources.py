@@ -92,10 +92,23 @@ async def export_source(uri: str, contexts: Sequence[str]) -> AsyncIterator[Expo
         if not (client.structured or client.extended):
             raise PynbdError(f"{uri}: the server has only simple replies, and they tell no status")
         missing, found = _matched(contexts, client.contexts)
-        if missing:
-            there = [name for info in await exports_of(uri) for name in info.contexts]
-            raise PynbdError(_not_there(uri, missing, list(dict.fromkeys(there))))
-        yield ExportSource(client, found)
+        if not missing:
+            yield ExportSource(client, found)
+            return
+    # Its place is free again: the server may have one for a client at a time.
+    raise PynbdError(_not_there(uri, missing, await _offered(uri, client.info.name)))
+
+
+async def _offered(uri: str, name: str) -> list[str] | None:
+    """The contexts of the export that a URI leads to, and which says that it is ``name``; None
+    where nobody says which: the server may have been there for one client.
+    """
+    try:
+        exports = await exports_of(uri)
+    except (PynbdError, OSError):
+        return None
+    meant = [export for export in exports if export.name == name] or exports
+    return list(dict.fromkeys(context for export in meant for context in export.contexts))
 
 
 def _matched(wanted: Sequence[str], there: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -105,7 +118,10 @@ def _matched(wanted: Sequence[str], there: Sequence[str]) -> tuple[list[str], li
     return missing, list(dict.fromkeys(name for found in matches.values() for name in found))
 
 
-def _not_there(disk: str, missing: Sequence[str], there: Sequence[str]) -> str:
+def _not_there(disk: str, missing: Sequence[str], there: Sequence[str] | None) -> str:
+    text = f"{disk}: no metadata context {missing[0]!r}"
+    if there is None:
+        return text
     more = len(there) - _SHOWN
     listed = ", ".join([*there[:_SHOWN], *([f"{more} more"] if more > 0 else [])])
-    return f"{disk}: no metadata context {missing[0]!r}; there are: {listed or 'none'}"
+    return f"{text}; there are: {listed or 'none'}"
