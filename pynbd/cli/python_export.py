@@ -71,7 +71,9 @@ def _told(file: str) -> Iterator[None]:
     except PynbdError:
         raise
     except SyntaxError as error:
-        raise PynbdError(f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}") from None
+        # Of bytes that are no text at all, some versions of Python know no file and no line.
+        where = f"{error.filename or file}{f':{error.lineno}' if error.lineno else ''}"
+        raise PynbdError(f"{where}: SyntaxError: {error.msg}") from None
     except (Exception, SystemExit) as error:
         log.info("%s", "".join(traceback.format_exception(error)).rstrip())
         frames = traceback.extract_tb(error.__traceback__)

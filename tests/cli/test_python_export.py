@@ -111,6 +111,8 @@ def test_what_is_no_disk(file: Path, name: str, parts: list[str]) -> None:
     "text, part",
     [
         ("x = 1\nclass (:\n", "text.py:2: SyntaxError: "),
+        ("x = '\0'\n", "text.py"),
+        ("# coding: nonsense\n", "text.py: SyntaxError: unknown encoding: nonsense"),
         ("import nonsense_of_mine\n", "text.py:1: ModuleNotFoundError: No module named"),
         ("\n\n1 / 0\n", "text.py:3: ZeroDivisionError: division by zero"),
         ("open('/nonexistent')\n", "text.py:1: FileNotFoundError: [Errno 2]"),
