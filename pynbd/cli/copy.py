@@ -47,7 +47,7 @@ class CopyOptions:
 Examples:
   pynbd copy disk.qcow2 disk.raw
   pynbd copy nbd://backup.example/disk disk.raw
-  pynbd copy disk.raw nbd+unix:///?socket=/run/disk.sock
+  pynbd copy disk.raw 'nbd+unix:///?socket=/run/disk.sock'
   pynbd copy --bitmap monday disk.qcow2 copy-of-monday.raw
 """
 )

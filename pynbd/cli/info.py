@@ -36,7 +36,7 @@ Examples:
   pynbd info --force-share running.qcow2
   pynbd info --json --backing-chain disk.qcow2
   pynbd info nbd://localhost
-  pynbd info --json nbd+unix:///?socket=/run/disk.sock
+  pynbd info --json 'nbd+unix:///?socket=/run/disk.sock'
 """
 )
 @click.argument("disk", metavar="IMAGE|URI", shell_complete=file_names)

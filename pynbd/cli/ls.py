@@ -20,7 +20,7 @@ from pynbd.protocol.uri import NbdUri, is_uri
     epilog="""\b
 Examples:
   pynbd ls nbd://localhost
-  pynbd ls --long nbd+unix:///?socket=/run/disks.sock
+  pynbd ls --long 'nbd+unix:///?socket=/run/disks.sock'
   pynbd ls --json nbd://localhost
 """
 )
