@@ -61,6 +61,8 @@ _SMALLEST_PREFERRED: Final = 512
 # No reply that is understood is longer than a name and a description.
 _LONGEST_REPLY: Final = 1 << 16
 _MOST_REPLIES: Final = 1 << 16
+# All to one option together.
+_LONGEST_REPLIES: Final = 32 << 20
 
 # After these errors an attempt with less would fail as well.
 _FINAL: Final = frozenset({OptionReply.ERR_TLS_REQD, OptionReply.ERR_SHUTDOWN})
@@ -173,12 +175,16 @@ class _Haggling:
         """
         yield Write(OptionHeader(option, len(data)).build() + data)
         replies: list[bytes] = []
+        room = _LONGEST_REPLIES
         while len(replies) <= _MOST_REPLIES:
             header = OptionReplyHeader.parse((yield from _read(20)))
             if header.option != option:
                 raise ProtocolError(f"a reply to {header.option} where {option} was asked")
             if header.length > _LONGEST_REPLY:
                 raise ProtocolError(f"{header.reply} to {option} of {header.length} bytes")
+            room -= header.length
+            if room < 0:
+                raise ProtocolError(f"more than {_LONGEST_REPLIES} bytes of replies to {option}")
             reply = yield from _read(header.length)
             if header.reply.is_error:
                 said = printable(ErrorText.parse(reply).message)

@@ -306,6 +306,13 @@ def test_replies_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
         talk(survey(), EXTENDED + 11 * reply(LIST, SERVER, name(b"")))
 
 
+def test_long_replies_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are kept until the last one has come."""
+    monkeypatch.setattr(handshake_client, "_LONGEST_REPLIES", 99)
+    with pytest.raises(ProtocolError, match="more than 99 bytes of replies to NBD_OPT_LIST"):
+        talk(survey(), EXTENDED + 5 * reply(LIST, SERVER, name(b"x" * 16)))
+
+
 def test_both_sides_agree() -> None:
     """Our own server's negotiation and the client's, step by step."""
     flags = TransmissionFlag(FLAGS)
