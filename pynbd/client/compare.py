@@ -7,6 +7,7 @@ flight in ascending order, and the first difference is the first one, whichever 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -75,8 +76,7 @@ async def compare(
     if strict and a.size != b.size:
         result.note(Difference.SIZE, min(a.size, b.size))
         return result
-    found: list[Int64s] = []
-
+    found = array("q")  # where ranges of sectors begin and end, in the order of the answers
     zeroes = bytes(request_size)
 
     async def worker(following: Next) -> None:
@@ -93,12 +93,12 @@ async def compare(
                 if len(differs):
                     result.note(Difference.CONTENT, piece.offset + int(differs[0]))
                     if every:
-                        found.append(np.unique((differs + piece.offset) // SECTOR))
+                        found.extend(_ranges_of((differs + piece.offset) // SECTOR))
             progress(length)
 
     await in_flight(requests, _pieces(a, b, result, request_size, strict=strict), worker)
     if result.ranges is not None:
-        result.ranges += _in_ranges(found, max(a.size, b.size))
+        result.ranges += _merged(found, max(a.size, b.size))
     return result
 
 
@@ -143,12 +143,23 @@ def _allocation(runs: Runs, starts: Int64s) -> UInt8s:
     return kind & np.uint8(DATA | ZERO) | (depth > 0).astype(np.uint8) << np.uint8(2)
 
 
-def _in_ranges(found: list[Int64s], size: int) -> Iterator[tuple[int, int]]:
-    """Sectors as ranges."""
+def _ranges_of(sectors: Int64s) -> list[int]:
+    """Begin and end of each range of ascending sectors."""
+    gaps = np.flatnonzero(np.diff(sectors) > 1)
+    begins = sectors[np.append(0, gaps + 1)]
+    ends = sectors[np.append(gaps, len(sectors) - 1)] + 1
+    edges: list[int] = np.column_stack((begins, ends)).ravel().tolist()
+    return edges
+
+
+def _merged(found: array[int], size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of sectors as ascending ranges of bytes; two pieces may have had parts of a sector."""
     if not found:
         return
-    sectors = np.sort(np.concatenate(found))
-    gaps = np.flatnonzero(np.diff(sectors) > 1)
-    firsts = sectors[np.append(0, gaps + 1)] * SECTOR
-    ends = (sectors[np.append(gaps, len(sectors) - 1)] + 1) * SECTOR
-    yield from zip(firsts.tolist(), np.minimum(ends, size).tolist(), strict=True)
+    begins, ends = np.frombuffer(found, np.int64).reshape(-1, 2).T
+    order = np.lexsort((ends, begins))
+    begins, ends = begins[order], ends[order]
+    gaps = np.flatnonzero(begins[1:] > ends[:-1])
+    firsts = begins[np.append(0, gaps + 1)] * SECTOR
+    lasts = ends[np.append(gaps, len(ends) - 1)] * SECTOR
+    yield from zip(firsts.tolist(), np.minimum(lasts, size).tolist(), strict=True)

@@ -49,6 +49,14 @@ async def test_zeroes_are_not_read() -> None:
     assert max(end for _, end in b.read) == 32 * K
 
 
+async def test_ranges_of_pieces_that_share_a_sector() -> None:
+    """What is a hole for one of them ends in the middle of a sector, and is answered last."""
+    a, b = MemoryNode(b"a" * SIZE), MemoryNode(bytes(SIZE), holes=[(700, 800), (9000, SIZE)])
+    a.late = [0, 700, 4096]
+    result = await compare(Disk(a), Disk(b), every=True, request_size=4 * K, requests=64)
+    assert result.ranges == [(0, SIZE)]
+
+
 async def test_all_ranges() -> None:
     content = Random(1).randbytes(SIZE)
     other = changed(content, 5, 511, 512, 4095, 4096, 60_000, SIZE - 1)
