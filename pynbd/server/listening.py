@@ -76,7 +76,10 @@ class Listening:
     @classmethod
     def private(cls) -> Listening:
         """On a unix socket in a folder that nobody else may enter, and that goes with it."""
-        folder = tempfile.mkdtemp(prefix="pynbd-")
+        try:
+            folder = tempfile.mkdtemp(prefix="pynbd-")
+        except OSError as error:
+            raise _cannot("a private socket", error) from None
         try:
             listening = cls.unix(os.path.join(folder, "socket"))
         except BaseException:

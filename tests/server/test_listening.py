@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -199,6 +200,12 @@ def test_a_path_with_a_nul(path: str, tmp_path: Path, monkeypatch: pytest.Monkey
         Listening.unix(path)
     assert open_files() == before
     assert not list(tmp_path.iterdir())
+
+
+def test_nowhere_to_put_a_private_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(PynbdError, match="cannot listen on a private socket: No such file"):
+        Listening.private()
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 70000])
