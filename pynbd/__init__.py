@@ -43,6 +43,7 @@ from pynbd.errors import (
 if TYPE_CHECKING:
     from pynbd.block.bitmap import DirtyBitmap
     from pynbd.block.chain import open_image
+    from pynbd.block.engine import Cache
     from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, UNALLOCATED, ZERO, Runs
     from pynbd.block.node import BlockNode
     from pynbd.client.connection import Client, connect, list_exports
@@ -61,6 +62,7 @@ __all__ = [
     "UNALLOCATED",
     "ZERO",
     "BlockNode",
+    "Cache",
     "Client",
     "CorruptImage",
     "DirtyBitmap",
@@ -100,6 +102,7 @@ _HOMES = {
     "UNALLOCATED": "pynbd.block.extent",
     "ZERO": "pynbd.block.extent",
     "BlockNode": "pynbd.block.node",
+    "Cache": "pynbd.block.engine",
     "Client": "pynbd.client.connection",
     "DirtyBitmap": "pynbd.block.bitmap",
     "Disk": "pynbd.server.disk",
@@ -125,3 +128,6 @@ if not TYPE_CHECKING:  # a type checker has to notice a name that is not there
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(_HOMES[name]), name)
+
+    def __dir__() -> list[str]:
+        return __all__

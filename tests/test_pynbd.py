@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -23,6 +24,18 @@ def test_every_public_name_is_there() -> None:
     assert set(pynbd.__all__) >= {"open_image", "Export", "ExportTable", "Server"}
     with pytest.raises(AttributeError, match="nonsense"):
         _ = pynbd.nonsense  # type: ignore[attr-defined]
+
+
+def test_what_a_prompt_completes() -> None:
+    """Also what nobody has asked for yet."""
+    program = "import pynbd; assert dir(pynbd) == sorted(pynbd.__all__)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=20, check=False).returncode == 0
+
+
+def test_what_the_options_of_images_are_made_of() -> None:
+    """Who calls `open_image` has the types of its arguments."""
+    hints = get_type_hints(pynbd.open_image)
+    assert hints["cache"] is pynbd.Cache
 
 
 def test_every_exception_is_public() -> None:

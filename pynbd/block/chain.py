@@ -58,6 +58,7 @@ async def open_image(
     writing. ``engine``: shared with others; without it the image gets one of its own.
     ``offset``: the disk begins at this byte of the image. ``whole_sectors``: a raw image that ends
     in the middle of a sector of 512 bytes is a disk that ends with the sector, as in QEMU.
+    ``cache``: how its files are cached, unless the options of a node say it.
 
     Raises `ImageError`, or `UsageError` for a name that is not JSON; nothing is open then.
     """
