@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +17,12 @@ from interop import peers, samples, terminal
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What is in their blocks is run by other tests.
+ELSEWHERE = {
+    "docs/library.md": "tests/test_library.py",
+    "docs/reference.md": "interop/test_examples.py",
+}
 SERVER = "pynbd serve"
 
 
@@ -80,8 +88,42 @@ def test_command(place: str, command: str, folder: Path) -> None:
         assert first.startswith("nbd"), f"{place}: {first}{output}{errors}"
 
 
-def test_a_dead_link_is_not_shown() -> None:
-    """Every relative link leads to a file."""
-    for document in DOCUMENTS:
-        for target in terminal.links(document):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+def test_the_program_of_the_first_page(folder: Path) -> None:
+    (program,) = [text for _, text in terminal.blocks(ROOT / "README.md", "python")]
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+    first, status = done.stdout.splitlines()
+    assert first == r"bytearray(b'\x01\x01\x01\x01')"
+    assert status.startswith("[(1048576, 0), (")
+
+
+def test_make() -> None:
+    """What is said of make is in the Makefile."""
+    text = "".join(page.read_text() for page in PAGES)
+    lines = set(re.findall(r"(?m)(?:^|`)(make \w[^`\n]*)", text))
+    assert {"make serve", "make test", "make help"} <= lines
+    for line in lines:
+        subprocess.run([*shlex.split(line), "-n"], cwd=ROOT, capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_what_is_typed_is_run(page: Path) -> None:
+    """No page has command lines that no test runs."""
+    name = str(page.relative_to(ROOT))
+    if name in ELSEWHERE:
+        assert page.name in (ROOT / ELSEWHERE[name]).read_text()
+    elif page not in DOCUMENTS:
+        assert not [*terminal.blocks(page, "console"), *terminal.blocks(page, "sh")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_dead_link_is_not_shown(page: Path) -> None:
+    """Every relative link leads to a file, or to a heading of the same page."""
+    for target in terminal.links(page):
+        assert (page.parent / target).exists(), target
+    headings = [
+        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+        for line in re.findall(r"(?m)^#+ (.*)$", page.read_text())
+    ]
+    for anchor in re.findall(r"\]\(#([^)]*)\)", page.read_text()):
+        assert anchor in headings
