@@ -9,6 +9,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
+from pynbd.cli.output import standard_output
+
 _SHELLS = ("bash", "zsh", "fish")
 _PROGRAMS = ("pynbd", "pynbd-qemu-nbd")
 
@@ -47,4 +49,5 @@ def completion(shell: str, program: str) -> None:
     complete = get_completion_class(shell)
     assert complete is not None
     variable = f"_{program.replace('-', '_').upper()}_COMPLETE"
-    click.echo(complete(click.Command(program), {}, program, variable).source())
+    with standard_output() as write:
+        write(complete(click.Command(program), {}, program, variable).source() + "\n")

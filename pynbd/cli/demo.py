@@ -6,12 +6,12 @@ that is there already is left as it is: it may be being served.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from pynbd.block.qcow2.builder import Bitmap, Cluster, Compressed, Data, Image, Zero
+from pynbd.cli.output import printable, standard_output
 
 _CLUSTER = 1 << 16
 _SIZE = 64 << 20
@@ -96,5 +96,6 @@ def demo(directory: Path) -> None:
     clusters and a dirty bitmap. The path of the last one is printed.
     """
     top = write_family(directory)
-    print(_NEXT.format(directory=directory), file=sys.stderr)
-    print(top)
+    click.echo(_NEXT.format(directory=printable(str(directory))), err=True)
+    with standard_output() as write:
+        write(f"{top}\n")

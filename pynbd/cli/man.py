@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from pynbd.cli.output import standard_output
 from pynbd.cli.pages import Page, Section, page_of
 from pynbd.cli.qemu_nbd.command import NAME as QEMU_NBD
 from pynbd.cli.qemu_nbd.command import qemu_nbd
@@ -59,15 +60,16 @@ def man(context: click.Context, directory: Path, markdown: bool) -> None:
     programs = {"pynbd": context.find_root().command, QEMU_NBD: qemu_nbd}
     roots = [_completed(page_of(command, name)) for name, command in programs.items()]
     pages = [page for root in roots for page in root.all()]
-    if markdown:
-        click.echo(reference(pages), nl=False)
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    for page in pages:
-        others = [f"{other.name}(1)" for other in pages if other is not page]
-        path = directory / f"{page.name}.1"
-        path.write_text(man_page(page, version("pynbd"), [*others, *_OTHERS]))
-        click.echo(path)
+    with standard_output() as write:
+        if markdown:
+            write(reference(pages))
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        for page in pages:
+            others = [f"{other.name}(1)" for other in pages if other is not page]
+            path = directory / f"{page.name}.1"
+            path.write_text(man_page(page, version("pynbd"), [*others, *_OTHERS]))
+            write(f"{path}\n")
 
 
 def _completed(page: Page) -> Page:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from pynbd.cli.output import in_units, printable, table
@@ -34,3 +38,26 @@ def test_printable() -> None:
 def test_table() -> None:
     rows = [("NAME", "SIZE", ""), ("a", "1 KiB", "x"), ("longer", "", "")]
     assert table(rows) == "  NAME    SIZE\n  a       1 KiB  x\n  longer\n"
+
+
+@pytest.mark.parametrize(
+    "command", ["completion bash", "man man1", "man --markdown", "demo family"]
+)
+def test_output_that_nobody_reads(command: str, tmp_path: Path) -> None:
+    """A full disk is named; a reader that has left ends it without a word, as SIGPIPE would."""
+    line = [sys.executable, "-m", "pynbd", *command.split()]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            line, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, timeout=20, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.endswith(b"pynbd: standard output: No space left on device\n")
+    with subprocess.Popen(
+        line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        process.stdout.close()
+        assert process.stderr
+        said = process.stderr.read()
+    assert process.returncode == 141
+    assert b"pynbd:" not in said
