@@ -137,14 +137,17 @@ class Server:
         self._exports.stopping = True
         for listener in self._listeners:
             listener.cancel()
-        await asyncio.gather(*self._listeners, return_exceptions=True)
-        for sock in self._sockets:
-            sock.close()
-        for task, connection in self._connections.items():
-            if not connection.stop():
-                task.cancel()
-        if self._connections:
-            _, late = await asyncio.wait(self._connections, timeout=GRACE)
+        try:
+            await asyncio.gather(*self._listeners, return_exceptions=True)
+            for sock in self._sockets:
+                sock.close()
+            for task, connection in self._connections.items():
+                if not connection.stop():
+                    task.cancel()
+            if self._connections:
+                await asyncio.wait(self._connections, timeout=GRACE)
+        finally:  # who cancels this has no time left; the images are closed after it all the same
+            late = [task for task in self._connections if not task.done()]
             for task in late:
                 task.cancel()
             if late:

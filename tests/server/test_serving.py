@@ -10,8 +10,10 @@ import pytest
 
 from interop import peers
 from pynbd.block.chain import open_image
+from pynbd.client.connection import connect
 from pynbd.errors import ImageError, PynbdError, UsageError
 from pynbd.protocol.uri import NbdUri
+from pynbd.server.disk import Disk
 from pynbd.server.serving import serve
 
 SIZE = 1 << 20
@@ -81,6 +83,49 @@ async def test_a_failure_inside_ends_it_too(disk: Path) -> None:
     with pytest.raises(KeyError, match="mine"):
         await fail()
     assert not exists(disk.with_suffix(".sock"))
+
+
+class Slow(Disk):
+    size = 512
+
+    def __init__(self) -> None:
+        self.reading = asyncio.Event()
+        self.told: list[str] = []
+
+    async def pread(self, offset: int, length: int) -> bytes:
+        self.reading.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            self.told.append("read")
+        return bytes(length)
+
+    async def close(self) -> None:
+        self.told.append("closed")
+
+
+@pytest.mark.parametrize("pause", [0, 0.1])
+async def test_it_is_cancelled_twice(pause: float) -> None:
+    """By a timeout around a timeout, say: nothing is left, and nothing is under way any more when
+    the disk is closed.
+    """
+    before = asyncio.all_tasks()
+    disk = Slow()
+
+    async def block() -> None:
+        async with serve(disk) as server, connect(server.uri) as client:
+            await client.pread(0, 1)
+
+    task = asyncio.create_task(block())
+    await disk.reading.wait()
+    task.cancel()
+    await asyncio.sleep(pause)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert disk.told == ["read", "closed"]
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
 
 
 async def test_what_cannot_be_served(disk: Path) -> None:
