@@ -86,6 +86,7 @@ def test_a_raw_file_has_its_size_to_the_byte(tmp_path: Path) -> None:
 def test_an_image_that_qemu_writes(tmp_path: Path) -> None:
     peers.require("qemu-img", "qemu-nbd", "nbdinfo")
     image = create(tmp_path / "a.qcow2")
+    peers.run("qemu-img", "bitmap", "--add", image, "b0")
     with peers.qemu_nbd(image, "-f", "qcow2") as uri:
         peers.run("nbdinfo", "--size", uri)  # it listens before it opens the image, and locks it
         with pytest.raises(ImageLocked, match="--force-share"):
@@ -93,3 +94,5 @@ def test_an_image_that_qemu_writes(tmp_path: Path) -> None:
         said = CliRunner().invoke(info, ["--json", "-U", str(image)], catch_exceptions=False)
         expected = peers.run("qemu-img", "info", "--output=json", "-U", image).stdout
         assert json.loads(said.stdout) == json.loads(expected)
+        said = CliRunner().invoke(info, ["-U", str(image)], catch_exceptions=False)
+        assert said.stdout.endswith(" -          unknown: not saved by who has it in use, or had\n")

@@ -126,11 +126,11 @@ def _snapshots(snapshots: Sequence[Info]) -> str:
 def _bitmaps(bitmaps: Sequence[Info], size: int) -> str:
     rows = [("NAME", "GRANULARITY", "RECORDING", "DIRTY")]
     for one in bitmaps:
-        recording = "yes" if "auto" in one["flags"] else "no"
-        if "in-use" in one["flags"]:
-            recording, dirty = "-", "inconsistent: it was not saved, nobody knows what is dirty"
-        else:
+        if "dirty-bytes" in one:
+            recording = "yes" if "auto" in one["flags"] else "no"
             dirty = f"{in_units(one['dirty-bytes'])} ({one['dirty-bytes'] / max(size, 1):.1%})"
+        else:
+            recording, dirty = "-", "unknown: not saved by who has it in use, or had"
         rows.append((printable(one["name"]), in_units(one["granularity"]), recording, dirty))
     return table(rows)
 

@@ -63,8 +63,8 @@ def _chosen(wanted: Sequence[str], there: Sequence[str], node: BlockNode) -> lis
         for torn in layer.inconsistent_bitmaps():
             if QEMU_DIRTY_BITMAP + torn in wanted and QEMU_DIRTY_BITMAP + torn not in there:
                 raise ImageError(
-                    f"{layer.name}: bitmap {torn!r} is inconsistent (it was in use when its last"
-                    " writer ended): nobody knows what is dirty"
+                    f"{layer.name}: bitmap {torn!r}: what is dirty is not known; it is in use, or"
+                    " was when its last writer ended"
                 )
     missing, found = _matched(wanted, there)
     if missing:

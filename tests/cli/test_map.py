@@ -26,7 +26,7 @@ THERE = (
     "base:allocation, qemu:allocation-depth, qemu:dirty-bitmap:recording,"
     " qemu:dirty-bitmap:resting, qemu:dirty-bitmap:older"
 )
-WHY = "(it was in use when its last writer ended)"
+WHY = "it is in use, or was when its last writer ended"
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_all_contexts_that_begin_so(top: Path) -> None:
         (
             ["-c", "qemu:dirty-bitmap:torn", "top.qcow2"],
             1,
-            f"top.qcow2: bitmap 'torn' is inconsistent {WHY}: nobody knows what is dirty",
+            f"top.qcow2: bitmap 'torn': what is dirty is not known; {WHY}",
         ),
         (["-f", "vmdk", "top.qcow2"], 2, "--format: 'vmdk' is not one of 'raw', 'qcow2'"),
         (
