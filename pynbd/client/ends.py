@@ -101,7 +101,8 @@ async def open_target(
     ``whole``: all of the source is copied, so that a file may be made, or begin anew. Raises
     `PynbdError` or ``OSError``.
     """
-    is_new = not is_uri(name) and _made(name, whole=whole)
+    made = None if is_uri(name) else _made(name, whole=whole)
+    is_new = made is not None
     opened = (
         _remote_target(name, source, how)
         if is_uri(name)
@@ -115,9 +116,10 @@ async def open_target(
                 log.warning("%s: it is larger; its last %d bytes are left as they are", name, rest)
             yield target
     except BaseException as error:
-        if is_new:
+        if made:
             with suppress(FileNotFoundError):
-                os.unlink(name)
+                if _identities(os.stat(name)) == made:
+                    os.unlink(name)
         elif isinstance(error, DiskError):
             raise type(error)(f"{error}; {name} is incomplete now") from error
         raise
@@ -131,6 +133,12 @@ async def _remote_target(uri: str, source: Disk, how: Writing) -> AsyncIterator[
         await NbdNode.open(uri, connections=how.connections, contexts=(), read_only=False)
     ) as node:
         _check_size(node.name, node.size, source, exact=False)
+        reachable = node.size // node.block * node.block
+        if source.size > reachable:
+            raise ImageError(
+                f"{node.name}: it takes blocks of {node.block} bytes: its last"
+                f" {node.size - reachable} cannot be written"
+            )
         yield _target(node, how, block=node.block)
 
 
@@ -164,17 +172,17 @@ async def _file_target(
         yield _target(RawNode(file, read_only=False), how, blank=blank)
 
 
-def _made(path: str, *, whole: bool) -> bool:
-    """Make the file, unless it is there."""
+def _made(path: str, *, whole: bool) -> set[tuple[int, int]] | None:
+    """Make the file, unless it is there; what it is known by."""
     if os.path.exists(path):
-        return False
+        return None
     if not whole:
         raise ImageError(f"{path}: it does not exist; what is dirty belongs onto an earlier copy")
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+        with open(path, "xb") as file:
+            return _identities(os.fstat(file.fileno()))
     except OSError as error:
         raise ImageError(f"{path}: it cannot be made: {error.strerror}") from None
-    return True
 
 
 def _open(engine: Engine, path: str, source: Disk) -> HostFile:

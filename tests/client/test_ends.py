@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pynbd.errors import (
 )
 from tests.block.devices import loop_device
 from tests.block.test_engine import largest_file
+from tests.client.playing import negotiate, playing, until_closed
 
 M = 1 << 20
 
@@ -171,6 +173,42 @@ def test_a_block_device(
     assert left == [f"{device}: it is larger; its last 4096 bytes are left as they are"] * (
         size > M
     )
+
+
+def test_another_file_of_that_name_stays(source: Path, tmp_path: Path) -> None:
+    """It has come while the copy was under way."""
+    new, other = tmp_path / "new", tmp_path / "other"
+    other.write_bytes(b"other")
+
+    async def work() -> None:
+        async with (
+            open_disk(str(source), Reading()) as disk,
+            open_target(str(new), disk, Writing()),
+        ):
+            other.rename(new)
+            raise ReadError("bad")
+
+    with pytest.raises(ReadError):
+        asyncio.run(work())
+    assert new.read_bytes() == b"other"
+
+
+def test_an_export_whose_end_cannot_be_written(tmp_path: Path) -> None:
+    """Its size is no multiple of its block size; it is refused before anything is written."""
+    said: list[bytes] = []
+
+    def play(sock: socket.socket) -> None:
+        negotiate(sock, size=8193, block_size=(4096, 4096, M))
+        said.append(until_closed(sock))
+
+    source = tmp_path / "odd"
+    source.write_bytes(b"x" * 8193)
+    with (
+        playing(play) as uri,
+        pytest.raises(ImageError, match="blocks of 4096 bytes: its last 1 cannot be written"),
+    ):
+        copied(source, uri)
+    assert [len(words) for words in said] == [28]  # NBD_CMD_DISC
 
 
 def test_a_loop_device_is_the_file_behind_it(source: Path, tmp_path: Path) -> None:
