@@ -98,6 +98,10 @@ def compare(**options: Any) -> int:  # the options are CompareOptions, name by n
         check_no_image_options({"format": wanted.format})
     if is_uri(wanted.b):
         check_no_image_options({"b_format": wanted.b_format})
+    if is_uri(wanted.a) and is_uri(wanted.b):
+        check_no_image_options(
+            {"probe_backing": wanted.probe_backing, "force_share": wanted.force_share}
+        )
     try:
         return run(_compare(wanted))
     except (PynbdError, OSError) as error:

@@ -121,6 +121,8 @@ def _check(wanted: CopyOptions) -> None:
         raise UsageError("--target-format: qcow2 is not written yet; raw is")
     if wanted.bitmap is not None and wanted.load_snapshot is not None:
         raise UsageError("--bitmap: bitmaps describe the active state, not a snapshot (-l)")
+    if wanted.bitmap is not None and wanted.target_is_zero:
+        raise UsageError("--target-is-zero: with --bitmap DST is an earlier copy, not zeroes")
 
 
 async def _copy(wanted: CopyOptions) -> None:

@@ -44,6 +44,7 @@ def test_formats(
         (["{a}", "-"], "B: a pipe is no disk; a file of that name is ./-"),
         (["-F", "raw", "{a}", "nbd://x"], "--b-format is for images"),
         (["-f", "raw", "nbd://x", "{a}"], "--format is for images"),
+        (["-U", "nbd://x", "nbd://y"], "--force-share is for images"),
         (["-R", "x", "{a}", "{a}"], "--requests: 'x' is not a whole number, 1 to 1024"),
         (["{a}", "/no/where"], "/no/where: cannot be opened: No such file or directory"),
         (
