@@ -70,8 +70,9 @@ class Listening:
             sock = listen_unix(path)
         except OSError as error:
             raise _cannot(path, error) from None
-        where = NbdUri(transport=Transport.UNIX, socket=os.path.abspath(path))
-        return cls([sock], where, SocketFile(path).remove)
+        whole = os.path.abspath(path)  # which may be longer than the path of a socket
+        where = NbdUri(transport=Transport.UNIX, socket=whole)
+        return cls([sock], where, SocketFile(whole).remove)
 
     @classmethod
     def private(cls) -> Listening:
