@@ -181,6 +181,8 @@ def _made(path: str, *, whole: bool) -> set[tuple[int, int]] | None:
     try:
         with open(path, "xb") as file:
             return _identities(os.fstat(file.fileno()))
+    except FileExistsError:
+        raise ImageError(f"{path}: it is a symbolic link that leads nowhere") from None
     except OSError as error:
         raise ImageError(f"{path}: it cannot be made: {error.strerror}") from None
 

@@ -175,6 +175,14 @@ def test_a_block_device(
     )
 
 
+def test_a_link_that_leads_nowhere(source: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    with pytest.raises(ImageError, match="it is a symbolic link that leads nowhere"):
+        copied(source, link)
+    assert link.is_symlink()
+
+
 def test_another_file_of_that_name_stays(source: Path, tmp_path: Path) -> None:
     """It has come while the copy was under way."""
     new, other = tmp_path / "new", tmp_path / "other"
