@@ -22,8 +22,6 @@ QEMU_ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
 QEMU_DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
 """The name of a bitmap follows."""
 
-_WILDCARDS: Final = frozenset({"base:", "qemu:", QEMU_DIRTY_BITMAP})
-
 _EFFECT_LENGTH: Final = 8
 _ID: Final = 4
 
@@ -33,13 +31,18 @@ def list_contexts(contexts: Sequence[str], queries: Sequence[str]) -> list[str]:
     if not queries:
         return list(contexts)
     wanted = set(queries)
-    prefixes = tuple(wanted & _WILDCARDS)
+    prefixes = tuple(filter(_is_wildcard, wanted))
     return [name for name in contexts if name in wanted or name.startswith(prefixes)]
+
+
+def _is_wildcard(query: str) -> bool:
+    """Whether a query is a namespace with an empty leaf-name."""
+    return query == QEMU_DIRTY_BITMAP or (query.endswith(":") and query.count(":") == 1)
 
 
 def select_contexts(contexts: Sequence[str], queries: Sequence[str]) -> dict[int, str]:
     """Return those of an export's contexts that a query names, by their ids, in their order."""
-    wanted = set(queries) - _WILDCARDS
+    wanted = set(queries)
     return {id_: name for id_, name in enumerate(contexts) if name in wanted}
 
 

@@ -43,6 +43,22 @@ def test_list(queries: list[str], expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    "query, expected",
+    [
+        ("x-a:", ["x-a:one", "x-a:one:more"]),
+        ("x-a:one", ["x-a:one"]),
+        ("x-a:one:", []),
+        ("x-b:", ["x-b:two"]),
+        (":", []),
+    ],
+)
+def test_list_of_namespaces_of_ones_own(query: str, expected: list[str]) -> None:
+    """Each has the wildcard of the two that the specifications know."""
+    contexts = ["base:allocation", "x-a:one", "x-a:one:more", "x-b:two"]
+    assert list_contexts(contexts, [query]) == expected
+
+
+@pytest.mark.parametrize(
     "queries, expected",
     [
         ([], {}),  # M4
