@@ -10,7 +10,7 @@ from pynbd.client.connection import Client, connect
 from pynbd.client.disk import Disk, named
 from pynbd.client.node import NbdNode
 from pynbd.client.pieces import Ranges
-from pynbd.errors import ImageError, MapError
+from pynbd.errors import ImageError, MapError, PynbdError
 from pynbd.protocol.metadata import QEMU_DIRTY_BITMAP
 
 _DIRTY = 1  # the flag of qemu:dirty-bitmap contexts
@@ -32,8 +32,12 @@ async def dirty_ranges(disk: Disk, name: str) -> Ranges:
     context = QEMU_DIRTY_BITMAP + name
     if context in client.contexts:
         return _ranges_of_context(client, context, disk)
-    async with connect(disk.name, contexts=[QEMU_DIRTY_BITMAP]) as client:
-        there = [other.removeprefix(QEMU_DIRTY_BITMAP) for other in client.contexts]
+    await disk.node.close()  # its server may take one client at a time, and end with the last
+    try:
+        async with connect(disk.name, contexts=[QEMU_DIRTY_BITMAP]) as client:
+            there = [other.removeprefix(QEMU_DIRTY_BITMAP) for other in client.contexts]
+    except (OSError, PynbdError):
+        raise ImageError(f"{disk.name}: no bitmap {name!r}") from None
     raise _missing(disk.name, name, there)
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
+import pynbd
 from pynbd.block.qcow2.builder import Bitmap, Image
 from pynbd.block.qcow2.format import BitmapFlags
 from pynbd.client.dirty import dirty_ranges
 from pynbd.client.ends import Reading, open_disk
 from pynbd.errors import ImageError
+from tests.client.playing import negotiate, playing, until_closed
 
 K, M = 1 << 10, 1 << 20
 
 
-async def ranges(path: Path, name: str) -> list[tuple[int, int]]:
-    async with open_disk(str(path), Reading()) as disk:
+async def ranges(path: Path | str, name: str) -> list[tuple[int, int]]:
+    async with open_disk(str(path), Reading(bitmap=name)) as disk:
         return [each async for each in await dirty_ranges(disk, name)]
 
 
@@ -54,3 +58,22 @@ async def test_bitmaps_that_do_not_do(tmp_path: Path) -> None:
     Image(size=M).write(base)
     with pytest.raises(ImageError, match=r"no bitmap 'x'; there is none$"):
         await ranges(base, "x")
+
+
+async def test_a_server_for_one_client(tmp_path: Path) -> None:
+    """Its bitmaps are asked for when the first connection is closed."""
+    path = tmp_path / "disk.qcow2"
+    Image(size=M, bitmaps=[Bitmap("good")]).write(path)
+    async with pynbd.serve(path, max_clients=1) as server:
+        with pytest.raises(ImageError, match=r"no bitmap 'x'; there is 'good'$"):
+            await ranges(server.uri, "x")
+
+
+async def test_a_server_that_ends_with_its_client() -> None:
+    def play(sock: socket.socket) -> None:
+        os.unlink(sock.getsockname())
+        negotiate(sock)
+        until_closed(sock)
+
+    with playing(play) as uri, pytest.raises(ImageError, match="no bitmap 'x'$"):
+        await ranges(uri, "x")
