@@ -75,5 +75,5 @@ async def test_a_server_that_ends_with_its_client() -> None:
         negotiate(sock)
         until_closed(sock)
 
-    with playing(play) as uri, pytest.raises(ImageError, match="no bitmap 'x'$"):
+    with playing(play) as uri, pytest.raises(ImageError, match=r"no bitmap 'x'$"):
         await ranges(uri, "x")
