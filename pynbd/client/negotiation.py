@@ -17,6 +17,7 @@ from pynbd.errors import OptionError, ProtocolError, UnsupportedFeature
 from pynbd.protocol.handshake import Read, Step, Write
 from pynbd.protocol.handshake_client import ABORT
 from pynbd.protocol.uri import NbdUri
+from pynbd.protocol.values import OptionReply
 
 T = TypeVar("T")
 
@@ -51,7 +52,8 @@ async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tup
             text = "the server closed the connection during negotiation"
             raise ConnectionResetError(errno.ECONNRESET, text, str(uri)) from None
         if isinstance(error, OptionError):
-            raise OptionError(error.reply, f"{uri}: {error}") from None
+            hint = "; TLS is not supported yet" * (error.reply == OptionReply.ERR_TLS_REQD)
+            raise OptionError(error.reply, f"{uri}: {error}{hint}") from None
         if isinstance(error, ProtocolError):
             raise ProtocolError(f"{uri}: {error}") from None
         if isinstance(error, OSError):

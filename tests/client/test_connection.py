@@ -419,6 +419,17 @@ async def test_an_export_name_that_an_old_server_does_not_have() -> None:
         await Client.open(uri)
 
 
+async def test_a_server_that_requires_tls() -> None:
+    def play(sock: socket.socket) -> None:
+        sock.sendall(b"NBDMAGICIHAVEOPT\0\3")
+        receive(sock, 4 + 16)
+        sock.sendall(reply(EXTENDED_HEADERS, 0x80000005))  # NBD_REP_ERR_TLS_REQD
+        until_closed(sock)
+
+    with playing(play) as uri, pytest.raises(OptionError, match="TLS_REQD; TLS is not supported"):
+        await Client.open(uri)
+
+
 async def test_a_refused_listing() -> None:
     def play(sock: socket.socket) -> None:
         sock.sendall(b"NBDMAGICIHAVEOPT\0\3")
