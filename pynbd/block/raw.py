@@ -20,7 +20,7 @@ from pynbd.block.engine import Buffer, HostFile
 from pynbd.block.extent import DATA, NO_HOST, ZERO, Runs
 from pynbd.block.node import RESOLVE_WINDOW, BlockNode
 from pynbd.block.resolved import Window
-from pynbd.block.window import SECTOR, check_window
+from pynbd.block.window import SECTOR, check_window, round_up
 
 GUARDED = 512
 
@@ -54,9 +54,10 @@ class RawNode(BlockNode):
         file_size = file.size()
         check_window(self.name, file_size, start, size)
         if size is None:
-            size = max(file_size - start, 0)
-            if whole_sectors:
-                size = -(-size // SECTOR) * SECTOR
+            # In QEMU both are of whole sectors, the file and what is left of it.
+            sector = SECTOR if whole_sectors else 1
+            end = round_up(file_size, sector)
+            size = round_up(max(end - start, 0), sector)
         self.size = size
         self._guard = guard
         self._first_sector = asyncio.Lock()

@@ -16,7 +16,7 @@ import numpy as np
 from pynbd.block.engine import Buffer, HostFile
 from pynbd.block.extent import ZERO, Extent, Runs, concatenate
 from pynbd.block.node import BlockNode
-from pynbd.block.window import SECTOR, check_window
+from pynbd.block.window import check_window, round_up
 
 
 class SliceNode(BlockNode):
@@ -34,7 +34,7 @@ class SliceNode(BlockNode):
         self.file = image.file
         self.start = start
         if size is None:
-            size = -(-(image.size - start) // SECTOR) * SECTOR
+            size = round_up(image.size - start)
         self.size = size
         image.resolved.listener = self._forget
 

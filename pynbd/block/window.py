@@ -14,11 +14,16 @@ from pynbd.errors import ImageError
 SECTOR = 512
 
 
+def round_up(length: int, step: int = SECTOR) -> int:
+    """The least multiple of ``step`` that is not below ``length``."""
+    return -(-length // step) * step
+
+
 def check_window(name: str, file_size: int, offset: int, size: int | None) -> None:
     """Raise `ImageError` unless a window lies in a file of ``file_size`` bytes, rounded up to whole
     sectors of 512 bytes.
     """
-    whole = -(-file_size // SECTOR) * SECTOR
+    whole = round_up(file_size)
     if not 0 <= offset <= whole:
         raise ImageError(f"{name}: it has {whole} bytes; the offset {offset} is outside of them")
     if size is not None and offset + size > whole:

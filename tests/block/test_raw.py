@@ -350,6 +350,26 @@ async def test_whole_sectors(tmp_path: Path, offset: int, data: bytes, size: int
     assert path.read_bytes() == expected[:size]
 
 
+@pytest.mark.parametrize(
+    "offset, size", [(0, 1024), (400, 1024), (512, 512), (600, 512), (1000, 512), (1024, 0)]
+)
+async def test_whole_sectors_from_an_offset(tmp_path: Path, offset: int, size: int) -> None:
+    """Of a file of 1000 bytes; sizes as qemu-img has them."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * 1000)
+    options = {"driver": "raw", "offset": offset, "file.filename": str(path)}
+    node = await open_image(options, read_only=False, whole_sectors=True)
+    try:
+        assert node.size == size
+        inside = max(1000 - offset, 0)
+        assert await node.pread(0, size) == (b"x" * inside).ljust(size, b"\0")
+        if size:
+            assert await node.pwrite_batch([(size - 1, b"e")]) == [None]
+            assert (await node.pread(0, size))[-1:] == b"e"
+    finally:
+        await node.close()
+
+
 async def test_zeroes_in_the_last_sector(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(b"x" * 1000)
