@@ -6,11 +6,12 @@ A subcommand is imported when it is asked for: a server does not wait for what o
 from __future__ import annotations
 
 from importlib import import_module
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import click
 
 from pynbd.cli import complaints
+from pynbd.errors import PynbdError
 
 
 class _Subcommands(click.Group):
@@ -36,6 +37,16 @@ class _Subcommands(click.Group):
             return None
         command: click.Command = getattr(import_module(self.modules[cmd_name]), cmd_name)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            # click takes every broken pipe for that of a reader who has left, and ends without a
+            # word. That of a connection has a name.
+            if error.filename is None:
+                raise
+            raise PynbdError(complaints.said_of(error)) from None
 
 
 @click.group(cls=_Subcommands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,23 @@ def test_closed_standard_descriptors() -> None:
                 opened = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
                 process.terminate()
     assert opened == ["/dev/null"] * 3
+
+
+def test_a_server_that_does_not_listen(tmp_path: Path) -> None:
+    """A broken pipe that is a connection's is told."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        path = tmp_path / "s"
+        listener.bind(str(path))
+        listener.listen()
+        line = [sys.executable, "-m", "pynbd", "map", f"nbd+unix:///?socket={path}"]
+        with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+            listener.settimeout(20)
+            connection, _ = listener.accept()
+            with connection:
+                connection.shutdown(socket.SHUT_RD)
+                connection.sendall(b"NBDMAGICIHAVEOPT\0\3")
+                _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (1, f"pynbd: {line[-1]}: Broken pipe\n")
 
 
 def test_no_arguments() -> None:
