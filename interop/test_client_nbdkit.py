@@ -9,7 +9,8 @@ import pytest
 
 from interop import peers, samples
 from pynbd import ProtocolError, RequestError, UnsupportedFeature, connect
-from pynbd.client.connection import Client, list_exports
+from pynbd.client.connecting import list_exports
+from pynbd.client.connection import Client
 from pynbd.client.node import NbdNode
 from pynbd.protocol.values import TransmissionFlag
 

@@ -14,7 +14,8 @@ import pytest
 
 from interop import peers, samples
 from pynbd import OptionError, RequestError, connect
-from pynbd.client.connection import Client, list_exports
+from pynbd.client.connecting import list_exports
+from pynbd.client.connection import Client
 from pynbd.client.node import NbdNode
 
 DIALECTS: dict[str, dict[str, bool]] = {

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from pynbd.block.engine import Cache
     from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, UNALLOCATED, ZERO, Runs
     from pynbd.block.node import BlockNode
-    from pynbd.client.connection import Client, connect, list_exports
+    from pynbd.client.connecting import connect, list_exports
+    from pynbd.client.connection import Client
     from pynbd.protocol.values import State
     from pynbd.server.contexts import standard_contexts
     from pynbd.server.disk import Disk, StatusMethod
@@ -113,8 +114,8 @@ _HOMES = {
     "Serving": "pynbd.server.serving",
     "State": "pynbd.protocol.values",
     "StatusMethod": "pynbd.server.disk",
-    "connect": "pynbd.client.connection",
-    "list_exports": "pynbd.client.connection",
+    "connect": "pynbd.client.connecting",
+    "list_exports": "pynbd.client.connecting",
     "listen_tcp": "pynbd.server.listening",
     "listen_unix": "pynbd.server.listening",
     "open_image": "pynbd.block.chain",

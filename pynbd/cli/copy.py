@@ -21,6 +21,9 @@ from pynbd.errors import UsageError
 from pynbd.protocol.uri import is_uri
 
 
+_OTHER_FORMATS = frozenset({".qcow2", ".qcow", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyOptions:
     """What `copy` was asked for; the names are those of its options."""
@@ -117,6 +120,11 @@ def _check(wanted: CopyOptions) -> None:
             raise UsageError("--target-format is for files: DST is a URI")
     elif ":" in wanted.target.partition("/")[0] and not os.path.lexists(wanted.target):
         raise UsageError(f"DST: {wanted.target!r} is a protocol name, neither a file nor a URI")
+    suffix = os.path.splitext(wanted.target)[1]
+    if suffix in _OTHER_FORMATS and not (wanted.target_format or is_uri(wanted.target)):
+        raise UsageError(
+            f"DST: {wanted.target} would be raw, whatever its name says (-O raw makes it so)"
+        )
     if wanted.target_format == "qcow2":
         raise UsageError("--target-format: qcow2 is not written yet; raw is")
     if wanted.bitmap is not None and wanted.load_snapshot is not None:

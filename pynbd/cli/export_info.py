@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pynbd.client.connection import connect, list_exports
+from pynbd.client.connecting import connect, list_exports
 from pynbd.errors import OptionError
 from pynbd.protocol.handshake_client import RemoteExport
 from pynbd.protocol.uri import NbdUri

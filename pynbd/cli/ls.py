@@ -11,7 +11,7 @@ from pynbd.cli.export_info import export_info
 from pynbd.cli.export_report import export_report, listing
 from pynbd.cli.logs import told
 from pynbd.cli.output import standard_output
-from pynbd.client.connection import list_exports
+from pynbd.client.connecting import list_exports
 from pynbd.errors import UsageError
 from pynbd.protocol.uri import NbdUri, is_uri
 

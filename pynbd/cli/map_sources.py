@@ -11,7 +11,7 @@ from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.node import BlockNode
 from pynbd.cli.export_info import exports_of
 from pynbd.cli.map_rows import Statuses
-from pynbd.client.connection import Client, connect
+from pynbd.client.connection import Client
 from pynbd.errors import ImageError, PynbdError
 from pynbd.protocol.metadata import (
     BASE_ALLOCATION,
@@ -88,7 +88,7 @@ class ExportSource:
 @asynccontextmanager
 async def export_source(uri: str, contexts: Sequence[str]) -> AsyncIterator[ExportSource]:
     """Connect to an export; `PynbdError` if a context is not there."""
-    async with connect(uri, contexts=contexts) as client:
+    async with await Client.open(uri, contexts=contexts) as client:
         if not (client.structured or client.extended):
             raise PynbdError(f"{uri}: the server has only simple replies, and they tell no status")
         missing, found = _matched(contexts, client.contexts)

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
+from typing import Self
 
 from pynbd.client.negotiation import negotiate, parsed
 from pynbd.client.pending import Pending
 from pynbd.client.stream import PlainStream
 from pynbd.errors import ProtocolError, RequestError, UnsupportedFeature
 from pynbd.protocol.handshake import ExportInfo, Session
-from pynbd.protocol.handshake_client import ABORT, RemoteExport, enter, survey
+from pynbd.protocol.handshake_client import enter
 from pynbd.protocol.transmission import Request, dialect
 from pynbd.protocol.transmission_client import Asked, Replies, Status, encode
 from pynbd.protocol.uri import NbdUri
@@ -110,6 +111,12 @@ class Client:
             where, enter(where.export, contexts, structured=structured, extended=extended)
         )
         return cls(where, stream, session)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     @property
     def read_only(self) -> bool:
@@ -362,40 +369,6 @@ def _fail(asked: Asked, error: Exception) -> None:
     if not asked.waiter.done():
         asked.waiter.set_exception(error)
         asked.waiter.exception()
-
-
-@asynccontextmanager
-async def connect(
-    uri: str | NbdUri,
-    *,
-    contexts: Sequence[str] = (),
-    structured: bool = True,
-    extended: bool = True,
-) -> AsyncIterator[Client]:
-    """`Client.open` for an ``async with`` block; the connection is closed behind it."""
-    client = await Client.open(uri, contexts=contexts, structured=structured, extended=extended)
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
-async def list_exports(
-    uri: str | NbdUri, *, structured: bool = True, extended: bool = True
-) -> list[RemoteExport]:
-    """What the server of ``uri`` lists, whatever export the URI names; ``contexts`` of each are
-    those that it offers.
-
-    Raises as `Client.open` does; `OptionError` also if the server does not list.
-    """
-    where = parsed(uri)
-    stream, exports = await negotiate(where, survey(structured=structured, extended=extended))
-    try:
-        with suppress(OSError):  # the server may have gone already
-            await stream.write(ABORT)
-    finally:
-        stream.close()
-    return exports
 
 
 def _split(length: int, longest: int) -> Iterator[tuple[int, int]]:

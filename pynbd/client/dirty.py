@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.node import BlockNode
-from pynbd.client.connection import Client, connect
+from pynbd.client.connecting import connect
+from pynbd.client.connection import Client
 from pynbd.client.disk import Disk, named
 from pynbd.client.node import NbdNode
 from pynbd.client.pieces import Ranges

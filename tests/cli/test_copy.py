@@ -56,9 +56,10 @@ def test_a_snapshot_and_a_format(
         (["-l", "s", "nbd://x", "{new}"], "--load-snapshot is for images"),
         (["--bitmap", "b", "-l", "s", "{disk}", "{new}"], "--bitmap: bitmaps describe the active"),
         (
-            ["--bitmap", "b", "--target-is-zero", "{disk}", "{disk}"],
+            ["--bitmap", "b", "--target-is-zero", "{disk}", "{new}"],
             "--target-is-zero: with --bitmap DST is an earlier copy",
         ),
+        (["{disk}", "{new}.qcow2"], "new.qcow2 would be raw, whatever its name says (-O raw"),
         (["-S", "3", "{disk}", "{new}"], "--sparse: '3' is not a power of two, 512 to 32m, or 0"),
         (["-R", "0", "{disk}", "{new}"], "--requests: '0' is not a whole number, 1 to 1024"),
         (["-C", "65", "{disk}", "{new}"], "--connections: '65' is not a whole number, 1 to 64"),

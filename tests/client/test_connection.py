@@ -31,7 +31,8 @@ from pynbd import (
 )
 from pynbd.block.qcow2 import builder
 from pynbd.client import negotiation
-from pynbd.client.connection import Client, connect, list_exports
+from pynbd.client.connecting import connect, list_exports
+from pynbd.client.connection import Client
 from tests.client.playing import (
     ACK,
     CACHE,
@@ -158,7 +159,7 @@ async def test_an_export_of_no_bytes(tmp_path: Path, dialect: dict[str, bool]) -
     (tmp_path / "empty.raw").touch()
     async with (
         pynbd.serve(tmp_path / "empty.raw", format="raw") as server,
-        connect(server.uri, contexts=["base:allocation"], **dialect) as client,
+        connect(server.uri, contexts=["base:"], **dialect) as client,
     ):
         assert await client.pread(0, 0) == b""
         await client.pwrite(0, b"")
@@ -208,8 +209,13 @@ async def test_a_status_beyond_32_bits(image: Path) -> None:
 async def test_only_the_contexts_that_there_are(layered: Path) -> None:
     async with pynbd.serve(layered, bitmaps=[], depth=False) as server:
         asked = ["qemu:dirty-bitmap:b", "base:allocation", "x-other:"]
-        async with connect(server.uri, contexts=asked) as client:
+        async with await Client.open(server.uri, contexts=asked) as client:
             assert client.contexts == ("base:allocation",)
+        async with connect(server.uri, contexts=asked[1:]) as client:
+            assert client.contexts == ("base:allocation",)
+        there = "'qemu:dirty-bitmap:b'; of those asked for there are: base:allocation"
+        with pytest.raises(UnsupportedFeature, match=there):
+            await connect(server.uri, contexts=asked).__aenter__()
         async with connect(server.uri) as client:
             assert client.contexts == ()
             with pytest.raises(UnsupportedFeature, match="there is no metadata context"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pynbd.client.connection import connect
+from pynbd.client.connecting import connect
 from pynbd.server.serving import serve
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from interop import peers
 from pynbd.block.chain import open_image
-from pynbd.client.connection import connect
+from pynbd.client.connecting import connect
 from pynbd.errors import ImageError, PynbdError, UsageError
 from pynbd.protocol.uri import NbdUri
 from pynbd.server.disk import Disk

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pynbd.cli.output import printable, standard_output
 from pynbd.cli.qemu_nbd.options import QemuNbdOptions
-from pynbd.client.connection import list_exports
+from pynbd.client.connecting import list_exports
 from pynbd.errors import PynbdError
 from pynbd.protocol.handshake_client import RemoteExport
 from pynbd.protocol.uri import NbdUri, Transport
