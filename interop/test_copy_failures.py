@@ -102,7 +102,7 @@ def test_the_source_is_never_the_target(tmp_path: Path, pynbd_serve: PynbdServe)
 def test_other_formats_are_not_overwritten(source: Path, tmp_path: Path) -> None:
     peers.require("qemu-img")
     for name in "qcow2", "vmdk", "vdi":
-        target = tmp_path / f"target.{name}"
+        target = tmp_path / f"target-{name}"
         peers.run("qemu-img", "create", "-q", "-f", name, target, "1M")
         before = target.read_bytes()
         pynbd_here("copy", source, target, status=1, says=f"looks like {name}")
