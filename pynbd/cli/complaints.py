@@ -6,13 +6,29 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
 from pynbd.cli.logs import last_words
 from pynbd.errors import PynbdError, UsageError
+
+
+class Told(click.Command):
+    """A command whose broken pipes are told.
+
+    click takes every broken pipe for that of a reader who has left, and ends without a word. That
+    of a connection has a name.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if error.filename is None:
+                raise
+            raise PynbdError(said_of(error)) from None
 
 
 def run(command: click.Command, name: str, *, usage_status: int = 2) -> NoReturn:

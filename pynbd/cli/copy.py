@@ -20,7 +20,6 @@ from pynbd.client.ends import Reading, Writing, open_disk, open_target
 from pynbd.errors import UsageError
 from pynbd.protocol.uri import is_uri
 
-
 _OTHER_FORMATS = frozenset({".qcow2", ".qcow", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk"})
 
 

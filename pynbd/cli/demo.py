@@ -6,60 +6,74 @@ that is there already is left as it is: it may be being served.
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import click
 
 from pynbd.block.qcow2.builder import Bitmap, Cluster, Compressed, Data, Image, Zero
 from pynbd.cli.output import printable, standard_output
+from pynbd.errors import PynbdError
 
 _CLUSTER = 1 << 16
 _SIZE = 64 << 20
 
 _NEXT = """\
 There is a chain of three images, {directory}/monday, tuesday and wednesday.qcow2,
-with the dirty bitmap "since-tuesday" in the last one. While it is served with the default
-port, in another terminal:
+with the dirty bitmap "since-tuesday" in the last one. To look at it:
+
+  pynbd info {directory}/wednesday.qcow2
+  pynbd map {directory}/wednesday.qcow2
+  pynbd map --image disk.svg {directory}/wednesday.qcow2
+
+While it is served (pynbd serve {directory}/wednesday.qcow2), in another terminal:
 
   nbdinfo nbd://localhost
   nbdinfo --map nbd://localhost
   nbdinfo --map=qemu:allocation-depth nbd://localhost
   nbdinfo --map=qemu:dirty-bitmap:since-tuesday nbd://localhost
   qemu-img convert -O raw nbd://localhost copy.raw
-
-Ctrl-C ends it.
 """
 
 
 def write_family(directory: Path) -> Path:
     """Write the three images into ``directory``, which is made; the path of the top one.
 
-    Each comes whole to its name, and the top one last: where that is, nothing is written.
+    They come to it all at once; where a family is, nothing is written. Raises `PynbdError` for a
+    directory with anything else in it.
     """
     top = directory / "wednesday.qcow2"
-    if top.exists():
+    if top.exists() and (directory / "tuesday.qcow2").exists():
         return top
-    directory.mkdir(parents=True, exist_ok=True)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise PynbdError(f"{directory}: it is there, and is no empty directory")
+    unfinished = directory.with_name(f"{directory.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        _write_images(unfinished)
+        unfinished.rename(directory)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    return top
 
+
+def _write_images(directory: Path) -> None:
     def page(day: str, number: int) -> bytes:
         return f"{day}, page {number}\n".encode() * (_CLUSTER // 32)
-
-    def write(image: Image, path: Path) -> None:
-        unfinished = path.with_suffix(".new")
-        image.write(unfinished)
-        unfinished.rename(path)
 
     monday: dict[int, Cluster] = {}
     monday |= {n * _CLUSTER: Data(page("monday", n)) for n in range(64)}
     monday |= {n * _CLUSTER: Compressed(page("monday", n)) for n in range(64, 96)}
-    write(Image(size=_SIZE, clusters=monday), directory / "monday.qcow2")
+    Image(size=_SIZE, clusters=monday).write(directory / "monday.qcow2")
     tuesday = Image(
         size=_SIZE,
         clusters={n * _CLUSTER: Data(page("tuesday", n)) for n in (*range(16, 24), 200)},
         backing_file="monday.qcow2",
         backing_format="qcow2",
     )
-    write(tuesday, directory / "tuesday.qcow2")
+    tuesday.write(directory / "tuesday.qcow2")
     changed = range(20, 28)
     zeroed = range(40, 44)
     wednesday = Image(
@@ -76,8 +90,7 @@ def write_family(directory: Path) -> Path:
             )
         ],
     )
-    write(wednesday, top)
-    return top
+    wednesday.write(directory / "wednesday.qcow2")
 
 
 @click.command(

@@ -59,7 +59,7 @@ def _trace_options(command: _Decorated) -> _Decorated:
         click.option(
             "--trace",
             is_flag=True,
-            help="Tell every message of the protocol, on standard error.",
+            help="Tell every message of the protocol on standard error: > to the server, < back.",
         ),
     ):
         command = option(command)

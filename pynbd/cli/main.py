@@ -6,15 +6,14 @@ A subcommand is imported when it is asked for: a server does not wait for what o
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import click
 
 from pynbd.cli import complaints
-from pynbd.errors import PynbdError
 
 
-class _Subcommands(click.Group):
+class _Subcommands(complaints.Told, click.Group):
     """Each in the module of its name, in the order in which --help lists them."""
 
     modules: ClassVar = {
@@ -38,21 +37,11 @@ class _Subcommands(click.Group):
         command: click.Command = getattr(import_module(self.modules[cmd_name]), cmd_name)
         return command
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError as error:
-            # click takes every broken pipe for that of a reader who has left, and ends without a
-            # word. That of a connection has a name.
-            if error.filename is None:
-                raise
-            raise PynbdError(complaints.said_of(error)) from None
-
 
 @click.group(cls=_Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pynbd", prog_name="pynbd")
 def commands() -> None:
-    """Serve disk images over NBD."""
+    """Serve disk images over NBD, look into them, copy and compare them."""
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from pynbd.block.chain import FORMATS
+from pynbd.block.image_options import JSON_PREFIX
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.format import MAX_BITMAP_NAME
 from pynbd.cli.activation import activated_sockets
@@ -210,8 +211,9 @@ def _check(wanted: ServeOptions) -> None:
         raise UsageError("missing argument 'IMAGE'")
     if not wanted.image:
         raise UsageError("IMAGE: the name of a file is expected")
-    # "nbd://host", "json:{}": as QEMU tells them from files, by a colon before any slash.
-    if ":" in wanted.image.partition("/")[0] and not os.path.lexists(wanted.image):
+    # "nbd://host", "ssh:x": as QEMU tells them from files, by a colon before any slash.
+    is_protocol = ":" in wanted.image.partition("/")[0] and not os.path.lexists(wanted.image)
+    if is_protocol and not wanted.image.startswith(JSON_PREFIX):
         raise UsageError(f"IMAGE: {wanted.image!r} is a protocol name, not a file")
     for name in wanted.bitmap:
         length = len(os.fsencode(name))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from pynbd.server.export import check_text
+from pynbd.protocol.strings import check_string
 
 
 def export_text(_context: click.Context, parameter: click.Parameter, text: str | None) -> str:
     """The callback of an option whose text clients see: a name, a description."""
     text = text or ""
-    check_text(max(parameter.opts, key=len), text)
+    check_string(max(parameter.opts, key=len), text)
     return text

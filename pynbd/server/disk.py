@@ -35,9 +35,9 @@ from pynbd.block.extent import DATA, NO_HOST, Runs
 from pynbd.block.node import PREFETCH_MAX, BlockNode
 from pynbd.errors import UsageError
 from pynbd.protocol.metadata import BASE_ALLOCATION
+from pynbd.protocol.strings import check_string
 from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, State
 from pynbd.server.contexts import AllocationContext, Context, Ends, States
-from pynbd.server.export import check_text
 from pynbd.server.steps import together
 from pynbd.server.troubles import TroubleLog
 
@@ -169,7 +169,7 @@ class DiskNode(BlockNode):
     def _check_context(self, name: str, answer: StatusMethod) -> None:
         if not isinstance(name, str):
             raise UsageError(f"{self.name}.contexts: {name!r} is not the name of a context")
-        check_text(f"{self.name}.contexts: {name[:32]!r}", name)
+        check_string(f"{self.name}.contexts: {name[:32]!r}", name)
         namespace, colon, leaf = name.partition(":")
         if not (namespace and colon and leaf):
             raise UsageError(f"{self.name}.contexts: {name!r} is not of the form namespace:leaf")

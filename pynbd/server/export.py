@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from pynbd.block.node import BlockNode
-from pynbd.errors import ImageError, UsageError
+from pynbd.errors import ImageError
 from pynbd.protocol.handshake import ExportInfo
-from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, MAX_STRING, TransmissionFlag
+from pynbd.protocol.strings import check_string
+from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, TransmissionFlag
 from pynbd.server.contexts import Context
 from pynbd.server.troubles import TroubleLog
 from pynbd.server.zeroes import DetectZeroes
@@ -38,8 +39,8 @@ class Export:
         unmap: bool = True,
         detect_zeroes: DetectZeroes = DetectZeroes.OFF,
     ) -> None:
-        check_text("export name", name)
-        check_text("description", description)
+        check_string("export name", name)
+        check_string("description", description)
         if node.size > MAX_EXPORT_SIZE:
             raise ImageError(f"{node.name}: of its {node.size} bytes no client could ask for all")
         self.name = name
@@ -64,20 +65,6 @@ class Export:
             block_size=(1, node.preferred_block_size, MAX_PAYLOAD),
             contexts=tuple(contexts),
         )
-
-
-def check_text(what: str, text: str) -> None:
-    """Raise `UsageError` unless clients can be told a text ("String values" of the NBD
-    specification). ``what`` it is begins the line.
-    """
-    try:
-        length = len(text.encode())
-    except UnicodeEncodeError:
-        raise UsageError(f"{what}: it has to be UTF-8") from None
-    if length > MAX_STRING:
-        raise UsageError(f"{what}: it has {length} bytes; at most {MAX_STRING} are allowed")
-    if "\0" in text:
-        raise UsageError(f"{what}: it has a NUL")
 
 
 class ExportTable:

@@ -47,20 +47,31 @@ def test_what_to_type_next(tmp_path: Path) -> None:
         assert word in done.stderr
 
 
+def demo(directory: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "pynbd", "demo", str(directory)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=20, check=False)
+
+
 def test_a_family_that_is_there_is_left_alone(tmp_path: Path) -> None:
-    """It may be being served; what was interrupted is written again."""
-    line = [sys.executable, "-m", "pynbd", "demo", str(tmp_path)]
+    """It may be being served."""
 
     def family() -> dict[str, tuple[int, int]]:
-        subprocess.run(line, capture_output=True, timeout=20, check=True)
-        return {
-            path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()
-        }
+        assert demo(tmp_path / "demo").returncode == 0
+        paths = (tmp_path / "demo").iterdir()
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
     first = family()
     assert first.keys() == {"monday.qcow2", "tuesday.qcow2", "wednesday.qcow2"}
     assert family() == first
-    (tmp_path / "wednesday.qcow2").rename(tmp_path / "wednesday.new")
-    again = family()
-    assert again.keys() == first.keys()
-    assert not set(again.values()) & set(first.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    mine = tmp_path / "monday.qcow2"
+    mine.write_text("mine")
+    for place in tmp_path, mine:
+        done = demo(place)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"pynbd: {place}: it is there, and is no empty directory\n"
+    assert mine.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [mine]

@@ -517,9 +517,17 @@ def test_no_name_of_an_image() -> None:
     one_line(failing(""), 2, "IMAGE")
 
 
-@pytest.mark.parametrize("name", ["nbd://localhost/", "json:{}", "ssh://a/b", "nbd:unix:/s"])
+@pytest.mark.parametrize("name", ["nbd://localhost/", "ssh://a/b", "nbd:unix:/s"])
 def test_the_name_of_something_else(name: str) -> None:
     one_line(failing(name), 2, "IMAGE", name, "protocol name, not a file")
+
+
+def test_an_image_by_its_options(image: Path) -> None:
+    """``json:{...}``, of the user; that of another file is refused (test_chain)."""
+    options = {"driver": "qcow2", "file": {"filename": str(image)}, "backing": None}
+    with serving("-p", "0", f"json:{json.dumps(options)}") as uri:
+        assert "base:allocation" in info(uri)["contexts"]
+    one_line(failing("json:{}"), 1, "driver or file is needed")
 
 
 def test_a_file_with_a_colon(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from typing import ClassVar
 
 import click
 
+from pynbd.cli.complaints import Told
 
-class GetoptCommand(click.Command):
+
+class GetoptCommand(Told):
     """``once``: sets of options that mean the same, and of which one may be given, one time."""
 
     once: ClassVar[Collection[frozenset[str]]] = ()
