@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -34,6 +35,8 @@ from pynbd.block.extent import (
 )
 from pynbd.block.pins import Pins
 from pynbd.block.resolved import ResolvedWindows, Window
+
+log = logging.getLogger("pynbd")
 
 # Guest bytes that one NBD_CMD_CACHE brings near.
 PREFETCH_MAX = 32 << 20
@@ -67,6 +70,7 @@ class BlockNode(ABC):
     preferred_block_size: int = 4096
     can_discard: bool = True  # if it is written at all
     can_prefetch: bool = True
+    _cut_short: bool = False  # that it was told
     pins: Pins | None = None  # a node whose host clusters can be freed while it is served has them
 
     async def __aenter__(self) -> Self:
@@ -242,7 +246,12 @@ class BlockNode(ABC):
         return data
 
     def past_end(self, length: int) -> bytes:
-        """What plain data reads as past the end of its file: zeroes in qcow2. See `RawNode`."""
+        """What plain data reads as past the end of its file: zeroes in qcow2, as in QEMU, which is
+        told once. See `RawNode`.
+        """
+        if not self._cut_short:
+            self._cut_short = True
+            log.warning("%s: the file was cut short; what is missing reads as zeroes", self.name)
         return bytes(length)
 
     async def pread(self, offset: int, length: int) -> bytearray:

@@ -15,7 +15,7 @@ from pynbd.block.chain import FORMATS
 from pynbd.cli.complaints import complain, said_of
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import told
-from pynbd.cli.looking import check_no_image_options, image_options
+from pynbd.cli.looking import check_no_image_options, image_options, snapshot_option
 from pynbd.cli.output import standard_output
 from pynbd.cli.progress import progress_bar
 from pynbd.cli.transfer import Interrupted, check_name, run, transfer_options
@@ -37,6 +37,7 @@ class CompareOptions:
     b: str
     format: str | None
     b_format: str | None
+    snapshot: str | None
     probe_backing: bool
     force_share: bool
     strict: bool
@@ -50,6 +51,7 @@ class CompareOptions:
 
 
 @click.command(
+    short_help="Tell whether two disks are the same.",
     epilog="""\b
 Exit status, as of qemu-img compare:
   0  they are identical
@@ -62,8 +64,9 @@ Exit status, as of qemu-img compare:
 Examples:
   pynbd compare disk.qcow2 disk.raw
   pynbd compare --all nbd://localhost/before nbd://localhost/after
+  pynbd compare -l before-upgrade disk.qcow2 disk.qcow2
   pynbd compare --json --strict disk.qcow2 copy.qcow2
-"""
+""",
 )
 @click.argument("a", shell_complete=file_names)
 @click.argument("b", shell_complete=file_names)
@@ -74,6 +77,7 @@ Examples:
     type=click.Choice(FORMATS),
     help="The format of B; --format is that of A (default: told by its first bytes).",
 )
+@snapshot_option("Let A be")
 @click.option(
     "-s",
     "--strict",
@@ -95,7 +99,7 @@ def compare(**options: Any) -> int:  # the options are CompareOptions, name by n
     check_name("A", wanted.a)
     check_name("B", wanted.b)
     if is_uri(wanted.a):
-        check_no_image_options({"format": wanted.format})
+        check_no_image_options({"format": wanted.format, "snapshot": wanted.snapshot})
     if is_uri(wanted.b):
         check_no_image_options({"b_format": wanted.b_format})
     if is_uri(wanted.a) and is_uri(wanted.b):
@@ -116,7 +120,7 @@ def _status(error: Exception) -> int:
 
 async def _compare(wanted: CompareOptions) -> int:
     async with (
-        open_disk(wanted.a, _reading(wanted, wanted.format)) as a,
+        open_disk(wanted.a, _reading(wanted, wanted.format, wanted.snapshot)) as a,
         open_disk(wanted.b, _reading(wanted, wanted.b_format)) as b,
     ):
         try:
@@ -138,9 +142,12 @@ async def _compare(wanted: CompareOptions) -> int:
     return _DIFFERENT if result.difference else 0
 
 
-def _reading(wanted: CompareOptions, format_name: str | None) -> Reading:
+def _reading(
+    wanted: CompareOptions, format_name: str | None, snapshot: str | None = None
+) -> Reading:
     return Reading(
         format=format_name,
+        snapshot=snapshot,
         probe_backing=wanted.probe_backing,
         force_share=wanted.force_share,
         connections=wanted.connections,

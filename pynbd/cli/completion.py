@@ -23,6 +23,7 @@ def file_names(
 
 
 @click.command(
+    short_help="Print what makes a shell complete.",
     epilog="""\b
 Where shells look for it:
   bash  ~/.local/share/bash-completion/completions/pynbd
@@ -34,7 +35,7 @@ Examples:
   eval "$(pynbd completion bash)"
   pynbd completion fish > ~/.config/fish/completions/pynbd.fish
   pynbd completion zsh --program pynbd-qemu-nbd > ~/.zfunc/_pynbd-qemu-nbd
-"""
+""",
 )
 @click.argument("shell", type=click.Choice(_SHELLS))
 @click.option(

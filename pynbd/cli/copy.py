@@ -11,7 +11,7 @@ import click
 
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import told
-from pynbd.cli.looking import check_no_image_options, image_options
+from pynbd.cli.looking import check_no_image_options, image_options, snapshot_option
 from pynbd.cli.progress import progress_bar
 from pynbd.cli.transfer import Interrupted, check_name, power_of_two, run, transfer_options
 from pynbd.client.copy import copy as copy_disk
@@ -32,7 +32,7 @@ class CopyOptions:
     format: str | None
     probe_backing: bool
     force_share: bool
-    load_snapshot: str | None
+    snapshot: str | None
     target_format: str | None
     bitmap: str | None
     sparse: int
@@ -45,23 +45,19 @@ class CopyOptions:
 
 
 @click.command(
+    short_help="Copy a disk, or what is dirty of it.",
     epilog="""\b
 Examples:
   pynbd copy disk.qcow2 disk.raw
   pynbd copy nbd://backup.example/disk disk.raw
   pynbd copy disk.raw 'nbd+unix:///?socket=/run/disk.sock'
   pynbd copy --bitmap monday disk.qcow2 copy-of-monday.raw
-"""
+""",
 )
 @click.argument("source", metavar="SRC", shell_complete=file_names)
 @click.argument("target", metavar="DST", shell_complete=file_names)
 @image_options
-@click.option(
-    "-l",
-    "--load-snapshot",
-    metavar="SNAP",
-    help="Copy an internal snapshot: NAME, ID, snapshot.name=NAME or snapshot.id=ID.",
-)
+@snapshot_option("Copy")
 @click.option(
     "-O",
     "--target-format",
@@ -111,7 +107,7 @@ def _check(wanted: CopyOptions) -> None:
         check_no_image_options(
             {
                 name: getattr(wanted, name)
-                for name in ("format", "probe_backing", "force_share", "load_snapshot")
+                for name in ("format", "probe_backing", "force_share", "snapshot")
             }
         )
     if is_uri(wanted.target):
@@ -126,7 +122,7 @@ def _check(wanted: CopyOptions) -> None:
         )
     if wanted.target_format == "qcow2":
         raise UsageError("--target-format: qcow2 is not written yet; raw is")
-    if wanted.bitmap is not None and wanted.load_snapshot is not None:
+    if wanted.bitmap is not None and wanted.snapshot is not None:
         raise UsageError("--bitmap: bitmaps describe the active state, not a snapshot (-l)")
     if wanted.bitmap is not None and wanted.target_is_zero:
         raise UsageError("--target-is-zero: with --bitmap DST is an earlier copy, not zeroes")
@@ -135,7 +131,7 @@ def _check(wanted: CopyOptions) -> None:
 async def _copy(wanted: CopyOptions) -> None:
     reading = Reading(
         format=wanted.format,
-        snapshot=wanted.load_snapshot,
+        snapshot=wanted.snapshot,
         force_share=wanted.force_share,
         probe_backing=wanted.probe_backing,
         bitmap=wanted.bitmap,

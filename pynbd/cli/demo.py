@@ -94,12 +94,13 @@ def _write_images(directory: Path) -> None:
 
 
 @click.command(
+    short_help="Write a few small images to try things with.",
     epilog="""\b
 Examples:
   pynbd demo family
   pynbd map family/wednesday.qcow2
   pynbd serve family/wednesday.qcow2
-"""
+""",
 )
 @click.argument("directory", type=click.Path(path_type=Path))
 def demo(directory: Path) -> None:

@@ -30,6 +30,7 @@ from pynbd.protocol.uri import is_uri
 
 
 @click.command(
+    short_help="Tell what an image is made of, or what a server exports.",
     epilog="""\b
 Examples:
   pynbd info disk.qcow2
@@ -37,7 +38,7 @@ Examples:
   pynbd info --json --backing-chain disk.qcow2
   pynbd info nbd://localhost
   pynbd info --json 'nbd+unix:///?socket=/run/disk.sock'
-"""
+""",
 )
 @click.argument("disk", metavar="IMAGE|URI", shell_complete=file_names)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (default: text).")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from pynbd.block.chain import FORMATS, open_image
 from pynbd.block.node import BlockNode
 from pynbd.errors import UsageError
+
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 
 def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,6 +39,17 @@ def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def snapshot_option(help_text: str) -> Callable[[_Decorated], _Decorated]:
+    """``--load-snapshot`` of the commands that read what is in a disk."""
+    return click.option(
+        "-l",
+        "--load-snapshot",
+        "snapshot",
+        metavar="SNAP",
+        help=f"{help_text} an internal snapshot: NAME, ID, snapshot.name=NAME or snapshot.id=ID.",
+    )
+
+
 async def open_disk(disk: str, **options: Any) -> BlockNode:
     """The image that an argument names, for reading; ``options`` are `image_options`."""
     if not disk:
@@ -54,5 +67,5 @@ def check_no_image_options(options: Mapping[str, object]) -> None:
     """Raise `UsageError` if any of `image_options` was given for a URI."""
     for name, value in options.items():
         if value:
-            option = "--" + name.replace("_", "-")
+            option = "--load-snapshot" if name == "snapshot" else "--" + name.replace("_", "-")
             raise UsageError(f"{option} is for images: how an export is opened is the server's")

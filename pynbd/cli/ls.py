@@ -17,12 +17,13 @@ from pynbd.protocol.uri import NbdUri, is_uri
 
 
 @click.command(
+    short_help="List the exports of a server.",
     epilog="""\b
 Examples:
   pynbd ls nbd://localhost
   pynbd ls --long 'nbd+unix:///?socket=/run/disks.sock'
   pynbd ls --json nbd://localhost
-"""
+""",
 )
 @click.argument("uri", metavar="URI")
 @click.option(

@@ -42,11 +42,12 @@ Every command, as its `--help` has it. `pynbd man` writes the same as man pages;
 
 
 @click.command(
+    short_help="Write the manual as man pages.",
     epilog="""\b
 Examples:
   pynbd man ~/.local/share/man/man1
   pynbd man --markdown > reference.md
-"""
+""",
 )
 @click.argument("directory", default=".", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--markdown", is_flag=True, help="Print one text in Markdown, and write no files.")

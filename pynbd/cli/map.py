@@ -18,6 +18,7 @@ from pynbd.cli.looking import (
     check_no_image_options,
     image_options,
     open_disk,
+    snapshot_option,
 )
 from pynbd.cli.map_lines import JsonMap, TextMap, Totals
 from pynbd.cli.map_rows import rows_of
@@ -34,14 +35,16 @@ from pynbd.protocol.uri import is_uri
 
 
 @click.command(
+    short_help="Print or draw what is data, hole, zero or dirty.",
     epilog="""\b
 Examples:
   pynbd map disk.qcow2
   pynbd map --totals nbd://localhost
   pynbd map --context depth --context qemu:dirty-bitmap:monday disk.qcow2
   pynbd map --context base: --context qemu: --json disk.qcow2
+  pynbd map -l before-upgrade disk.qcow2
   pynbd map --image disk.svg disk.qcow2
-"""
+""",
 )
 @click.argument("disk", metavar="IMAGE|URI", shell_complete=file_names)
 @click.option(
@@ -63,6 +66,7 @@ Examples:
     type=click.Path(path_type=Path),
     help="Draw the layers and bitmaps of an image: FILE.svg or FILE.png.",
 )
+@snapshot_option("Look at")
 @image_options
 @told
 def map(  # noqa: A001 (the name of the command)

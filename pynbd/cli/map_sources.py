@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.node import BlockNode
 from pynbd.cli.export_info import exports_of
 from pynbd.cli.map_rows import Statuses
@@ -20,6 +19,7 @@ from pynbd.protocol.metadata import (
     list_contexts,
 )
 from pynbd.server.contexts import block_status, standard_contexts
+from pynbd.server.offers import offered_contexts
 
 # Without a colon they cannot be names of contexts.
 _SHORT = {"allocation": BASE_ALLOCATION, "depth": QEMU_ALLOCATION_DEPTH}
@@ -32,44 +32,30 @@ def full_names(contexts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(_SHORT.get(name, name) for name in contexts)) or [BASE_ALLOCATION]
 
 
-def _bitmaps(top: BlockNode) -> dict[str, DirtyBitmap]:
-    """The bitmaps that can be used, by name: those of the active layer first."""
-    found: dict[str, DirtyBitmap] = {}
-    for layer in top.bitmap_layers():
-        for bitmap in layer.bitmaps():
-            found.setdefault(bitmap.name, bitmap)
-    return found
-
-
 class ImageSource:
     """An open image. ``contexts``: those of `full_names` and wildcards; `ImageError` for one that
-    is not there.
+    is not there. A wildcard is for those of the image itself; a bitmap of a backing file, which
+    knows nothing of the writes above it, has to be named.
     """
 
     def __init__(self, node: BlockNode, contexts: Sequence[str]) -> None:
         self._node = node
         self.size = node.size
-        offered = standard_contexts(depth=True, bitmaps=list(_bitmaps(node).values()))
-        self.contexts = _chosen(contexts, list(offered), node)
+        own = standard_contexts(depth=True, bitmaps=node.bitmaps())
+        below = [
+            name.removeprefix(QEMU_DIRTY_BITMAP)
+            for name in contexts
+            if name.startswith(QEMU_DIRTY_BITMAP) and not list_contexts(list(own), [name])
+        ]
+        offered = own | offered_contexts(node, bitmaps=below)
+        missing, self.contexts = _matched(contexts, list(offered))
+        if missing:
+            raise ImageError(_not_there(node.name, missing, list(offered)))
         self._asked = dict(enumerate(offered[name] for name in self.contexts))
 
     async def status(self, offset: int, length: int) -> Statuses:
         answers = await block_status(self._node, self._asked, offset, length, one=False)
         return dict(zip(self.contexts, answers.values(), strict=True))
-
-
-def _chosen(wanted: Sequence[str], there: Sequence[str], node: BlockNode) -> list[str]:
-    for layer in node.bitmap_layers():
-        for torn in layer.inconsistent_bitmaps():
-            if QEMU_DIRTY_BITMAP + torn in wanted and QEMU_DIRTY_BITMAP + torn not in there:
-                raise ImageError(
-                    f"{layer.name}: bitmap {torn!r}: what is dirty is not known; it is in use, or"
-                    " was when its last writer ended"
-                )
-    missing, found = _matched(wanted, there)
-    if missing:
-        raise ImageError(_not_there(node.name, missing, there))
-    return found
 
 
 class ExportSource:

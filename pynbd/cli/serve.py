@@ -68,6 +68,7 @@ class ServeOptions:
 
 
 @click.command(
+    short_help="Serve an image over NBD.",
     epilog="""\b
 Environment:
   LISTEN_PID, LISTEN_FDS  socket activation: the listening sockets, from 3 on
@@ -79,7 +80,7 @@ Examples:
   pynbd serve -r -B backup-1 disk.qcow2
   pynbd serve --python heat.py:Heat
   nbdinfo -- [ pynbd serve disk.qcow2 ]
-"""
+""",
 )
 @click.argument("image", required=False, shell_complete=file_names)
 @click.option(

@@ -51,8 +51,8 @@ def _find_bitmap(node: BlockNode, name: str) -> DirtyBitmap:
             return bitmap
     if name in node.inconsistent_bitmaps():
         raise ImageError(
-            f"{node.name}: bitmap {name!r} is inconsistent: it was in use when its last writer"
-            " ended, and does not know all that was written"
+            f"{node.name}: bitmap {name!r} is in use, or was when its last writer ended: nobody"
+            " knows what is dirty"
         )
     for below in list(node.chain())[1:]:
         if any(bitmap.name == name for bitmap in below.bitmaps()):

@@ -70,8 +70,8 @@ def _find_bitmap(top: BlockNode, name: str) -> DirtyBitmap:
                 return bitmap
         if name in node.inconsistent_bitmaps():
             raise ImageError(
-                f"{node.name}: bitmap {name!r} is inconsistent (it was in use when its last writer"
-                " ended) and cannot be served"
+                f"{node.name}: bitmap {name!r} is in use, or was when its last writer ended: nobody"
+                " knows what is dirty"
             )
     raise ImageError(f"{top.name}: no bitmap {name!r}; {_known_bitmaps(top)}")
 

@@ -213,7 +213,10 @@ async def test_corrupt_metadata_fails_only_those_who_touch_it(host_path: Path) -
         assert caught.value.errno == errno.EIO
 
 
-async def test_past_the_end_of_the_file_are_zeroes(host_path: Path) -> None:
+async def test_past_the_end_of_the_file_are_zeroes(
+    host_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is told, once."""
     with opened(host_path) as file:
         node = chain(file, [[(8, DATA, len(HOST) - 4)]], 64, 64)
         assert await node.pread(0, 8) == HOST[-4:] + bytes(4)
@@ -221,6 +224,8 @@ async def test_past_the_end_of_the_file_are_zeroes(host_path: Path) -> None:
             read = await node.read_plain(file, len(HOST) - 4, 8, sparse=sparse)
             assert read == HOST[-4:] + bytes(4)
             assert await node.read_plain(file, len(HOST) + 4, 8, sparse=sparse) == bytes(8)
+    (told,) = caplog.messages
+    assert "cut short" in told
 
 
 async def test_a_read_only_node_refuses_changes(host_path: Path) -> None:

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from interop import peers, samples
 from pynbd.block.qcow2.builder import Data, Image
 from tests.cli.looking import K, M, pynbd, pynbd_here, write_chain
 
@@ -23,10 +24,9 @@ TABLE = """\
     196608      851968  hole,zero          absent                 clean
 """
 THERE = (
-    "base:allocation, qemu:allocation-depth, qemu:dirty-bitmap:recording,"
-    " qemu:dirty-bitmap:resting, qemu:dirty-bitmap:older"
+    "base:allocation, qemu:allocation-depth, qemu:dirty-bitmap:recording, qemu:dirty-bitmap:resting"
 )
-WHY = "it is in use, or was when its last writer ended"
+TORN = "is in use, or was when its last writer ended: nobody knows what is dirty"
 
 
 @pytest.fixture
@@ -50,10 +50,16 @@ def test_a_table(top: Path) -> None:
 
 
 def test_all_contexts_that_begin_so(top: Path) -> None:
-    """The bitmap of the backing file, too; not the inconsistent one."""
+    """Not the inconsistent one; and not the one of the backing file, which has to be named, and is
+    shown with a warning.
+    """
     done = pynbd("map", "-c", "qemu:dirty-bitmap:", top)
-    names = ("recording", "resting", "older")
+    names = ("recording", "resting")
     assert done.stdout.split("\n")[0].split()[2:] == [f"qemu:dirty-bitmap:{n}" for n in names]
+    assert done.stderr == ""
+    done = pynbd("map", "-c", "qemu:dirty-bitmap:older", top)
+    assert (done.returncode, done.stdout != "") == (0, True)
+    assert "bitmap 'older' is of the backing file" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_all_contexts_that_begin_so(top: Path) -> None:
         (
             ["-c", "qemu:dirty-bitmap:torn", "top.qcow2"],
             1,
-            f"top.qcow2: bitmap 'torn': what is dirty is not known; {WHY}",
+            f"top.qcow2: bitmap 'torn' {TORN}",
         ),
         (["-f", "vmdk", "top.qcow2"], 2, "--format: 'vmdk' is not one of 'raw', 'qcow2'"),
         (
@@ -131,7 +137,23 @@ def test_bitmaps_below_a_slice_are_not_its_own(top: Path) -> None:
     assert done.stdout.startswith("         0      131072    1  local\n")
     done = pynbd("map", "-c", "qemu:dirty-bitmap:recording", name)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.endswith("there are: base:allocation, qemu:allocation-depth\n")
+    assert done.stderr.endswith("no bitmap 'recording'; there is none\n")
+
+
+def test_a_snapshot(tmp_path: Path) -> None:
+    peers.require("qemu-img", "qemu-io")
+    disk = tmp_path / "disk.qcow2"
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "1M")
+    samples.qemu_io(disk, "write -q 0 64k")
+    peers.run("qemu-img", "snapshot", "-c", "before", disk)
+    samples.qemu_io(disk, "write -q 512k 64k")
+    done = pynbd("map", "--totals", "-l", "before", disk)
+    assert done.stdout.split()[:5] == ["65536", "6.2%", "0", "data", "983040"]
+    assert pynbd("compare", "-q", disk, disk).returncode == 0
+    done = pynbd("compare", "-l", "before", disk, disk)
+    assert (done.returncode, done.stdout) == (1, "The contents differ at offset 524288.\n")
+    done = pynbd("map", "-l", "before", "nbd://localhost")
+    assert done.stderr.startswith("pynbd: --load-snapshot is for images")
 
 
 def test_damaged_metadata(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
+
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.engine import HostFile
 from pynbd.block.extent import Runs
@@ -22,8 +24,9 @@ from pynbd.block.qcow2.bitmaps import PersistentBitmaps
 from pynbd.block.qcow2.cache import SharedReads, read_table
 from pynbd.block.qcow2.compression import decompress
 from pynbd.block.qcow2.damage import DamageLog
-from pynbd.block.qcow2.entries import compressed_range
+from pynbd.block.qcow2.entries import UInt64s, compressed_range
 from pynbd.block.qcow2.format import (
+    L1E_OFFSET_MASK,
     MAX_CLUSTER_BITS,
     MAX_SNAPSHOT_EXTRA,
     MAX_SNAPSHOT_TABLE_BYTES,
@@ -116,6 +119,7 @@ class Qcow2Node(BlockNode):
             table, entries = chosen.l1_table_offset, chosen.l1_size
             size = chosen.disk_size // SECTOR * SECTOR
         l1 = await read_table(file, table, entries)
+        _tell_missing_tables(file, header, table, l1)
         damage = DamageLog(file.path)
         mapping = Mapping(file, l1, header.layout, damage)
         return cls(file, data_file, header, mapping, damage, size=size, persistent=persistent)
@@ -157,6 +161,16 @@ class Qcow2Node(BlockNode):
             decompress, header.compression_type, bytes(data), header.cluster_size
         )
         return memoryview(cluster)
+
+
+def _tell_missing_tables(file: HostFile, header: Header, l1_offset: int, l1: UInt64s) -> None:
+    """Warn of a file that was cut short of its tables: as in QEMU, what they would name is not
+    there, and reads as what is below, or as zeroes.
+    """
+    last = int((l1 & np.uint64(L1E_OFFSET_MASK)).max(initial=0))
+    end = max(l1_offset + l1.nbytes, last + header.cluster_size if last else 0)
+    if end > file.size():
+        log.warning("%s: the file was cut short, and L2 tables are missing", file.path)
 
 
 async def read_header(file: HostFile) -> Header:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -344,3 +345,18 @@ async def test_close_closes_every_file(images: Callable[[Recipe], Path]) -> None
     assert len(files) == 2
     await node.close()
     assert all(file.fd < 0 for file in files)
+
+
+@pytest.mark.parametrize("kept, told", [(1.0, []), (0.5, ["L2 tables are missing"])])
+async def test_a_file_that_was_cut_short(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: float, told: list[str]
+) -> None:
+    """It opens, as in QEMU; but whoever copies it had better know."""
+    path = tmp_path / "disk.qcow2"
+    Image(size=1 << 20, clusters={0: Data(b"x")}).write(path)
+    os.truncate(path, int(path.stat().st_size * kept))
+    async with await open_image(path) as node:
+        await node.pread(0, 512)
+    assert len(caplog.messages) == len(told)
+    for message, words in zip(caplog.messages, told, strict=True):
+        assert words in message
