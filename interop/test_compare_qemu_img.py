@@ -111,7 +111,8 @@ def test_errors(images: dict[str, Path], tmp_path: Path, pynbd_serve: PynbdServe
     raw = ["-f", "raw", "-F", "raw"]
     with peers.nbdkit("--filter=error", "pattern", "1M", "error-pread-rate=100%") as uri:
         assert peers.run("qemu-img", "compare", *raw, hole, uri, check=False).returncode == 4
-        pynbd_here("compare", hole, uri, status=4, says="cannot read 262144 bytes at offset 0")
+        # Which of the requests in flight fails first is not said.
+        pynbd_here("compare", hole, uri, status=4, says="cannot read 262144 bytes at offset ")
     with peers.nbdkit("--filter=error", "memory", "1M", "error-extents-rate=100%") as uri:
         assert peers.run("qemu-img", "compare", *raw, hole, uri, check=False).returncode == 3
         pynbd_here("compare", hole, uri, status=3, says="cannot map 1048576 bytes at offset 0")

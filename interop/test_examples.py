@@ -53,6 +53,7 @@ def prepare(folder: Path) -> None:
     for bitmap in ("backup-1", "monday"):
         peers.run("qemu-img", "bitmap", "--add", disk, bitmap)
     samples.qemu_io(disk, "write -q -P 1 0 1M", "write -q -z 4M 1M")
+    peers.run("qemu-img", "snapshot", "-c", "before-upgrade", disk)
     (folder / "named").mkdir()
     for name in ("disk.raw", "other.raw", "copy-of-monday.raw", "named/before", "named/after"):
         peers.run("qemu-img", "convert", "-O", "raw", disk, folder / name)

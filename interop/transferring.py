@@ -39,7 +39,8 @@ def pynbd_here(*args: str | Path, status: int = 0, says: str = "") -> str:
         patch.setattr(sys, "argv", ["pynbd", *map(str, args)])
         with pytest.raises(SystemExit) as end:
             complaints.run(commands, "pynbd")
-    assert (end.value.code or 0, _is_said(says, errors.getvalue())) == (status, True), errors
+    said = errors.getvalue()
+    assert (end.value.code or 0, _is_said(says, said)) == (status, True), said
     output.seek(0)
     return output.read()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -605,22 +606,21 @@ def test_where_uvloop_is_missing(disk: Path) -> None:
 
 def activated(listeners: list[socket.socket], *args: str | Path) -> subprocess.Popen[str]:
     """Start it as systemd does: the sockets are descriptors 3 and up, and it knows its own pid."""
-    count = len(listeners)
-    spread = "; ".join(f"exec {3 + n}<&{20 + n} {20 + n}<&-" for n in range(count))
-    script = f'{spread}; LISTEN_PID=$$ LISTEN_FDS={count} exec "$@"'
-    for n, listener in enumerate(listeners):
-        os.dup2(listener.fileno(), 20 + n)
+    # From above, where nothing else of this process is.
+    lent = [fcntl.fcntl(listener.fileno(), fcntl.F_DUPFD, 100) for listener in listeners]
+    spread = "; ".join(f"exec {n}<&{fd} {fd}<&-" for n, fd in enumerate(lent, 3))
+    script = f'{spread}; LISTEN_PID=$$ LISTEN_FDS={len(lent)} exec "$@"'
     try:
         return subprocess.Popen(
             ["bash", "-c", script, "-", *PYNBD, "serve", *map(str, args)],
-            pass_fds=range(20, 20 + count),
+            pass_fds=lent,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
     finally:
-        for n in range(count):
-            os.close(20 + n)
+        for fd in lent:
+            os.close(fd)
 
 
 def test_socket_activation(disk: Path) -> None:
