@@ -41,6 +41,7 @@ class NbdServer:
         of ``size`` zeroes; ``options`` are those of `pynbd.serve`. Returns the URI: clients can
         connect, and can until the test ends.
         """
+        __tracebackhide__ = True
         served = size if image is None else image
         if served is None or (image is not None and size is not None):
             raise TypeError("nbd_server: either an image or size= is expected")

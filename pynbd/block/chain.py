@@ -166,9 +166,11 @@ class _Opening:
         looks_like = await _probe(file)
         chosen = options.driver or looks_like
         if chosen not in FORMATS:
-            hint = "" if options.driver else "; -f raw takes it as it is"
+            if options.driver:
+                raise UnsupportedFeature(f"{path}: no format {chosen!r}; raw and qcow2 are there")
             raise UnsupportedFeature(
-                f"{path}: its format is {chosen}; raw and qcow2 are supported{hint}"
+                f"{path}: its format is {chosen}; raw and qcow2 are supported; -f raw takes it as"
+                " it is"
             )
         if chosen == "raw":
             if snapshot is not None:

@@ -51,6 +51,7 @@ class ServerThread:
         """Serve an image, or a `MemoryDisk` of these bytes or of this size, with the options of
         `pynbd.server.serving.serve`; the URI, where clients can connect when this returns.
         """
+        __tracebackhide__ = True  # pytest shows the test's own line, and what went wrong
         if isinstance(image, bytes | int):
             image = MemoryDisk(image)
         serving = self._stack.enter_async_context(serve(image, **options))
