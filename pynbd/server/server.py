@@ -80,12 +80,16 @@ class Server:
         self._stop.set()
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         listener.setblocking(False)
         while True:
             await self._place()
             try:
-                sock, _ = await loop.sock_accept(listener)
+                # Without a turn of the loop between this and `_begin`: nobody else takes the last
+                # place, and nothing is lost if this is cancelled.
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                await _readable(listener)
+                continue
             except ConnectionAbortedError:
                 continue  # its client has left the backlog
             except OSError as error:
@@ -93,12 +97,11 @@ class Server:
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
             try:
-                await self._place()  # another listener may have given the last one away
                 self._begin(sock)
             except BaseException:
                 sock.close()
                 raise
-            await asyncio.sleep(0)  # with others in the backlog, asyncio accepts without a turn
+            await asyncio.sleep(0)  # others in the backlog come after those that are here
 
     def _tell(self, failure: OSError) -> None:
         now = time.monotonic()
@@ -152,3 +155,14 @@ class Server:
                 task.cancel()
             if late:
                 await asyncio.wait(late)
+
+
+async def _readable(sock: socket.socket) -> None:
+    """Until there is something to accept, or to fail."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import os
 import random
@@ -407,4 +408,19 @@ async def test_nothing_stays_open(path: Path, engine: WatchedEngine) -> None:
             await client.ask(READ, 0, 512)
         for _ in range(20):
             await scene.connect()
+    assert open_files() == before
+
+
+async def test_who_comes_while_it_ends(path: Path, engine: WatchedEngine) -> None:
+    """Is accepted or not, and leaves nothing behind either way."""
+    await asyncio.get_running_loop().run_in_executor(None, int)
+    before = open_files()
+    for turns in range(10):
+        async with serving(path, engine) as scene:
+            with socket.create_connection(scene.addresses[0], 10):
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                scene.server.stop()
+                await asyncio.wait_for(scene.running, 10)
+    gc.collect()
     assert open_files() == before
