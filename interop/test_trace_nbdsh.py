@@ -100,7 +100,7 @@ def test_structured(image: Path) -> None:
         "> NBD_CMD_READ NBD_CMD_FLAG_DF cookie 0x3 offset 4096 length 512",
         "< NBD_REPLY_TYPE_OFFSET_DATA cookie 0x3 offset 4096 length 512",
     ]
-    error = "< NBD_REPLY_TYPE_ERROR NBD_REPLY_FLAG_DONE cookie 0x4 error NBD_EINVAL message '"
+    error = "< NBD_REPLY_TYPE_ERROR NBD_REPLY_FLAG_DONE cookie 0x4 error NBD_EINVAL text '"
     assert told[-3] == "> NBD_CMD_READ cookie 0x4 offset 1099511627776 length 1"
     assert told[-2].startswith(error)
 

@@ -44,6 +44,15 @@ class CopyOptions:
     progress: bool | None
 
 
+def _one_bitmap(
+    _context: click.Context, _parameter: click.Parameter, names: tuple[str, ...]
+) -> str | None:
+    """Of two, one alone would miss what is dirty in the other."""
+    if len(names) > 1:
+        raise UsageError("--bitmap: one at a time")
+    return names[0] if names else None
+
+
 @click.command(
     short_help="Copy a disk, or what is dirty of it.",
     epilog="""\b
@@ -68,7 +77,10 @@ Examples:
 @click.option(
     "--bitmap",
     metavar="NAME",
-    help="Copy only what is dirty in this bitmap, onto an earlier copy that is there.",
+    multiple=True,
+    callback=_one_bitmap,
+    help="Copy only what is dirty in this bitmap, onto an earlier copy that is there. A bitmap that"
+    " does not record (pynbd info) misses what was written since it did.",
 )
 @click.option(
     "-S",
@@ -116,7 +128,8 @@ def _check(wanted: CopyOptions) -> None:
     elif ":" in wanted.target.partition("/")[0] and not os.path.lexists(wanted.target):
         raise UsageError(f"DST: {wanted.target!r} is a protocol name, neither a file nor a URI")
     suffix = os.path.splitext(wanted.target)[1]
-    if suffix in _OTHER_FORMATS and not (wanted.target_format or is_uri(wanted.target)):
+    is_new = not (is_uri(wanted.target) or os.path.lexists(wanted.target))
+    if suffix in _OTHER_FORMATS and is_new and wanted.target_format is None:
         raise UsageError(
             f"DST: {wanted.target} would be raw, whatever its name says (-O raw makes it so)"
         )

@@ -49,7 +49,10 @@ def write_family(directory: Path) -> Path:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PynbdError(f"{directory}: it is there, and is no empty directory")
     unfinished = directory.with_name(f"{directory.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise PynbdError(f"{directory}: it cannot be made: {error.strerror}") from None
     try:
         _write_images(unfinished)
         unfinished.rename(directory)

@@ -59,7 +59,8 @@ def _trace_options(command: _Decorated) -> _Decorated:
         click.option(
             "--trace",
             is_flag=True,
-            help="Tell every message of the protocol on standard error: > to the server, < back.",
+            help="Tell every message of the protocol on standard error (> to the server, < back),"
+            " with the first members of a list.",
         ),
     ):
         command = option(command)

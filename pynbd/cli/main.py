@@ -37,6 +37,14 @@ class _Subcommands(complaints.Told, click.Group):
         command: click.Command = getattr(import_module(self.modules[cmd_name]), cmd_name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.modules and not args[0].startswith("-"):
+            there = ", ".join(self.modules)
+            raise click.UsageError(f"no command {args[0]!r}; there are {there}", ctx)
+        return super().resolve_command(ctx, args)
+
 
 @click.group(cls=_Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pynbd", prog_name="pynbd")

@@ -20,7 +20,7 @@ from typing import Self
 from pynbd.client.negotiation import negotiate, parsed
 from pynbd.client.pending import Pending
 from pynbd.client.stream import PlainStream
-from pynbd.errors import ProtocolError, RequestError, UnsupportedFeature
+from pynbd.errors import ProtocolError, RequestError, UnsupportedFeature, UsageError
 from pynbd.protocol.handshake import ExportInfo, Session
 from pynbd.protocol.handshake_client import enter
 from pynbd.protocol.transmission import Request, dialect
@@ -52,6 +52,7 @@ _NEEDED_BY_FLAG = {
     int(CommandFlag.FUA): int(TransmissionFlag.SEND_FUA),
     int(CommandFlag.FAST_ZERO): int(TransmissionFlag.SEND_FAST_ZERO),
 }
+_GROWS = frozenset({Command.WRITE, Command.WRITE_ZEROES})  # where there is no place
 _CHANGES = frozenset(map(int, (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)))
 
 Buffer = bytes | bytearray | memoryview
@@ -106,6 +107,7 @@ class Client:
         Raises `UsageError` for a URI that is none, `OptionError` if the server refuses, `OSError`
         and `ProtocolError`.
         """
+        _check_names(contexts)
         where = parsed(uri)
         stream, session = await negotiate(
             where, enter(where.export, contexts, structured=structured, extended=extended)
@@ -173,11 +175,16 @@ class Client:
         """
         flags = int(CommandFlag.REQ_ONE) if req_one else 0
         self._check(Command.BLOCK_STATUS, flags, offset, length)
-        wanted = self.contexts if contexts is None else tuple(contexts)
+        _check_names(contexts or ())
+        wanted = self.contexts if contexts is None else tuple(dict.fromkeys(contexts))
         if missing := [name for name in wanted if name not in self._ids]:
-            raise UnsupportedFeature(f"{self.name}: the metadata context {missing[0]} is not there")
+            there = ", ".join(self.contexts) or "none"
+            raise UnsupportedFeature(
+                f"{self.name}: the metadata context {missing[0]!r} was not negotiated; there is:"
+                f" {there}"
+            )
         if not wanted:
-            raise UnsupportedFeature(f"{self.name}: there is no metadata context")
+            raise UnsupportedFeature(f"{self.name}: no metadata context was negotiated")
         if not length:
             text = "the status of no bytes"
             raise self._refusal(Error.EINVAL, Command.BLOCK_STATUS, offset, length, text)
@@ -271,8 +278,9 @@ class Client:
                 f"{self.name}: the server does not offer {shown}: no {TransmissionFlag(missing)}"
             )
         if not 0 <= offset <= offset + length <= self.size:
-            text = f"the export has {self.size} bytes"
-            raise self._refusal(Error.EINVAL, command, offset, length, text)
+            text = f"outside the export, which has {self.size} bytes"
+            error = Error.ENOSPC if command in _GROWS else Error.EINVAL
+            raise self._refusal(error, command, offset, length, text)
         if (offset | length) % self._minimum:
             text = f"not a multiple of the block size {self._minimum}"
             raise self._refusal(Error.EINVAL, command, offset, length, text)
@@ -369,6 +377,11 @@ def _fail(asked: Asked, error: Exception) -> None:
     if not asked.waiter.done():
         asked.waiter.set_exception(error)
         asked.waiter.exception()
+
+
+def _check_names(contexts: Collection[str]) -> None:
+    if isinstance(contexts, str):
+        raise UsageError(f"contexts: a list of names is expected, not {contexts!r}")
 
 
 def _split(length: int, longest: int) -> Iterator[tuple[int, int]]:

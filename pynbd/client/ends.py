@@ -228,5 +228,5 @@ async def _refuse_format(file: HostFile) -> None:
 
 def _check_size(name: str, size: int, source: Disk, *, exact: bool) -> None:
     if size < source.size or (exact and size > source.size):
-        hint = f" (truncate -s {source.size} changes it)" if exact else ""
+        hint = f" (if it is raw, truncate -s {source.size} changes that)" if exact else ""
         raise ImageError(f"{name}: it has {size} bytes, and the source has {source.size}{hint}")

@@ -171,7 +171,7 @@ OPTIONS: Final[Mapping[Option, Callable[[bytes], Fields]]] = {
 def option_reply(reply: OptionReply, data: bytes) -> Fields:
     """What the data of an option reply hold."""
     if reply.is_error:
-        return {"message": wire.ErrorText.parse(data).message} if data else {}
+        return {"text": wire.ErrorText.parse(data).message} if data else {}
     if reply == OptionReply.SERVER:
         return vars(wire.Server.parse(data))
     if reply == OptionReply.META_CONTEXT:
@@ -227,7 +227,7 @@ def _error(reply: ReplyType, payload: bytes) -> Fields:
     end = wire.ERROR_PAYLOAD.size + size
     fields: Fields = {"error": Error(error)}
     if size:
-        fields["message"] = payload[wire.ERROR_PAYLOAD.size : end].decode("utf-8", "replace")
+        fields["text"] = payload[wire.ERROR_PAYLOAD.size : end].decode("utf-8", "replace")
     if reply == ReplyType.ERROR_OFFSET:
         fields["offset"] = wire.ERROR_OFFSET.unpack_from(payload, end)[0]
     return fields

@@ -28,7 +28,8 @@ HANDSHAKE_LIMIT = 10.0
 class Connection:
     """Serves one connected socket. ``negotiated`` tells whether it came as far as transmission.
 
-    ``trace``: every message is told to the logger ``pynbd.trace``.
+    ``trace``: every message is told to the logger ``pynbd.trace``. ``structured``, ``extended``:
+    whether structured replies and extended headers may be negotiated.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class Connection:
         *,
         handshake_limit: float = HANDSHAKE_LIMIT,
         trace: bool = False,
+        structured: bool = True,
+        extended: bool = True,
     ) -> None:
         stream = TracedStream if trace else PlainStream
         self._stream = stream(asyncio.get_running_loop(), sock)
@@ -46,6 +49,7 @@ class Connection:
         self._peer = self._stream.peer()
         self._pool = pool
         self._handshake_limit = handshake_limit
+        self._dialects = {"structured": structured, "extended": extended}
         self._transmission: Transmission | None = None
         self.negotiated = False
 
@@ -92,7 +96,7 @@ class Connection:
         return True
 
     async def _negotiate(self) -> Session | None:
-        negotiation = negotiate(_Asked(self._exports, self._peer))
+        negotiation = negotiate(_Asked(self._exports, self._peer), **self._dialects)
         brought: bytes | None = None
         while True:
             try:

@@ -52,7 +52,7 @@ class Listening:
         except UnicodeError:
             raise UsageError(f"{host!r} is neither an address nor the name of a host") from None
         except OSError as error:
-            raise _cannot(f"{host}, port {port or 'any'}", error) from None
+            raise _cannot(f"{host}, {f'port {port}' if port else 'any port'}", error) from None
         return cls(sockets, NbdUri(host=host, port=sockets[0].getsockname()[1]))
 
     @classmethod

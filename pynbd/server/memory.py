@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pynbd.errors import UsageError
 from pynbd.server.disk import Disk
 
 
@@ -9,6 +10,8 @@ class MemoryDisk(Disk):
     """``content``, or as many zeroes; it grows and shrinks no more. ``data`` is what it holds."""
 
     def __init__(self, content: bytes | bytearray | int) -> None:
+        if isinstance(content, int) and content < 0:
+            raise UsageError(f"size: {content} is not a number of bytes, 0 or more")
         self.data = bytearray(content)
         self.size = len(self.data)
 

@@ -33,7 +33,8 @@ class Server:
 
     ``max_clients``: more than these wait in the backlog; 0 is no limit. ``until_idle``: end when
     all have left and one of them had negotiated (a probe of the port does not count). ``trace``:
-    every message is told to the logger ``pynbd.trace``, at level DEBUG.
+    every message is told to the logger ``pynbd.trace``, at level DEBUG. ``structured``,
+    ``extended``: whether structured replies and extended headers may be negotiated.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class Server:
         until_idle: bool = False,
         handshake_limit: float = HANDSHAKE_LIMIT,
         trace: bool = False,
+        structured: bool = True,
+        extended: bool = True,
     ) -> None:
         self._exports = exports
         self._pool = BufferPool()
@@ -53,6 +56,8 @@ class Server:
         self._until_idle = until_idle
         self._handshake_limit = handshake_limit
         self._trace = trace
+        self._structured = structured
+        self._extended = extended
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._place_free = asyncio.Event()
         self._served = False  # somebody came as far as transmission, and has left
@@ -116,6 +121,8 @@ class Server:
             self._pool,
             handshake_limit=self._handshake_limit,
             trace=self._trace,
+            structured=self._structured,
+            extended=self._extended,
         )
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection

@@ -54,6 +54,8 @@ async def serve(
     host: str | None = None,
     port: int | None = None,
     max_clients: int = 0,
+    structured: bool = True,
+    extended: bool = True,
 ) -> AsyncIterator[Serving]:
     """Serve an image; it listens when the block is entered, and has gone when it is left::
 
@@ -68,7 +70,8 @@ async def serve(
 
     It listens on a unix socket in a private folder; or on the unix ``socket``; or, with ``host`` or
     ``port``, on TCP: localhost unless ``host`` says otherwise, any free port if ``port`` is 0.
-    ``max_clients``: more than these wait; 0 is any number.
+    ``max_clients``: more than these wait; 0 is any number. Without ``structured`` or ``extended``
+    it refuses structured replies or extended headers, as an older server does.
 
     ``base:allocation`` is always offered; with ``depth`` also qemu:allocation-depth, and the named
     ``bitmaps``; where both are None, depth and every consistent bitmap of the active layer.
@@ -115,7 +118,13 @@ async def serve(
         )
         listening = _listen(socket, host, port)
         stack.callback(listening.close)
-        server = Server(ExportTable([export]), listening.sockets, max_clients=max_clients)
+        server = Server(
+            ExportTable([export]),
+            listening.sockets,
+            max_clients=max_clients,
+            structured=structured,
+            extended=extended,
+        )
         running = asyncio.create_task(server.run())
         try:
             uri = str(replace(listening.where, export=export_name))

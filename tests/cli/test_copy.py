@@ -59,6 +59,7 @@ def test_a_snapshot_and_a_format(
             ["--bitmap", "b", "--target-is-zero", "{disk}", "{new}"],
             "--target-is-zero: with --bitmap DST is an earlier copy",
         ),
+        (["--bitmap", "a", "--bitmap", "b", "{disk}", "{new}"], "--bitmap: one at a time"),
         (["{disk}", "{new}.qcow2"], "new.qcow2 would be raw, whatever its name says (-O raw"),
         (["-S", "3", "{disk}", "{new}"], "--sparse: '3' is not a power of two, 512 to 32m, or 0"),
         (["-R", "0", "{disk}", "{new}"], "--requests: '0' is not a whole number, 1 to 1024"),

@@ -166,7 +166,7 @@ async def test_an_export_of_no_bytes(tmp_path: Path, dialect: dict[str, bool]) -
         await client.write_zeroes(0, 0)
         await client.trim(0, 0)
         await client.flush()
-        with pytest.raises(RequestError, match="the export has 0 bytes"):
+        with pytest.raises(RequestError, match="the export, which has 0 bytes"):
             await client.pread(0, 1)
         if client.contexts:
             with pytest.raises(RequestError, match="the status of no bytes"):
@@ -191,7 +191,7 @@ async def test_block_status(layered: Path, dialect: dict[str, bool]) -> None:
         assert {name: list(status) for name, status in some.items()} == {bitmap: [(100, 0)]}
         one = await client.block_status(0, client.size, contexts=[bitmap], req_one=True)
         assert list(one[bitmap]) == [(2 * CLUSTER, 0)]
-        with pytest.raises(UnsupportedFeature, match="the metadata context x:y is not there"):
+        with pytest.raises(UnsupportedFeature, match="x:y. was not negotiated"):
             await client.block_status(0, 512, contexts=["x:y"])
 
 
@@ -218,7 +218,7 @@ async def test_only_the_contexts_that_there_are(layered: Path) -> None:
             await connect(server.uri, contexts=asked).__aenter__()
         async with connect(server.uri) as client:
             assert client.contexts == ()
-            with pytest.raises(UnsupportedFeature, match="there is no metadata context"):
+            with pytest.raises(UnsupportedFeature, match="no metadata context was negotiated"):
                 await client.block_status(0, 512)
 
 
@@ -331,11 +331,12 @@ async def test_what_the_server_does_not_offer(missing: int, deed: Deed, text: st
 @pytest.mark.parametrize(
     "deed,number,text",
     [
-        (lambda c: c.pread(0, MIB + 4096), errno.EINVAL, "READ 0.1052672: the export has 1048576"),
-        (lambda c: c.pread(-4096, 4096), errno.EINVAL, "the export has"),
-        (lambda c: c.pread(0, 1 << 62), errno.EINVAL, "the export has"),
-        (lambda c: c.pread(4096, -4096), errno.EINVAL, "the export has"),
-        (lambda c: c.trim(MIB, 4096), errno.EINVAL, "the export has"),
+        (lambda c: c.pread(0, MIB + 4096), errno.EINVAL, "READ 0.1052672: outside .* 1048576"),
+        (lambda c: c.pwrite(MIB, b"x" * 4096), errno.ENOSPC, "outside the export"),
+        (lambda c: c.pread(-4096, 4096), errno.EINVAL, "outside the export"),
+        (lambda c: c.pread(0, 1 << 62), errno.EINVAL, "outside the export"),
+        (lambda c: c.pread(4096, -4096), errno.EINVAL, "outside the export"),
+        (lambda c: c.trim(MIB, 4096), errno.EINVAL, "outside the export"),
         (lambda c: c.pread(512, 4096), errno.EINVAL, "not a multiple of the block size 4096"),
         (lambda c: c.cache(0, 512), errno.EINVAL, "not a multiple of the block size 4096"),
         (lambda c: c.pwrite(0, b"x" * 4096), errno.EPERM, "WRITE 0.4096: the export is read-only"),
@@ -595,3 +596,17 @@ async def test_a_server_that_reads_nothing_does_not_hold_close(
         closed.set()
         with pytest.raises(ConnectionAbortedError):
             await writing
+
+
+async def test_contexts_are_a_list(image: Path) -> None:
+    """A string is one of its letters."""
+    async with pynbd.serve(image, format="raw") as server:
+        with pytest.raises(UsageError, match="a list of names is expected, not 'base:allocation'"):
+            await connect(server.uri, contexts="base:allocation").__aenter__()
+        async with connect(server.uri, contexts=["base:allocation"]) as client:
+            with pytest.raises(UsageError, match="a list of names is expected"):
+                await client.block_status(0, 512, contexts="base:allocation")
+            twice = await client.block_status(0, 512, contexts=["base:allocation"] * 2)
+            assert list(twice) == ["base:allocation"]
+            with pytest.raises(UnsupportedFeature, match=r"'qemu:' .* there is: base:allocation"):
+                await client.block_status(0, 512, contexts=["qemu:"])

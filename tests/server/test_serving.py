@@ -145,3 +145,18 @@ async def test_what_cannot_be_served(disk: Path) -> None:
         await serve(disk, description="\udcff").__aenter__()
     with pytest.raises(PynbdError, match="not a socket"):
         await serve(disk, socket=disk).__aenter__()
+
+
+@pytest.mark.parametrize(
+    "dialect, said",
+    [
+        ({}, "using extended packets"),
+        ({"extended": False}, "using structured packets"),
+        ({"extended": False, "structured": False}, "using simple packets"),
+    ],
+)
+async def test_an_older_server(disk: Path, dialect: dict[str, bool], said: str) -> None:
+    """What a client falls back to, to test it with (S11)."""
+    peers.require("nbdinfo")
+    async with serve(disk, read_only=True, **dialect) as server:  # type: ignore[arg-type]
+        assert said in await nbdinfo(server.uri)

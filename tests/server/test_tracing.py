@@ -107,7 +107,7 @@ async def test_a_connection(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         "> NBD_CMD_READ cookie 0x4 offset 1048576 length 1",
         lines[-1],
     ]
-    error = "< NBD_REPLY_TYPE_ERROR NBD_REPLY_FLAG_DONE cookie 0x4 error NBD_EINVAL message "
+    error = "< NBD_REPLY_TYPE_ERROR NBD_REPLY_FLAG_DONE cookie 0x4 error NBD_EINVAL text "
     assert lines[-1].startswith(error)
 
 
@@ -158,5 +158,5 @@ async def test_the_end_that_a_reply_gets(
         "< NBD_REPLY_TYPE_OFFSET_DATA cookie 0x1 offset 0 length 5000",
         "< NBD_REPLY_TYPE_NONE NBD_REPLY_FLAG_DONE cookie 0x1",
         f"< NBD_REPLY_TYPE_OFFSET_DATA cookie 0x2 offset {size - 1000} length 5000",
-        "< NBD_REPLY_TYPE_ERROR NBD_REPLY_FLAG_DONE cookie 0x2 error NBD_EIO message 'it ends'",
+        "< NBD_REPLY_TYPE_ERROR NBD_REPLY_FLAG_DONE cookie 0x2 error NBD_EIO text 'it ends'",
     ]

@@ -170,7 +170,11 @@ def _tell_missing_tables(file: HostFile, header: Header, l1_offset: int, l1: UIn
     last = int((l1 & np.uint64(L1E_OFFSET_MASK)).max(initial=0))
     end = max(l1_offset + l1.nbytes, last + header.cluster_size if last else 0)
     if end > file.size():
-        log.warning("%s: the file was cut short, and L2 tables are missing", file.path)
+        log.warning(
+            "%s: the file was cut short, and L2 tables are missing: what they map reads as if it"
+            " had never been written",
+            file.path,
+        )
 
 
 async def read_header(file: HostFile) -> Header:

@@ -92,14 +92,16 @@ class QemuNbdOptions:
         if self.list:
             self._check_list()
         elif len(self.file) != 1:
-            raise UsageError(f"one FILE is expected, not {len(self.file)}")
+            what = "device" if self.disconnect else "FILE"
+            raise UsageError(f"one {what} is expected, not {len(self.file)}")
         if activated:
             self._check_activated()
         if self.socket is not None:
             length = len(os.fsencode(self.socket))
             if not self.socket.startswith("/") or length > MAX_SOCKET_PATH:
                 raise UsageError(
-                    f"--socket: an absolute path of at most {MAX_SOCKET_PATH} bytes is expected"
+                    f"--socket: {self.socket!r}: an absolute path of at most {MAX_SOCKET_PATH}"
+                    " bytes is expected"
                 )
         elif self.selinux_label is not None and self.connect is None:
             raise UsageError("--selinux-label: it is for --socket and --connect")

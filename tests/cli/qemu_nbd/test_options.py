@@ -77,7 +77,7 @@ def test_list_takes(others: str) -> None:
         ("", "one FILE is expected, not 0"),
         ("a b", "one FILE is expected, not 2"),
         ("-L disk", "--list: it takes no FILE"),
-        ("-k s disk", "--socket: an absolute path of at most 107 bytes is expected"),
+        ("-k s disk", "--socket: 's': an absolute path of at most 107 bytes is expected"),
         ("--selinux-label=x disk", "--selinux-label: it is for --socket and --connect"),
         ("--image-opts -f raw disk", "--image-opts excludes --format: driver= is the format"),
         ("--aio=native disk", "--aio=native needs --cache=none or --cache=directsync"),
