@@ -191,7 +191,7 @@ async def test_block_status(layered: Path, dialect: dict[str, bool]) -> None:
         assert {name: list(status) for name, status in some.items()} == {bitmap: [(100, 0)]}
         one = await client.block_status(0, client.size, contexts=[bitmap], req_one=True)
         assert list(one[bitmap]) == [(2 * CLUSTER, 0)]
-        with pytest.raises(UnsupportedFeature, match="x:y. was not negotiated"):
+        with pytest.raises(UnsupportedFeature, match="'x:y' was not negotiated"):
             await client.block_status(0, 512, contexts=["x:y"])
 
 
