@@ -23,7 +23,6 @@ import logging
 import signal
 import struct
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -31,8 +30,6 @@ import uvloop
 from pynbd.block.chain import open_image
 from pynbd.block.qcow2 import builder
 from pynbd.block.qcow2.builder import Compressed, Data, Image, Zero
-from pynbd.protocol.handshake import negotiate
-from pynbd.server import connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.listening import listen_unix
@@ -195,9 +192,12 @@ async def _serve(arguments: argparse.Namespace) -> None:
     kind = _Unlisted if arguments.unlisted else ExportTable
     table = kind([] if arguments.no_exports else exports.values())
     listener = listen_unix(str(arguments.socket))
-    if arguments.no_extended_headers:
-        connection.negotiate = partial(negotiate, extended=False)  # type: ignore[attr-defined]
-    server = Server(table, [listener], handshake_limit=arguments.handshake_limit)
+    server = Server(
+        table,
+        [listener],
+        handshake_limit=arguments.handshake_limit,
+        extended=not arguments.no_extended_headers,
+    )
 
     def answer_as_stopping(stopping: bool) -> None:
         table.stopping = stopping
