@@ -87,6 +87,7 @@ def test_example(example: str, tmp_path: Path) -> None:
                 run(example)
                 if "--fork" in example:
                     run(KNOCK)
+                    run("kill $(cat /run/disk.pid)")
                 return
             run(f"{example} &", "nbd...\n" if example.startswith("pynbd serve") else "...")
             if example.startswith("pynbd-qemu-nbd"):
