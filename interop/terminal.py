@@ -13,6 +13,7 @@ where the machine lends one, so that ports and hosts are as they are written.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import re
@@ -20,9 +21,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +131,15 @@ def lends_a_network() -> bool:
         return False
     asked = ["unshare", "-rn", "ip", "link", "set", "lo", "up"]
     return not subprocess.run(asked, check=False, capture_output=True, timeout=20).returncode
+
+
+@contextmanager
+def documented_ports() -> Iterator[None]:
+    """Where there is no network of one's own, the documented ports are for one test at a time."""
+    with open(Path(tempfile.gettempdir()) / "pynbd-documented-ports", "w") as lock:
+        if not lends_a_network():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def environment() -> dict[str, str]:

@@ -36,6 +36,12 @@ def lines() -> Iterator[tuple[str, str]]:
                     yield f"{document.name}:{number}", line
 
 
+@pytest.fixture(autouse=True)
+def ports() -> Iterator[None]:
+    with terminal.documented_ports():
+        yield
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The files that the documents speak of."""

@@ -66,6 +66,12 @@ def test_what_is_there_before_is_needed() -> None:
     assert not [part for part in BEFORE if not any(part in line for line in examples())]
 
 
+@pytest.fixture(autouse=True)
+def ports() -> Iterator[None]:
+    with terminal.documented_ports():
+        yield
+
+
 @pytest.mark.parametrize("example", list(examples()))
 def test_example(example: str, tmp_path: Path) -> None:
     peers.require("qemu-img", "qemu-io", "nbdinfo", "nbdkit")
