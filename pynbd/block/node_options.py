@@ -19,9 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pynbd.block.engine import CacheMode
+from pynbd.block.window import SECTOR
 from pynbd.errors import ImageError, UnsupportedFeature
-
-SECTOR = 512
 
 
 def _words(text: str) -> frozenset[str]:

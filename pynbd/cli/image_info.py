@@ -17,9 +17,10 @@ from pynbd.block.engine import HostFile
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2 import bitmaps
 from pynbd.block.qcow2.bitmaps import BitmapEntry
-from pynbd.block.qcow2.format import SECTOR, BitmapFlags, Compatible, Incompatible
+from pynbd.block.qcow2.format import BitmapFlags, Compatible, Incompatible
 from pynbd.block.qcow2.image import Qcow2Node, read_snapshots
 from pynbd.block.qcow2.snapshots import Snapshot
+from pynbd.block.window import round_up
 
 Info = dict[str, Any]
 
@@ -53,7 +54,7 @@ def _file_info(file: HostFile) -> Info:
     return {
         "filename": file.path,
         "format": format_name,
-        "virtual-size": -(-file.size() // SECTOR) * SECTOR,
+        "virtual-size": round_up(file.size()),
         "actual-size": file.allocated_size(),
         "dirty-flag": False,
         "format-specific": {"type": "file", "data": {}},

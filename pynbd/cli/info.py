@@ -88,7 +88,5 @@ async def _images(disk: str, options: dict[str, Any]) -> tuple[list[Info], Image
             node = await open_alone(disk, **options)
         except PynbdError:
             raise error from None
-    try:
+    async with node:
         return [await image_info(layer) for layer in node.chain()], broken
-    finally:
-        await node.close()

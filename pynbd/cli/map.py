@@ -101,14 +101,11 @@ async def _map(
         async with export_source(disk, contexts) as source:
             await _print(source, as_json, totals)
         return
-    node = await open_disk(disk, **options)
-    try:
+    async with await open_disk(disk, **options) as node:
         if picture is not None:
             draw(await picture_of(node, node.bitmaps()), picture)
         else:
             await _print(ImageSource(node, contexts), as_json, totals)
-    finally:
-        await node.close()
 
 
 async def _print(source: ImageSource | ExportSource, as_json: bool, totals: bool) -> None:

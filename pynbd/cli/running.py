@@ -9,26 +9,15 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from typing import Any
 
 from pynbd.cli.signals import watch
 from pynbd.errors import PynbdError, UsageError
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.listening import MAX_SOCKET_PATH, Listening
 from pynbd.server.server import Server
-
-_Run = Callable[[Coroutine[Any, Any, None]], None]
-LOOPS: dict[str, _Run] = {}
-try:
-    import uvloop
-except ImportError:
-    pass  # asyncio's own loop does, more slowly
-else:
-    LOOPS["uvloop"] = uvloop.run
-LOOPS["asyncio"] = asyncio.run
 
 
 async def run_server(

@@ -22,10 +22,10 @@ from pynbd.block.qcow2.format import MAX_BITMAP_NAME
 from pynbd.cli.activation import activated_sockets
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import configure, log_options
+from pynbd.cli.loops import FASTEST, LOOPS
 from pynbd.cli.numbers import seconds, whole_number
 from pynbd.cli.python_export import open_python_export
 from pynbd.cli.running import (
-    LOOPS,
     check_addresses,
     listen_on,
     print_first_line,
@@ -174,7 +174,7 @@ Examples:
 @click.option(
     "--loop",
     type=click.Choice(list(LOOPS)),
-    default=next(iter(LOOPS)),
+    default=FASTEST,
     show_default=True,
     help="The event loop.",
 )
@@ -241,8 +241,7 @@ async def _open(wanted: ServeOptions) -> BlockNode:
 
 
 async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None:
-    node = await _open(wanted)
-    try:
+    async with await _open(wanted) as node:
         unasked = not (wanted.allocation_depth or wanted.bitmap)
         contexts = offered_contexts(
             node,
@@ -275,5 +274,3 @@ async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None
             handshake_limit=wanted.handshake_limit,
             trace=wanted.trace,
         )
-    finally:
-        await node.close()

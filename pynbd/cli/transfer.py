@@ -12,18 +12,11 @@ import click
 
 from pynbd.cli.complaints import complain
 from pynbd.cli.descriptors import fill_standard_descriptors
+from pynbd.cli.loops import FASTEST, LOOPS
 from pynbd.cli.numbers import whole_number
 from pynbd.client.ends import CONNECTIONS
 from pynbd.client.workers import REQUEST_SIZE, REQUESTS
 from pynbd.errors import UsageError
-
-_run: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run
-try:
-    import uvloop
-except ImportError:
-    pass  # asyncio's own loop does, more slowly
-else:
-    _run = uvloop.run
 
 T = TypeVar("T")
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -113,7 +106,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     fill_standard_descriptors()
     caught: list[int] = []
     try:
-        result: T = _run(_until_signal(work, caught))
+        result: T = LOOPS[FASTEST](_until_signal(work, caught))
         return result
     except Interrupted as interrupted:
         complain("pynbd", str(interrupted), 128 + caught[0])

@@ -14,7 +14,6 @@ import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
-from typing import TypeVar
 
 from pynbd.block.chain import open_image
 from pynbd.block.engine import Engine, HostFile
@@ -31,8 +30,6 @@ from pynbd.protocol.uri import NbdUri, is_uri
 log = logging.getLogger("pynbd")
 
 CONNECTIONS = 4
-
-_Node = TypeVar("_Node", bound=BlockNode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +77,8 @@ async def open_disk(name: str, how: Reading) -> AsyncIterator[Disk]:
             force_share=how.force_share,
             probe_backing=how.probe_backing,
         )
-    async with _closing(node):
+    async with node:
         yield Disk(node)
-
-
-@asynccontextmanager
-async def _closing(node: _Node) -> AsyncIterator[_Node]:
-    try:
-        yield node
-    finally:
-        await node.close()
 
 
 @asynccontextmanager
@@ -129,8 +118,8 @@ async def open_target(
 async def _remote_target(uri: str, source: Disk, how: Writing) -> AsyncIterator[Target]:
     if isinstance(source.node, NbdNode) and NbdUri.parse(uri) == NbdUri.parse(source.name):
         raise UsageError(f"DST: {uri} is the source")
-    async with _closing(
-        await NbdNode.open(uri, connections=how.connections, contexts=(), read_only=False)
+    async with await NbdNode.open(
+        uri, connections=how.connections, contexts=(), read_only=False
     ) as node:
         _check_size(node.name, node.size, source, exact=False)
         reachable = node.size // node.block * node.block

@@ -15,10 +15,11 @@ from pynbd.block.chain import open_image
 from pynbd.block.engine import Cache
 from pynbd.block.image_options import JSON_PREFIX, parse_image_opts
 from pynbd.block.node import BlockNode
+from pynbd.cli.loops import FASTEST, LOOPS
 from pynbd.cli.qemu_nbd.daemon import Daemon, write_pid_file
 from pynbd.cli.qemu_nbd.kernel import KernelDevice
 from pynbd.cli.qemu_nbd.options import QemuNbdOptions
-from pynbd.cli.running import LOOPS, listen_on, run_server
+from pynbd.cli.running import listen_on, run_server
 from pynbd.cli.signals import watch
 from pynbd.errors import PynbdError, UnsupportedFeature
 from pynbd.server.export import Export
@@ -39,7 +40,7 @@ def run(
     trace: bool,
 ) -> None:
     """Serve until a signal, or the last client, ends it."""
-    loop = next(iter(LOOPS.values()))
+    loop = LOOPS[FASTEST]
     if wanted.connect is None:
         loop(_serve(wanted, sockets, daemon, None, trace=trace))
         return
@@ -57,8 +58,7 @@ async def _serve(
     *,
     trace: bool,
 ) -> None:
-    node = await _open(wanted)
-    try:
+    async with await _open(wanted) as node:
         contexts = offered_contexts(
             node,
             depth=wanted.allocation_depth,
@@ -96,8 +96,6 @@ async def _serve(
             handshake_limit=wanted.handshake_limit,
             trace=trace,
         )
-    finally:
-        await node.close()
 
 
 async def _open(wanted: QemuNbdOptions) -> BlockNode:
