@@ -43,9 +43,14 @@ def standard_output() -> Iterator[Callable[[str], object]]:
         _give_up(error)
 
 
-def _give_up(error: OSError) -> None:
-    with open(os.devnull, "wb") as nowhere:  # where the interpreter flushes it in the end
+def drop_standard_output() -> None:
+    """Let what is left of it go nowhere: the interpreter flushes it in the end."""
+    with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _give_up(error: OSError) -> None:
+    drop_standard_output()
     if isinstance(error, BrokenPipeError):
         raise SystemExit(_STATUS_OF_SIGPIPE)
     raise PynbdError(f"standard output: {error.strerror}") from None

@@ -7,16 +7,16 @@ listen, and when they end.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
 
+from pynbd.cli.output import drop_standard_output
 from pynbd.cli.signals import watch
 from pynbd.errors import PynbdError, UsageError
 from pynbd.server.export import Export, ExportTable
-from pynbd.server.listening import MAX_SOCKET_PATH, Listening
+from pynbd.server.listening import Listening, check_socket_path
 from pynbd.server.server import Server
 
 
@@ -73,8 +73,7 @@ def print_first_line(line: object) -> None:
     try:
         print(line, flush=True)
     except OSError as error:
-        with open(os.devnull, "w") as nowhere:  # where the interpreter flushes it in the end
-            os.dup2(nowhere.fileno(), 1)
+        drop_standard_output()
         raise PynbdError(f"standard output: {error.strerror}") from None
 
 
@@ -93,8 +92,4 @@ def check_addresses(
     if path is not None:
         if bind is not None or port is not None:
             raise UsageError("--socket excludes --bind and --port")
-        length = len(os.fsencode(path))
-        if not 0 < length <= MAX_SOCKET_PATH:
-            raise UsageError(
-                f"--socket: the path has {length} bytes; 1 to {MAX_SOCKET_PATH} are allowed"
-            )
+        check_socket_path("--socket", path)

@@ -59,13 +59,7 @@ class Listening:
     def unix(cls, path: str | os.PathLike[str]) -> Listening:
         """On a unix socket, whose file goes with it. Raises `PynbdError`."""
         path = os.fspath(path)
-        length = len(os.fsencode(path))
-        if not 0 < length <= MAX_SOCKET_PATH:
-            raise UsageError(
-                f"the path of the socket has {length} bytes; 1 to {MAX_SOCKET_PATH} are allowed"
-            )
-        if "\0" in path:
-            raise UsageError("the path of the socket has a NUL; names without a file are not made")
+        check_socket_path("socket", path)
         try:
             sock = listen_unix(path)
         except OSError as error:
@@ -106,6 +100,15 @@ class Listening:
         for sock in self.sockets:
             sock.close()
         self.remove()
+
+
+def check_socket_path(what: str, path: str) -> None:
+    """Raise `UsageError` for what cannot be the path of a unix socket; ``what`` begins the line."""
+    length = len(os.fsencode(path))
+    if not 0 < length <= MAX_SOCKET_PATH:
+        raise UsageError(f"{what}: the path has {length} bytes; 1 to {MAX_SOCKET_PATH} are allowed")
+    if "\0" in path:
+        raise UsageError(f"{what}: the path has a NUL; names without a file are not made")
 
 
 def _cannot(where: str, error: OSError) -> PynbdError:

@@ -197,7 +197,7 @@ def test_a_path_with_a_nul(path: str, tmp_path: Path, monkeypatch: pytest.Monkey
     """The kernel would take what is before it."""
     monkeypatch.chdir(tmp_path)
     before = open_files()
-    with pytest.raises(UsageError, match="the path of the socket has a NUL"):
+    with pytest.raises(UsageError, match="socket: the path has a NUL"):
         Listening.unix(path)
     assert open_files() == before
     assert not list(tmp_path.iterdir())
