@@ -141,7 +141,7 @@ def negotiate(
     NBD_OPT_EXTENDED_HEADERS are supported. ProtocolError asks for a hard disconnect.
     """
     yield Write(Greeting(_OUR_FLAGS).build())
-    flags = ClientFlags.parse((yield from _read(4))).flags
+    flags = ClientFlags.parse((yield from read(4))).flags
     if flags not in ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES:
         # "the server MUST drop the TCP connection if the client sets an unknown flag"
         raise ProtocolError(f"unknown client flags: {flags}")
@@ -150,7 +150,8 @@ def negotiate(
     return (yield from _Haggling(exports, flags, refused).run())
 
 
-def _read(size: int) -> Generator[Step, bytes | None, bytes]:
+def read(size: int) -> Generator[Step, bytes | None, bytes]:
+    """The step that reads ``size`` bytes, none if that is 0; returns them. For either end."""
     if not size:
         return b""
     data = yield Read(size)
@@ -192,7 +193,7 @@ class _Haggling:
     def run(self) -> Negotiation:
         """Serve options until one of them ends the haggling."""
         while self._session is None:
-            header = OptionHeader.parse((yield from _read(16)))
+            header = OptionHeader.parse((yield from read(16)))
             if header.length > MAX_OPTION_LENGTH:
                 raise ProtocolError(f"{header.option} announces {header.length} bytes of data")
             if header.option == Option.EXPORT_NAME:
@@ -211,7 +212,7 @@ class _Haggling:
     def _export_name(self, header: OptionHeader) -> Generator[Step, bytes | None, None]:
         if header.length > MAX_STRING:
             raise ProtocolError(f"an export name of {header.length} bytes")
-        data = yield from _read(header.length)
+        data = yield from read(header.length)
         if self._exports.stopping:
             raise ProtocolError("the server is shutting down")
         if self._headers == _Headers.EXTENDED:
@@ -235,7 +236,7 @@ class _Haggling:
             self._selected_for, self._selected = None, {}
         data = None
         if kind and header.length <= kind.longest:
-            data = yield from _read(header.length)
+            data = yield from read(header.length)
         else:
             yield from _skip(header.length)
         try:

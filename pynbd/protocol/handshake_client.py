@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pynbd.errors import OptionError, ProtocolError
-from pynbd.protocol.handshake import ExportInfo, Read, Session, Step, Write
+from pynbd.protocol.handshake import ExportInfo, Session, Step, Write, read
 from pynbd.protocol.values import (
     EXPORT_NAME_PADDING,
     MAX_EXPORT_SIZE,
@@ -158,7 +158,7 @@ class _Haggling:
         self._selected: dict[int, str] = {}
 
     def greet(self) -> _Steps:
-        data = yield from _read(18)
+        data = yield from read(18)
         if data[8:16] == _OLDSTYLE_MAGIC:
             raise ProtocolError("the server speaks oldstyle NBD, which is not supported")
         flags = Greeting.parse(data).flags
@@ -177,7 +177,7 @@ class _Haggling:
         replies: list[bytes] = []
         room = _LONGEST_REPLIES
         while len(replies) <= _MOST_REPLIES:
-            header = OptionReplyHeader.parse((yield from _read(20)))
+            header = OptionReplyHeader.parse((yield from read(20)))
             if header.option != option:
                 raise ProtocolError(f"a reply to {header.option} where {option} was asked")
             if header.length > _LONGEST_REPLY:
@@ -185,7 +185,7 @@ class _Haggling:
             room -= header.length
             if room < 0:
                 raise ProtocolError(f"more than {_LONGEST_REPLIES} bytes of replies to {option}")
-            reply = yield from _read(header.length)
+            reply = yield from read(header.length)
             if header.reply.is_error:
                 said = printable(ErrorText.parse(reply).message)
                 text = f"{option}: {header.reply}{': ' if said else ''}{said}"
@@ -283,9 +283,9 @@ class _Haggling:
     def export_name(self) -> Entering:
         data = ExportNameData(self.name).build()
         yield Write(OptionHeader(Option.EXPORT_NAME, len(data)).build() + data)
-        reply = ExportNameReply.parse((yield from _read(10)))
+        reply = ExportNameReply.parse((yield from read(10)))
         if not self._no_zeroes:
-            yield from _read(EXPORT_NAME_PADDING)  # what it holds is nobody's concern
+            yield from read(EXPORT_NAME_PADDING)  # what it holds is nobody's concern
         return self._session(_Description(reply.size, reply.flags))
 
     def _session(self, info: _Description) -> Session:
@@ -311,12 +311,6 @@ class _Haggling:
             structured=self.structured,
             extended=self.extended,
         )
-
-
-def _read(size: int) -> Generator[Step, bytes | None, bytes]:
-    data = (yield Read(size)) if size else b""
-    assert data is not None
-    return data
 
 
 def _checked_block_size(info: InfoBlockSize) -> tuple[int, int, int]:
