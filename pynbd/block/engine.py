@@ -322,6 +322,12 @@ class HostFile:
         if self.writable and not self.cache.no_flush:
             await self.engine.run(self._sync)
 
+    async def resize(self, size: int) -> None:
+        """Make a regular file ``size`` bytes long; what it gains reads as zeroes."""
+        if self.sync_failed:
+            raise self._lost()
+        await self.engine.run(self._resize, size)
+
     async def empty(self, size: int) -> None:
         """Make a regular file ``size`` bytes that are one hole, whatever it was."""
         await self.engine.run(_empty, self._descriptor, size)
@@ -390,6 +396,10 @@ class HostFile:
             alone = self._direct.changing(fd, offset, offset + length) if self._direct else None
             with alone or nullcontext():
                 return _fallocate_again(fd, mode, offset, length)
+
+    def _resize(self, size: int) -> None:
+        with self._descriptor as fd:
+            os.ftruncate(fd, size)
 
     def _sync(self) -> None:
         asked_after = self._syncs

@@ -18,6 +18,7 @@ import errno
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Self
 
@@ -258,9 +259,10 @@ class BlockNode(ABC):
         """Guest bytes [offset, offset + length), which lie inside the size."""
         data = bytearray(length)
         view = memoryview(data)
-        for extent in await self.resolve(offset, offset + length):
-            piece = view[extent.offset - offset : extent.end - offset]
-            await self.fetch(extent, extent.offset, piece)
+        with self.pins.hold() if self.pins else nullcontext():
+            for extent in await self.resolve(offset, offset + length):
+                piece = view[extent.offset - offset : extent.end - offset]
+                await self.fetch(extent, extent.offset, piece)
         return data
 
     # Writing; a node that is not read-only overrides these
@@ -274,9 +276,17 @@ class BlockNode(ABC):
         return [self._read_only() for _ in pieces]
 
     async def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool,
+        fast: bool,
+        fua: bool = False,
+        no_hole: bool = False,
     ) -> None:
-        """Make guest bytes read as zeroes. ``fast``: OSError ENOTSUP, untouched, if that means
+        """Make guest bytes read as zeroes. Their space may be given back (``may_unmap``), is kept,
+        or is there afterwards (``no_hole``). ``fast``: OSError ENOTSUP, untouched, if that means
         writing them.
         """
         raise self._read_only()
@@ -307,13 +317,25 @@ class BlockNode(ABC):
         for file, pieces in ranges.items():
             await file.will_need(pieces)
 
+    async def finish(self) -> None:  # noqa: B027 (most layers keep nothing)
+        """Bring onto stable storage what a writable layer keeps in memory until it is closed.
+        ``OSError`` if that fails.
+        """
+
     async def close(self) -> None:
-        """Close every file of the chain, once the system calls under way have returned."""
-        if self.own_engine is not None:
-            self.own_engine.close()
-        for node in self.chain():
-            for file in node.files():
-                file.close()
+        """Finish, then close every file of the chain, once the system calls under way have
+        returned. ``OSError`` if the image could not be finished; its files are closed all the same.
+        """
+        try:
+            for node in self.chain():
+                if not node.read_only:
+                    await node.finish()
+        finally:
+            if self.own_engine is not None:
+                self.own_engine.close()
+            for node in self.chain():
+                for file in node.files():
+                    file.close()
 
     def _read_only(self) -> OSError:
         return OSError(errno.EROFS, "the image is read-only", self.name)

@@ -1,46 +1,62 @@
-"""Pins: host ranges that requests under way still use.
+"""Pins: the host clusters that requests under way may still use.
 
 A read or an in-place write maps first and does its I/O later. If it waits in between, somebody may
 free the cluster that it was mapped to, and another may take it: the late bytes would be read from,
-or land in, somebody else's data. So whoever waits holds pins from `map` to the last system call,
-and a freed cluster is punched or used again only when nothing `holds` it. What is mapped and done
-in one step of the loop needs none.
+or land in, somebody else's data. So whoever may wait is inside `Pins.hold` from `map` to its last
+system call, and a cluster is punched or used again only when everybody who was inside when it was
+freed has left. What is mapped and done in one step of the loop needs no pin.
+
+Nobody says which clusters he uses: time is divided into ages, each freed cluster ends one, and a
+request pins all that was there in the age it began in. That costs two additions for a request,
+and keeps a freed cluster no longer than the longest request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from types import TracebackType
 
-from pynbd.block.extent import Extent
+
+class _Age:
+    """How many requests began between two freed clusters, and are still under way."""
+
+    __slots__ = ("number", "requests")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.requests = 0
+
+    def __enter__(self) -> None:
+        self.requests += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.requests -= 1
 
 
 class Pins:
-    """The pinned host ranges of one image."""
+    """The ages of one image."""
 
     def __init__(self) -> None:
-        # Few are held at a time, as many as there are extents in flight: a search through all is
-        # cheap.
-        self._held: dict[int, list[Extent]] = {}
-        self._last = 0
+        self._ages = deque([_Age(0)])
 
-    @contextmanager
-    def hold(self, extents: Iterable[Extent]) -> Iterator[None]:
-        """Keep the host clusters of plain extents from being used again."""
-        self._last += 1
-        number = self._last
-        self._held[number] = [extent for extent in extents if extent.file is not None]
-        try:
-            yield
-        finally:
-            del self._held[number]
+    def hold(self) -> _Age:
+        """A context manager: whatever is mapped inside is not used again before it is left."""
+        return self._ages[-1]
 
-    def holds(self, file: object, host_offset: int, length: int) -> bool:
-        """Whether a request under way uses any byte of a range of ``file``."""
-        return any(
-            extent.file is file
-            and extent.host < host_offset + length
-            and host_offset < extent.host + extent.end - extent.offset
-            for extents in self._held.values()
-            for extent in extents
-        )
+    def end_age(self) -> int:
+        """Clusters were freed: the number of the age that may still use them."""
+        age = self._ages[-1]
+        self._ages.append(_Age(age.number + 1))
+        return age.number
+
+    def gone(self, age: int) -> bool:
+        """Whether every request that began in ``age`` or before has ended."""
+        ages = self._ages
+        while len(ages) > 1 and not ages[0].requests:
+            ages.popleft()
+        return ages[0].number > age

@@ -123,12 +123,23 @@ class RawNode(BlockNode):
             self._find_end()
 
     async def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool,
+        fast: bool,
+        fua: bool = False,
+        no_hole: bool = False,
     ) -> None:
         async with self._sector_lock(offset):
             await self._check_guard(offset, bytes(min(length, GUARDED)))
             await host.write_zeroes(
-                self.file, self.start + offset, length, may_unmap=may_unmap, fast=fast
+                self.file,
+                self.start + offset,
+                length,
+                may_unmap=may_unmap and not no_hole,
+                fast=fast,
             )
         if fua:
             await self.file.flush()

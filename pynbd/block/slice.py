@@ -32,6 +32,7 @@ class SliceNode(BlockNode):
         self.name, self.format = image.name, image.format
         self.read_only = image.read_only
         self.file = image.file
+        self.pins = image.pins
         self.start = start
         if size is None:
             size = round_up(image.size - start)
@@ -99,12 +100,24 @@ class SliceNode(BlockNode):
         return [next(errors) if fit else self._past_end() for fit in fits]
 
     async def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool,
+        fast: bool,
+        fua: bool = False,
+        no_hole: bool = False,
     ) -> None:
         inside = self._inside(offset, length)
         if inside:
             await self.image.write_zeroes(
-                self.start + offset, inside, may_unmap=may_unmap, fast=fast, fua=fua
+                self.start + offset,
+                inside,
+                may_unmap=may_unmap,
+                fast=fast,
+                fua=fua,
+                no_hole=no_hole,
             )
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:

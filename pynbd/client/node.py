@@ -146,7 +146,14 @@ class NbdNode(BlockNode):
         return errors
 
     async def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool,
+        fast: bool,
+        fua: bool = False,
+        no_hole: bool = False,
     ) -> None:
         self._check_writable()
         needed = TransmissionFlag.SEND_WRITE_ZEROES
@@ -159,7 +166,7 @@ class NbdNode(BlockNode):
         else:
             with self._told():
                 await next(self._turns).write_zeroes(
-                    offset, length, no_hole=not may_unmap, fast_zero=fast
+                    offset, length, no_hole=no_hole or not may_unmap, fast_zero=fast
                 )
         if fua:
             await self.flush()

@@ -222,14 +222,18 @@ class Commands:
             return (dialect.done(cookie, offset),)
         if request.flags & _FUA and not self._export.read_only:
             await self._node.flush()
+        pins = self._node.pins
+        with pins.hold() if pins else nullcontext():
+            return await self._read_pinned(request)
+
+    async def _read_pinned(self, request: Request) -> Sequence[Piece]:
+        dialect, cookie, offset = self._dialect, request.cookie, request.offset
         extents = await self._node.resolve(offset, offset + request.length)
         failed = None
         if dialect.structured:
             failed = dialect.error(cookie, offset, Error.EIO, "the file could not be read")
         reply_end = ReplyEnd(dialect.done(cookie, offset) if dialect.structured else b"", failed)
-        pins = self._node.pins
-        with pins.hold(extents) if pins else nullcontext():
-            stretches = await self._stretches(request, extents, reply_end)
+        stretches = await self._stretches(request, extents, reply_end)
         pieces: list[Piece] = []
         for first, last, content in stretches:
             if content:
@@ -304,6 +308,7 @@ class Commands:
                 may_unmap=self._export.unmap and not request.flags & _NO_HOLE,
                 fast=bool(request.flags & _FAST_ZERO),
                 fua=bool(request.flags & _FUA),
+                no_hole=bool(request.flags & _NO_HOLE),
             )
         return self._done(request)
 

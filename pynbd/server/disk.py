@@ -253,10 +253,17 @@ class DiskNode(BlockNode):
         await self.ask("pwrite", self._disk.pwrite, offset, data)
 
     async def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool,
+        fast: bool,
+        fua: bool = False,
+        no_hole: bool = False,
     ) -> None:
         try:
-            zeroing = self._disk.write_zeroes
+            zeroing, may_unmap = self._disk.write_zeroes, may_unmap and not no_hole
             await self.ask("write_zeroes", zeroing, offset, length, may_unmap=may_unmap)
         except OSError as error:
             if fast or error.errno != errno.EOPNOTSUPP:

@@ -75,7 +75,14 @@ class MemoryNode(BlockNode):
         return [None] * len(pieces)
 
     async def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool, fast: bool, fua: bool = False
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool,
+        fast: bool,
+        fua: bool = False,
+        no_hole: bool = False,
     ) -> None:
         await self._change(offset, bytes(length))
         self.zeroed.append((offset, offset + length))
