@@ -41,6 +41,7 @@ from pynbd.server.export import Export
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
 from pynbd.server.serving import open_as_writable_as_can_be
+from pynbd.server.zeroes import DetectZeroes, Discard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,8 @@ class ServeOptions:
     load_snapshot: str | None
     allocation_depth: bool
     bitmap: tuple[str, ...]
+    discard: str
+    detect_zeroes: str
     shared: int
     force_share: bool
     probe_backing: bool
@@ -147,6 +150,21 @@ Examples:
     help="Offer qemu:dirty-bitmap:NAME; repeatable.",
 )
 @click.option(
+    "--discard",
+    type=click.Choice([choice.value for choice in Discard]),
+    default=Discard.UNMAP.value,
+    show_default=True,
+    help="Whether what clients discard is given back to the file system.",
+)
+@click.option(
+    "--detect-zeroes",
+    type=click.Choice([choice.value for choice in DetectZeroes]),
+    default=DetectZeroes.OFF.value,
+    show_default=True,
+    help="What becomes of writes of nothing but zeroes: on marks them as zeroes, unmap makes holes"
+    " of them, and needs --discard=unmap.",
+)
+@click.option(
     "-e",
     "--shared",
     metavar="NUM",
@@ -195,6 +213,8 @@ def serve(
 
 
 def _check(wanted: ServeOptions) -> None:
+    if wanted.detect_zeroes == DetectZeroes.UNMAP and wanted.discard != Discard.UNMAP:
+        raise UsageError("--detect-zeroes=unmap needs --discard=unmap")
     if wanted.python is not None:
         for option, given in (
             ("IMAGE", wanted.image is not None),
@@ -254,6 +274,8 @@ async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None
             description=wanted.description,
             contexts=contexts,
             multi_conn=wanted.shared != 1,
+            unmap=wanted.discard == Discard.UNMAP,
+            detect_zeroes=DetectZeroes(wanted.detect_zeroes),
         )
 
         def listen() -> Listening:

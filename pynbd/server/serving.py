@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
@@ -17,6 +18,9 @@ from pynbd.server.export import Export, ExportTable
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
 from pynbd.server.server import Server
+from pynbd.server.zeroes import DetectZeroes, Discard
+
+C = TypeVar("C", Discard, DetectZeroes)
 
 
 class Serving:
@@ -50,6 +54,8 @@ async def serve(
     force_share: bool = False,
     depth: bool | None = None,
     bitmaps: Sequence[str] | None = None,
+    discard: str = Discard.UNMAP,
+    detect_zeroes: str = DetectZeroes.OFF,
     socket: str | os.PathLike[str] | None = None,
     host: str | None = None,
     port: int | None = None,
@@ -73,6 +79,10 @@ async def serve(
     ``max_clients``: more than these wait; 0 is any number. Without ``structured`` or ``extended``
     it refuses structured replies or extended headers, as an older server does.
 
+    ``discard``: "unmap", or "ignore" what clients discard. ``detect_zeroes``: writes of nothing but
+    zeroes are data ("off"), zeroes that keep their space ("on"), or holes ("unmap", which needs
+    ``discard="unmap"``).
+
     ``base:allocation`` is always offered; with ``depth`` also qemu:allocation-depth, and the named
     ``bitmaps``; where both are None, depth and every consistent bitmap of the active layer.
 
@@ -83,6 +93,10 @@ async def serve(
         raise UsageError("socket excludes host and port")
     if max_clients < 0:
         raise UsageError(f"max_clients: 0 or more is expected, not {max_clients}")
+    unmap = _choice("discard", Discard, discard) is Discard.UNMAP
+    detect = _choice("detect_zeroes", DetectZeroes, detect_zeroes)
+    if detect is DetectZeroes.UNMAP and not unmap:
+        raise UsageError("detect_zeroes='unmap' needs discard='unmap'")
     if isinstance(image, BlockNode | Disk):
         of_files = {
             "format": format,
@@ -112,9 +126,14 @@ async def serve(
             )
             stack.push_async_callback(node.close)
         contexts = offered_contexts(node, depth=depth, bitmaps=bitmaps)
-        multi_conn = max_clients != 1
         export = Export(
-            export_name, node, description=description, contexts=contexts, multi_conn=multi_conn
+            export_name,
+            node,
+            description=description,
+            contexts=contexts,
+            multi_conn=max_clients != 1,
+            unmap=unmap,
+            detect_zeroes=detect,
         )
         listening = _listen(socket, host, port)
         stack.callback(listening.close)
@@ -132,6 +151,14 @@ async def serve(
         finally:
             server.stop()
             await running
+
+
+def _choice(name: str, choices: type[C], given: str) -> C:
+    try:
+        return choices(given)
+    except ValueError:
+        known = ", ".join(repr(str(choice)) for choice in choices)
+        raise UsageError(f"{name}: one of {known} is expected, not {given!r}") from None
 
 
 def _listen(socket: str | os.PathLike[str] | None, host: str | None, port: int | None) -> Listening:

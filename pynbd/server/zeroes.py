@@ -1,4 +1,6 @@
-"""Writes of nothing but zeroes, found among all writes (``--detect-zeroes`` of QEMU's tools)."""
+"""Discards, and writes of nothing but zeroes, found among all writes (``--discard`` and
+``--detect-zeroes`` of QEMU's tools).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,17 @@ from pynbd.block.engine import Buffer
 from pynbd.block.node import BlockNode
 
 
+class Discard(StrEnum):
+    """What becomes of what clients discard. ``UNMAP``: it is given back; ``IGNORE``: nothing."""
+
+    UNMAP = "unmap"
+    IGNORE = "ignore"
+
+
 class DetectZeroes(StrEnum):
-    """What becomes of them. ``ON``: zeroes that keep their space; ``UNMAP``: holes."""
+    """What becomes of writes of zeroes. ``OFF``: they are data; ``ON``: zeroes that keep their
+    space; ``UNMAP``: holes.
+    """
 
     OFF = "off"
     ON = "on"

@@ -257,6 +257,23 @@ def test_read_only_and_writable(disk: Path, image: Path) -> None:
             assert info(uri)["is_read_only"] is True
 
 
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ("", 3),
+        ("--discard=ignore", 4),
+        ("--detect-zeroes=on", 3),
+        ("--detect-zeroes=unmap", 2),
+    ],
+)
+def test_discards_and_zeroes(tmp_path: Path, options: str, kept: int) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"\xaa" * (256 * K))
+    with serving("-p", "0", "-f", "raw", *options.split(), disk) as uri:
+        peers.nbdsh("h.trim(65536, 0); h.pwrite(bytes(65536), 65536)", uri)
+    assert disk.stat().st_blocks * 512 == kept * 64 * K
+
+
 def test_the_exact_size(tmp_path: Path) -> None:
     path = tmp_path / "odd"
     path.write_bytes(bytes(1001))
@@ -487,6 +504,9 @@ def test_a_backing_file_without_a_format(tmp_path: Path) -> None:
         ("-k s -p 1 x", ["--socket", "--port"]),
         ("-k s -b ::1 x", ["--socket", "--bind"]),
         ("x y", ["y"]),
+        ("--discard=on x", ["--discard", "'unmap', 'ignore'"]),
+        ("--detect-zeroes=all x", ["--detect-zeroes", "'off', 'on', 'unmap'"]),
+        ("--detect-zeroes=unmap --discard=ignore x", ["--detect-zeroes", "--discard=unmap"]),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: str, parts: list[str]) -> None:

@@ -30,6 +30,11 @@ def content(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def gone(path: Path) -> int:
+    """How many bytes of it are holes."""
+    return SIZE - path.stat().st_blocks * 512
+
+
 def exists(path: str | Path) -> bool:
     return os.path.lexists(path)
 
@@ -57,6 +62,30 @@ async def test_a_raw_image_is_written(disk: Path) -> None:
             peers.run, "qemu-io", "-f", "raw", "-c", "write -P 7 4k 4k", server.uri
         )
     assert content(disk)[4096:8192] == b"\7" * 4096
+
+
+@pytest.mark.parametrize(
+    "options, blocks",
+    [
+        ({}, 3),  # TRIM gives 2 blocks back, and WRITE_ZEROES 1
+        ({"discard": "ignore"}, 0),
+        ({"detect_zeroes": "on"}, 3),
+        ({"detect_zeroes": "unmap"}, 7),
+        ({"discard": "ignore", "detect_zeroes": "on"}, 0),
+    ],
+)
+async def test_what_becomes_of_discards_and_zeroes(
+    disk: Path, options: dict[str, str], blocks: int
+) -> None:
+    async with (
+        serve(disk, format="raw", **options) as server,  # type: ignore[arg-type]
+        connect(server.uri) as client,
+    ):
+        await client.trim(0, 2 << 12)
+        await client.write_zeroes(2 << 12, 1 << 12)
+        await client.pwrite(3 << 12, bytes(4 << 12))
+        assert await client.pread(2 << 12, 5 << 12) == bytes(5 << 12)
+    assert gone(disk) == blocks << 12
 
 
 async def test_an_open_image_stays_open(disk: Path) -> None:
@@ -143,6 +172,10 @@ async def test_what_cannot_be_served(disk: Path) -> None:
         await serve(disk, export_name="a\0b").__aenter__()
     with pytest.raises(UsageError, match="description: it has to be UTF-8"):
         await serve(disk, description="\udcff").__aenter__()
+    with pytest.raises(UsageError, match="discard: one of 'unmap', 'ignore' is expected, not 'on'"):
+        await serve(disk, discard="on").__aenter__()
+    with pytest.raises(UsageError, match="detect_zeroes='unmap' needs discard='unmap'"):
+        await serve(disk, discard="ignore", detect_zeroes="unmap").__aenter__()
     with pytest.raises(PynbdError, match="not a socket"):
         await serve(disk, socket=disk).__aenter__()
 
