@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "pynbd": "errors | protocol block credentials | server client | cli",
     "pynbd.block": "extent | bitmap engine | node | file | raw | qcow2 | chain",
-    "pynbd.block.qcow2": "format | header entries compression | cache | refcounts | mapping | cow"
-    " | check create snapshots bitmaps | image",
+    "pynbd.block.qcow2": "format widths | header entries compression | cache | commit places"
+    " | refcounts preallocation | mapping | links | cow zeroing"
+    " | check create snapshots bitmaps | writer | image",
 }
 STRANGERS = [{"protocol", "block", "credentials"}, {"server", "client"}]
 FORBIDDEN = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from pynbd.block.qcow2.widths import encode
 from pynbd.errors import UsageError
 
 
@@ -74,17 +74,8 @@ class HostClusters:
         first_block = self.allocate(blocks << self.cluster_bits)
         counts = np.zeros(blocks * per_block, np.uint64)
         counts[: len(self.references)] = self.references
-        self.put(first_block, pack_refcounts(counts, self.refcount_order))
+        self.put(first_block, encode(counts, 1 << self.refcount_order))
         entries = np.arange(blocks, dtype=">u8") * self.cluster_size + first_block
         self.put(table, entries.astype(">u8").tobytes())
         self.file.truncate(self.end)
         return table, table_clusters
-
-
-def pack_refcounts(counts: npt.NDArray[np.uint64], refcount_order: int) -> bytes:
-    """Entries of ``1 << refcount_order`` bits: big endian, or from a byte's lowest bit on."""
-    bits = 1 << refcount_order
-    if bits >= 8:
-        return counts.astype(f">u{bits // 8}").tobytes()
-    single = counts[:, None] >> np.arange(bits, dtype=np.uint64) & np.uint64(1)
-    return np.packbits(single.astype(np.uint8).ravel(), bitorder="little").tobytes()

@@ -37,7 +37,7 @@ from pynbd.block.qcow2.format import (
 from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.holes import with_holes
 from pynbd.block.qcow2.mapping import Mapping
-from pynbd.block.qcow2.refcounts import Refcounts
+from pynbd.block.qcow2.preallocation import Usage
 from pynbd.block.qcow2.snapshots import Snapshot
 from pynbd.errors import CorruptImage, ImageError
 
@@ -86,8 +86,8 @@ class Qcow2Node(BlockNode):
         self.window = min(max(granules, _MIN_WINDOW), _MAX_WINDOW)
         self._damage = damage
         self._persistent = persistent
-        refcounts = Refcounts(metadata_file, header)
-        self._preallocated = SharedReads(lambda _: refcounts.metadata_preallocated(), 1)
+        usage = Usage(metadata_file, header)
+        self._preallocated = SharedReads(lambda _: usage.metadata_preallocated(), 1)
         self.clusters = SharedReads(
             self._read_compressed, max(_CLUSTER_CACHE_BYTES // header.cluster_size, 1)
         )

@@ -27,7 +27,6 @@ from pynbd.block.qcow2.builder import (
     large_map,
     poke,
 )
-from pynbd.block.qcow2.builder_host import pack_refcounts
 from pynbd.block.qcow2.entries import decode, explain, l2_table_offset
 from pynbd.block.qcow2.extensions import Extension
 from pynbd.block.qcow2.format import BitmapFlags, CompressionType, Incompatible
@@ -398,19 +397,3 @@ def test_a_large_map(tmp_path: Path) -> None:
 def test_what_the_format_has_no_place_for(image: Image, words: str, write: Any) -> None:
     with pytest.raises(UsageError, match=words):
         write(image)
-
-
-@pytest.mark.parametrize(
-    "order, expected",
-    [
-        (0, b"\x0d"),  # 1, 0, 1, 1 from the lowest bit on
-        (1, b"\x51\x00"),
-        (2, b"\x01\x11\x00\x00"),
-        (3, b"\1\0\1\1\0\0\0\0"),
-        (4, b"\0\1\0\0\0\1\0\1" + bytes(8)),
-        (6, b"\0\0\0\0\0\0\0\1" + bytes(15) + b"\1" + bytes(7) + b"\1" + bytes(32)),
-    ],
-)
-def test_refcount_block_entries(order: int, expected: bytes) -> None:
-    counts = np.array([1, 0, 1, 1, 0, 0, 0, 0], np.uint64)
-    assert pack_refcounts(counts, order) == expected

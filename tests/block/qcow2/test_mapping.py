@@ -20,7 +20,7 @@ from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, NO_HOST, UNALLOCATED, 
 from pynbd.block.qcow2 import holes, mapping
 from pynbd.block.qcow2.builder import Data, Image, Zero, large_map
 from pynbd.block.qcow2.image import Qcow2Node
-from pynbd.block.qcow2.refcounts import Refcounts
+from pynbd.block.qcow2.preallocation import Usage
 
 
 @asynccontextmanager
@@ -134,14 +134,14 @@ async def test_only_those_who_ask_for_zeroes_look_for_preallocation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
-    guess = Refcounts.metadata_preallocated
+    guess = Usage.metadata_preallocated
 
-    async def counted(self: Refcounts) -> bool:
+    async def counted(self: Usage) -> bool:
         nonlocal asked
         asked += 1
         return await guess(self)
 
-    monkeypatch.setattr(Refcounts, "metadata_preallocated", counted)
+    monkeypatch.setattr(Usage, "metadata_preallocated", counted)
     path = tmp_path / "disk"
     Image(size=SPAN, cluster_bits=9, clusters={0: Data(b"x")}).write(path)
     async with opened(path) as node:

@@ -1,8 +1,5 @@
-"""Reference counts of host clusters (docs/interop/qcow2.rst, "Host cluster management"), the
-reading side.
-
-Refcount blocks are one cluster long and hold ``1 << refcount_order`` bits for each host cluster:
-those of less than a byte fill it from its least significant bit, longer ones are big endian.
+"""Whether an image was preallocated with metadata only: a guess from its refcounts, as QEMU makes
+it (docs/interop/qcow2.rst, "Host cluster management").
 """
 
 from __future__ import annotations
@@ -10,12 +7,12 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-import numpy.typing as npt
 
 from pynbd.block.engine import HostFile
 from pynbd.block.qcow2.cache import read_table
 from pynbd.block.qcow2.format import MAX_OFFSET, REFT_OFFSET_MASK
 from pynbd.block.qcow2.header import Header
+from pynbd.block.qcow2.widths import decode
 from pynbd.errors import CorruptImage
 
 # Refcount blocks that are counted at most, about a second's worth; with the usual clusters and
@@ -26,17 +23,8 @@ MAX_BLOCK_BYTES = 256 << 20
 _ENTRIES_PER_STEP = 1 << 16
 
 
-def decode_block(block: bytes | bytearray, refcount_order: int) -> npt.NDArray[np.unsignedinteger]:
-    """The refcounts of a block, one element for each host cluster."""
-    width = 1 << refcount_order
-    if width >= 8:
-        return np.frombuffer(block, f">u{width // 8}")
-    bits = np.unpackbits(np.frombuffer(block, np.uint8), bitorder="little").reshape(-1, width)
-    return np.packbits(bits, axis=1, bitorder="little").ravel()
-
-
-class Refcounts:
-    """The refcount table and blocks of the image in ``file``."""
+class Usage:
+    """How much of the image in ``file`` is in use, by its refcount blocks on disk."""
 
     def __init__(self, file: HostFile, header: Header) -> None:
         self._file = file
@@ -78,7 +66,7 @@ class Refcounts:
             )
         block = bytearray(header.cluster_size)
         await self._file.read(memoryview(block), host_offset)
-        return await self._file.engine.run(_count, block, header.refcount_order, clusters)
+        return await self._file.engine.run(_count, block, header.refcount_bits, clusters)
 
     async def metadata_preallocated(self) -> bool:
         """Whether the image seems to be preallocated with holes: more clusters in use than the host
@@ -97,5 +85,5 @@ class Refcounts:
             return False
 
 
-def _count(block: bytearray, refcount_order: int, clusters: int) -> int:
-    return int(np.count_nonzero(decode_block(block, refcount_order)[:clusters]))
+def _count(block: bytearray, refcount_bits: int, clusters: int) -> int:
+    return int(np.count_nonzero(decode(block, refcount_bits)[:clusters]))

@@ -1,4 +1,4 @@
-"""Refcount blocks of every width, and the guess at preallocation."""
+"""Counting clusters in use, with refcounts of every width, and the guess at preallocation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from interop import peers
 from pynbd.block.engine import Engine, HostFile
-from pynbd.block.qcow2 import refcounts
+from pynbd.block.qcow2 import preallocation as module
 from pynbd.block.qcow2.builder import Data, Image
 from pynbd.block.qcow2.image import read_header
-from pynbd.block.qcow2.refcounts import Refcounts, decode_block
+from pynbd.block.qcow2.preallocation import Usage
 from pynbd.errors import CorruptImage
 
 
@@ -27,24 +27,6 @@ def opened(path: Path) -> Iterator[HostFile]:
     engine.close()
 
 
-# By hand: refcounts of less than a byte fill it from its least significant bit, wider ones are big
-# endian.
-@pytest.mark.parametrize(
-    "order, block, expected",
-    [
-        (0, b"\x05\x80", [1, 0, 1, 0, 0, 0, 0, 0] + [0] * 7 + [1]),
-        (1, b"\x1b", [3, 2, 1, 0]),
-        (2, b"\x21\x0f", [1, 2, 15, 0]),
-        (3, b"\x01\xff", [1, 255]),
-        (4, b"\x01\x02\x00\x01", [0x102, 1]),
-        (5, b"\x01\x02\x03\x04", [0x1020304]),
-        (6, b"\x01\x02\x03\x04\x05\x06\x07\x08", [0x102030405060708]),
-    ],
-)
-def test_decode_block(order: int, block: bytes, expected: list[int]) -> None:
-    assert decode_block(block, order).tolist() == expected
-
-
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
 async def test_clusters_in_use(tmp_path: Path, bits: int) -> None:
     """As many as qemu-img check finds; enough of them for several blocks of 512 bytes."""
@@ -55,7 +37,7 @@ async def test_clusters_in_use(tmp_path: Path, bits: int) -> None:
     checked = json.loads(peers.run("qemu-img", "check", "--output=json", path).stdout)
     assert checked.get("leaks", 0) == 0
     with opened(path) as file:
-        counted = Refcounts(file, await read_header(file))
+        counted = Usage(file, await read_header(file))
         total = path.stat().st_size // 512
         # The image has no cluster that is not in use: all up to its end are counted.
         assert checked["image-end-offset"] == total * 512
@@ -74,9 +56,9 @@ async def test_counting_is_bounded(
     clusters = {at * 512: Data(b"x") for at in range(2000)}
     Image(size=1 << 20, cluster_bits=9, clusters=clusters).write(path)
     with opened(path) as file:
-        counted = Refcounts(file, await read_header(file))
+        counted = Usage(file, await read_header(file))
         assert await counted.count_in_use(2000, 1 << 40) == 2000
-        monkeypatch.setattr(refcounts, bound, value)
+        monkeypatch.setattr(module, bound, value)
         assert await counted.count_in_use(2000, 1 << 40) == 3 * 256
 
 
@@ -87,7 +69,7 @@ async def test_a_misplaced_block(tmp_path: Path) -> None:
         file.seek(written.header.refcount_table_offset + 6)
         file.write(b"\2")
     with opened(path) as host:
-        counted = Refcounts(host, written.header)
+        counted = Usage(host, written.header)
         with pytest.raises(CorruptImage, match="refcount block 0"):
             await counted.count_in_use(5, 5)
         assert not await counted.metadata_preallocated()
@@ -112,5 +94,5 @@ async def test_metadata_preallocated(tmp_path: Path, preallocation: str, expecte
         "4M",
     )
     with opened(path) as file:
-        counted = Refcounts(file, await read_header(file))
+        counted = Usage(file, await read_header(file))
         assert await counted.metadata_preallocated() is expected
