@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -183,3 +184,32 @@ def test_read_only(tmp_path: Path) -> None:
         with connect(server.uri) as sock:
             assert export_name(sock) == 512
         assert server.end() == (0, "closed\n", "")
+
+
+CLINGING = """
+import asyncio
+import pynbd
+
+class Clinging(pynbd.Disk):
+    size = 512
+    async def pread(self, offset, length):
+        return bytes(length)
+    async def close(self):
+        {close}
+"""
+
+
+def test_a_close_that_fails(tmp_path: Path) -> None:
+    """What could not be finished is told, and is the status."""
+    file = written(tmp_path, CLINGING.format(close='raise OSError(28, "no space", "the disk")'))
+    with started("-p", "0", "--python", f"{file}:Clinging") as server:
+        assert server.end() == (1, "", "pynbd: the disk: no space\n")
+
+
+def test_a_second_signal_skips_the_close(tmp_path: Path) -> None:
+    file = written(tmp_path, CLINGING.format(close="await asyncio.sleep(3600)"))
+    with started("-p", "0", "--python", f"{file}:Clinging") as server:
+        server.process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(0.5)
+        assert server.end() == (0, "", "")
