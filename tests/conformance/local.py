@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from socket import socket
 from typing import Any, NamedTuple
 
+import pytest
 import uvloop
 
+from pynbd.block.chain import open_image
 from pynbd.block.engine import Buffer, Engine, HostFile
 from pynbd.block.node import BlockNode
 from pynbd.block.raw import RawNode
@@ -30,6 +32,7 @@ from tests.conformance.client import Mode, Peer
 from tests.conformance.server import pattern
 
 DEADLINE = 5.0
+MakeNode = Callable[[Engine], Awaitable[BlockNode]]
 _LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
     "uvloop": uvloop.new_event_loop,
@@ -96,7 +99,7 @@ class LocalServer:
 
 @contextmanager
 def serving(
-    loop_name: str, where: str | socket, nodes: Mapping[str, Callable[[Engine], BlockNode]]
+    loop_name: str, where: str | socket, nodes: Mapping[str, MakeNode]
 ) -> Iterator[LocalServer]:
     """Serve nodes by the names of their exports, in a thread, until the end of the block.
 
@@ -110,9 +113,9 @@ def serving(
 
     async def serve() -> None:
         engine = Engine()
-        opened = {name: make(engine) for name, make in nodes.items()}
+        opened = {name: await make(engine) for name, make in nodes.items()}
         table = ExportTable(
-            Export(name, node, contexts=standard_contexts(depth=True, bitmaps=()))
+            Export(name, node, contexts=standard_contexts(depth=True, bitmaps=node.bitmaps()))
             for name, node in opened.items()
         )
         local.server = Server(table, [listener])
@@ -145,14 +148,28 @@ def serving(
         raise ended[0]
 
 
-def held_node(path: Path, held: list[HeldFile]) -> Callable[[Engine], BlockNode]:
+def held_node(path: Path, held: list[HeldFile]) -> MakeNode:
     """A writable raw node on ``path``; its file is appended to ``held``."""
 
-    def make(engine: Engine) -> BlockNode:
+    async def make(engine: Engine) -> BlockNode:
         file = HeldFile.open(engine, os.fspath(path), writable=True)
         assert isinstance(file, HeldFile)
         held.append(file)
         return RawNode(file, read_only=False)
+
+    return make
+
+
+def held_image(path: Path, held: list[HeldFile]) -> MakeNode:
+    """A writable qcow2 image; its file is appended to ``held``."""
+
+    async def make(engine: Engine) -> BlockNode:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pynbd.block.file.HostFile", HeldFile)
+            node = await open_image(path, format="qcow2", read_only=False, engine=engine)
+        assert isinstance(node.file, HeldFile)
+        held.append(node.file)
+        return node
 
     return make
 
@@ -170,18 +187,27 @@ class Held(NamedTuple):
     path: Path
     file: HeldFile
 
-    def enter(self, mode: Mode) -> Peer:
+    def enter(self, mode: Mode, contexts: Sequence[str] = ()) -> Peer:
         """A connection in transmission."""
         peer = Peer(self.local.socket)
-        peer.negotiate(mode)
+        peer.negotiate(mode, contexts=contexts)
         return peer
 
 
 @contextmanager
 def holding(loop_name: str, folder: Path, size: int) -> Iterator[Held]:
     """A server on a held file of ``size`` bytes, until the end of the block."""
-    files: list[HeldFile] = []
     path = folder / "disk.img"
     path.write_bytes(content(size))
-    with serving(loop_name, str(folder / "socket"), {"": held_node(path, files)}) as local:
+    with holding_open(loop_name, path, held_node) as held:
+        yield held
+
+
+@contextmanager
+def holding_open(
+    loop_name: str, path: Path, node: Callable[[Path, list[HeldFile]], MakeNode]
+) -> Iterator[Held]:
+    """A server on a held file, opened as ``node``."""
+    files: list[HeldFile] = []
+    with serving(loop_name, str(path.with_suffix(".sock")), {"": node(path, files)}) as local:
         yield Held(local, path, files[0])
