@@ -14,11 +14,11 @@ The rules, as QEMU has them (``qapi/block-core.json``, and ``blockdev`` in its d
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pynbd.block.engine import CacheMode
+from pynbd.block.sizes import parse_size
 from pynbd.block.window import SECTOR
 from pynbd.errors import ImageError, UnsupportedFeature
 
@@ -54,8 +54,6 @@ _ENCRYPTION = "encrypt"
 
 _YES = frozenset({"on", "yes", "true", "y"})
 _NO = frozenset({"off", "no", "false", "n"})
-_SIZE = re.compile(r"\+?(0[xX][0-9a-fA-F]+|\d+(?:\.\d+)?)([bBkKmMgGtTpPeE]?)")
-_UNITS = "bkmgtpe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,17 +256,7 @@ class _Node:
     def _size(self, name: str) -> int | None:
         value = self._options.get(name)
         if isinstance(value, str):
-            match = _SIZE.fullmatch(value)
-            if match:
-                number, unit = match.groups()
-                factor = 1 << 10 * max(_UNITS.find(unit.lower() or "b"), 0)
-                value = (
-                    int(number, 16) * factor
-                    if number[1:2] in ("x", "X")
-                    else round(float(number) * factor)
-                    if "." in number
-                    else int(number) * factor
-                )
+            value = parse_size(value)
         if name in self._options and (type(value) is not int or not 0 <= value < 1 << 63):
             raise self._wrong(
                 name, "a number of bytes, 0 or more; with k, M, G, T, P or E after it"

@@ -1,0 +1,28 @@
+"""Sizes as QEMU's tools take them: a number of bytes, or one with a unit after it (pure)."""
+
+from __future__ import annotations
+
+import re
+
+_SIZE = re.compile(r"\+?(0[xX][0-9a-fA-F]+|\d+(?:\.\d+)?)([bBkKmMgGtTpPeE]?)")
+_UNITS = "bkmgtpe"
+
+
+def parse_size(text: str) -> int | None:
+    """The bytes of ``1048576``, ``0x100000``, ``1M`` or ``0.5G``; a unit is a power of 1024.
+
+    None for what is no size: there are no negative ones, and none from 2^63 on.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return None
+    number, unit = match.groups()
+    factor = 1 << 10 * max(_UNITS.find(unit.lower() or "b"), 0)
+    size = (
+        int(number, 16) * factor
+        if number[1:2] in ("x", "X")
+        else round(float(number) * factor)
+        if "." in number
+        else int(number) * factor
+    )
+    return size if size < 1 << 63 else None
