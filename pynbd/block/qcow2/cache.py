@@ -1,9 +1,12 @@
-"""What was read from an image before and may be needed again: L2 tables, decompressed clusters,
+"""What was read from an image before and may be needed again: tables, decompressed clusters,
 bitmaps.
 
 They are read whole, by many requests at once, and in any order. Rules: the memory is bounded, the
 least recently used goes first; requests that want the same thing at the same time share one read; a
 failed read is not remembered.
+
+Tables are changed in memory, and written by `pynbd.block.qcow2.commit` alone. Of a table there is
+one `Table` as long as anybody has it, in the cache or not: what one writer changes all others see.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from pynbd.block.engine import HostFile
 from pynbd.block.qcow2.entries import UInt64s
+from pynbd.block.qcow2.widths import Values, decode, encode
 
 T = TypeVar("T")
 
@@ -81,16 +86,93 @@ class SharedReads(Generic[T]):
             self._weight -= self._weigh(dropped)
 
 
-class TableCache(SharedReads[UInt64s]):
-    """Tables of ``table_bytes`` by their host offset, as `read_table` reads them."""
+# What is written of a changed table: whole pages of it.
+PAGE = 4096
+
+
+class Table:
+    """A table of the image in memory: ``values``, entries of ``bits`` bits in native byte order.
+
+    ``pages``: the numbers of its pages that were changed and not written. ``checked``: its place
+    was compared with that of all other metadata. Tables are compared by identity.
+    """
+
+    __slots__ = ("__weakref__", "bits", "checked", "host_offset", "pages", "values")
+
+    def __init__(self, host_offset: int, values: Values, bits: int = 64) -> None:
+        self.host_offset = host_offset
+        self.values = values
+        self.bits = bits
+        self.pages: set[int] = set()
+        self.checked = False
+
+    @property
+    def length(self) -> int:
+        """In bytes."""
+        return len(self.values) * self.bits // 8
+
+    def changed(self, first: int, last: int) -> None:
+        """Entries [first, last) were changed; there is at least one."""
+        in_page = PAGE * 8 // self.bits
+        self.pages.update(range(first // in_page, (last - 1) // in_page + 1))
+
+    def changed_as_a_whole(self) -> None:
+        """None of it is on disk."""
+        self.pages.update(range(-(-self.length // PAGE)))
+
+    def take_pages(self) -> list[tuple[bytes, int]]:
+        """(data, host offset) of the changed pages as they are now; neighbours go together."""
+        pages, self.pages = sorted(self.pages), set()
+        stretches: list[list[int]] = []
+        for page in pages:
+            if stretches and stretches[-1][1] == page:
+                stretches[-1][1] += 1
+            else:
+                stretches.append([page, page + 1])
+        return [self._encoded(first, last) for first, last in stretches]
+
+    def _encoded(self, first: int, last: int) -> tuple[bytes, int]:
+        """Pages [first, last)."""
+        in_page = PAGE * 8 // self.bits
+        data = encode(self.values[first * in_page : last * in_page], self.bits)
+        return data, self.host_offset + first * PAGE
+
+
+class TableCache(SharedReads[Table]):
+    """Tables of ``table_bytes`` by their host offset, with entries of ``bits`` bits."""
 
     def __init__(
-        self, file: HostFile, table_bytes: int, limit_bytes: int = TABLE_CACHE_BYTES
+        self,
+        file: HostFile,
+        table_bytes: int,
+        limit_bytes: int = TABLE_CACHE_BYTES,
+        bits: int = 64,
     ) -> None:
-        super().__init__(
-            lambda host_offset: read_table(file, host_offset, table_bytes // 8),
-            limit_bytes // table_bytes,
-        )
+        super().__init__(self._read_table, limit_bytes // table_bytes)
+        self._file = file
+        self._table_bytes = table_bytes
+        self._bits = bits
+        self._alive: WeakValueDictionary[int, Table] = WeakValueDictionary()
+
+    async def _read_table(self, host_offset: int) -> Table:
+        table = self._alive.get(host_offset)
+        if table is None:
+            data = bytearray(self._table_bytes)
+            await self._file.read(memoryview(data), host_offset)
+            table = self._alive[host_offset] = Table(
+                host_offset, decode(data, self._bits), self._bits
+            )
+        return table
+
+    def at_hand(self, host_offset: int) -> Table | None:
+        """The table at a place, if it is in memory."""
+        return self._alive.get(host_offset)
+
+    def add(self, table: Table) -> None:
+        """A new table, which is not on disk yet."""
+        assert table.host_offset not in self._kept
+        self._alive[table.host_offset] = table
+        self._keep(table.host_offset, table)
 
 
 async def read_table(file: HostFile, host_offset: int, entries: int) -> UInt64s:

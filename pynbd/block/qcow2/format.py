@@ -41,6 +41,13 @@ HEADER_V3_FIELDS = Struct(
     "refcount_order" / Int32ub,
     "header_length" / Int32ub,
 )
+# Where the fields are that are rewritten while an image is open; all in the first sector.
+REFCOUNT_TABLE_FIELDS = Struct(
+    "refcount_table_offset" / Int64ub, "refcount_table_clusters" / Int32ub
+)
+REFCOUNT_TABLE_FIELDS_OFFSET = 48
+INCOMPATIBLE_OFFSET = 72
+AUTOCLEAR_OFFSET = 88
 HEADER_LENGTH_V2 = HEADER_V2.sizeof()  # 72
 # 104. Behind it are additional fields: so far the compression type, a byte, padded to 8 bytes.
 HEADER_LENGTH_V3 = HEADER_LENGTH_V2 + HEADER_V3_FIELDS.sizeof()

@@ -92,7 +92,7 @@ class Mapping:
     async def _load(self, group: IndexArray) -> UInt64s:
         """The L2 tables of some L1 entries, one behind the other. Raises `CorruptImage`."""
         places = [entries.l2_table_offset(entry, self.layout) for entry in self.l1[group].tolist()]
-        tables = [await self.tables.load(host_offset) for host_offset in places]
+        tables = [(await self.tables.load(host_offset)).values for host_offset in places]
         return tables[0] if len(tables) == 1 else np.concatenate(tables)
 
     def _decode(self, tables: UInt64s, base: int, start: int, stop: int) -> Runs:

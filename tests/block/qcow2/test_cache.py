@@ -124,8 +124,8 @@ async def test_entries_are_big_endian_on_disk(file: HostFile) -> None:
 async def test_past_the_end_of_the_file_are_zeroes(file: HostFile) -> None:
     tables = TableCache(file, 512)
     table = await tables.load(1024 - 8)
-    assert table.tolist() == [0x38393A3B3C3D3E3F] + [0] * 63
-    assert not (await tables.load(1 << 40)).any()
+    assert table.values.tolist() == [0x38393A3B3C3D3E3F] + [0] * 63
+    assert not (await tables.load(1 << 40)).values.any()
 
 
 async def test_a_scan_stays_within_the_bound(file: HostFile) -> None:

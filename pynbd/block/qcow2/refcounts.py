@@ -1,0 +1,405 @@
+"""Refcounts of host clusters: allocating them and giving them back (docs/interop/qcow2.rst, "Host
+cluster management").
+
+Refcounts are changed in memory; `Commits` writes them before what relies on them. A new cluster is
+a hole that was found, or the next one at the end: the file is searched for holes once, a few blocks
+at each allocation, so that no request pays for all of them; what is given back later is
+remembered. A refcount block counts itself, if it is the first in what it speaks of.
+
+Whoever gets a cluster has it to himself: refcounts above one come from internal snapshots and
+compressed clusters, and only ever fall.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pynbd.block.engine import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, HostFile
+from pynbd.block.qcow2.cache import Table, TableCache, read_table
+from pynbd.block.qcow2.commit import Commits, HostRange
+from pynbd.block.qcow2.entries import UInt64s
+from pynbd.block.qcow2.format import MAX_OFFSET, MAX_REFCOUNT_TABLE_BYTES, REFT_OFFSET_MASK
+from pynbd.block.qcow2.header import Header
+from pynbd.block.qcow2.places import Places
+from pynbd.errors import CorruptImage
+
+REFCOUNT_TABLE = "refcount table"
+
+# Of blocks that were not changed.
+BLOCK_CACHE_BYTES = 2 << 20
+# Blocks that one allocation looks through for holes.
+_BLOCKS_PER_SEARCH = 4
+# Holes that are remembered; with more than these the file is searched again.
+_MAX_HOLES = 1 << 14
+# Clusters that are given back in one go.
+_CLUSTERS_PER_STEP = 1 << 16
+# The file becomes longer in steps of a sixteenth, within these limits: a file that grows with every
+# write makes every flush slow.
+_MIN_GROWTH = 1 << 20
+_MAX_GROWTH = 64 << 20
+
+_Clusters = tuple[int, int]  # number of the first, and how many
+
+
+class Run(NamedTuple):
+    """Allocated host clusters. ``blank``: they read as zeroes."""
+
+    host_offset: int
+    clusters: int
+    blank: bool
+
+
+class Refcounts:
+    """The refcount table and blocks of one image that is written. Raises `CorruptImage` where a
+    change would make damage worse.
+    """
+
+    def __init__(
+        self, file: HostFile, header: Header, table: Table, commits: Commits, places: Places
+    ) -> None:
+        self._file = file
+        self._bits = header.cluster_bits
+        self._cluster_size = header.cluster_size
+        self._width = header.refcount_bits
+        self._in_block = header.cluster_size * 8 // header.refcount_bits
+        self._commits = commits
+        self._places = places
+        self.table = table
+        self._blocks = TableCache(file, header.cluster_size, BLOCK_CACHE_BYTES, self._width)
+        self._lock = asyncio.Lock()
+        self._holes: list[_Clusters] = []  # each inside what one block speaks of
+        self._searched = 0  # holes before this cluster are known
+        self._end = 0  # of what is in use
+        self._written_end = -(-file.size() // self._cluster_size)  # beyond is nothing but zeroes
+        self._first_size = self._size = file.size()
+        places.add(table.host_offset, table.length, REFCOUNT_TABLE)
+        places.add_tables("refcount block", self._block_offsets)
+
+    @classmethod
+    async def open(
+        cls, file: HostFile, header: Header, commits: Commits, places: Places
+    ) -> Refcounts:
+        """Read the refcount table, and find the end of what is in use."""
+        entries = header.refcount_table_clusters * header.cluster_size // 8
+        offset = header.refcount_table_offset
+        table = Table(offset, await read_table(file, offset, entries))
+        refcounts = cls(file, header, table, commits, places)
+        for index in reversed(np.flatnonzero(refcounts._block_offsets()).tolist()):
+            block = await refcounts._load(index)
+            used = np.flatnonzero(block.values)
+            if len(used):
+                refcounts._end = index * refcounts._in_block + int(used[-1]) + 1
+                break
+        return refcounts
+
+    def _block_offsets(self) -> UInt64s:
+        return self.table.values & np.uint64(REFT_OFFSET_MASK)
+
+    # Allocating
+
+    async def allocate(self, clusters: int) -> list[Run]:
+        """So many host clusters, in as few runs as there are; each with a refcount of 1.
+
+        ``OSError`` ENOSPC if there is no room for them.
+        """
+        async with self._lock:
+            runs: list[Run] = []
+            try:
+                await self._search()
+                while clusters:
+                    run = await self._take(clusters)
+                    runs.append(run)
+                    clusters -= run.clusters
+            except BaseException:
+                for run in runs:
+                    await self._unallocate(run)
+                raise
+            return runs
+
+    async def unallocate(self, runs: Sequence[Run]) -> None:
+        """Give back clusters that nothing ever referred to."""
+        async with self._lock:
+            for run in runs:
+                await self._unallocate(run)
+
+    async def _unallocate(self, run: Run) -> None:
+        first = run.host_offset >> self._bits
+        for number, count in self._by_block(first, run.clusters):
+            await self._set(number, count, 0)
+            self._holes.append((number, count))
+
+    async def _take(self, want: int) -> Run:
+        """Up to ``want`` clusters that follow one another."""
+        if not self._holes:
+            return await self._take_from_end(want)
+        first, there = self._holes.pop()
+        count = min(there, want)
+        if count < there:
+            self._holes.append((first + count, there - count))
+        await self._set(first, count, 1)
+        return Run(first << self._bits, count, blank=False)
+
+    async def _search(self) -> None:
+        """Look for holes, if none is known."""
+        for _ in range(_BLOCKS_PER_SEARCH):
+            if self._holes or self._searched >= self._end:
+                return
+            index, skip = divmod(self._searched, self._in_block)
+            base = index * self._in_block
+            block = await self._block(index)
+            if block is not None:
+                stop = min(self._end - base, self._in_block)
+                self._holes = _runs(block.values[skip:stop] == 0, base + skip)[::-1]
+            self._searched = base + self._in_block
+
+    async def _take_from_end(self, want: int) -> Run:
+        while True:
+            index, within = divmod(self._end, self._in_block)
+            block = await self._block(index)
+            if block is None:
+                await self._add_block(index)
+                continue
+            ahead = block.values[within : within + want]
+            in_use = np.flatnonzero(ahead)
+            count = int(in_use[0]) if len(in_use) else len(ahead)
+            if count:
+                break
+            self._end += 1  # in use, though beyond the end of the file
+        first = self._end
+        blank = first >= self._written_end and not self._file.is_device
+        if not blank:
+            count = min(count, max(self._written_end - first, 1))
+        self._check_room(first, count)
+        await self._set(first, count, 1)
+        self._end += count
+        await self._make_longer()
+        return Run(first << self._bits, count, blank)
+
+    def _check_room(self, first: int, count: int) -> None:
+        end = first + count << self._bits
+        if end > MAX_OFFSET or (self._file.is_device and end > self._size):
+            raise OSError(errno.ENOSPC, "there is no room for more clusters", self._file.path)
+
+    async def _make_longer(self) -> None:
+        end = self._end << self._bits
+        if end > self._size and not self._file.is_device:
+            growth = min(max(end // 16, _MIN_GROWTH), _MAX_GROWTH)
+            try:
+                await self._file.resize(end + growth)
+            except OSError:
+                return  # whoever writes there will be told
+            self._size = end + growth
+
+    async def finish(self) -> None:
+        """Give back what the file was made longer than it needs."""
+        needed = max(self._end << self._bits, self._first_size)
+        if needed < self._size and not self._file.is_device:
+            await self._file.resize(needed)
+            self._size = needed
+
+    # Giving back
+
+    async def release(self, ranges: Sequence[HostRange]) -> None:
+        """One reference less for each cluster; those without any are punched, and free.
+
+        Nothing on disk refers to them any more, and nobody uses them.
+        """
+        for clusters in self._steps(ranges):
+            async with self._lock:
+                ending = [run for each in clusters for run in await self._last_references(*each)]
+            for first, count in ending:
+                self._check_place(first, count)
+                await self._punch(first, count)
+            async with self._lock:
+                for first, count in clusters:
+                    await self._lower(first, count)
+            if len(self._holes) > _MAX_HOLES:
+                self._holes.clear()
+                self._searched = 0
+
+    def _steps(self, ranges: Sequence[HostRange]) -> Iterator[list[_Clusters]]:
+        """``ranges`` in ascending order, neighbours put together, each inside one block."""
+        merged: list[list[int]] = []
+        for host_offset, length in sorted(ranges):
+            first, last = host_offset >> self._bits, host_offset + length >> self._bits
+            if merged and merged[-1][1] == first:
+                merged[-1][1] = last
+            else:
+                merged.append([first, last])
+        step: list[_Clusters] = []
+        size = 0
+        for first, last in merged:
+            for number, count in self._by_block(first, last - first):
+                step.append((number, count))
+                size += count
+                if size >= _CLUSTERS_PER_STEP:
+                    yield step
+                    step, size = [], 0
+        if step:
+            yield step
+
+    def _by_block(self, first: int, count: int) -> Iterator[_Clusters]:
+        end = first + count
+        while first < end:
+            stop = min(end, (first // self._in_block + 1) * self._in_block)
+            yield first, stop - first
+            first = stop
+
+    async def _last_references(self, first: int, count: int) -> list[_Clusters]:
+        """Those of some clusters that have one reference."""
+        block = await self._counted(first)
+        at = first % self._in_block
+        return _runs(block.values[at : at + count] == 1, first)
+
+    async def _lower(self, first: int, count: int) -> None:
+        """One reference less for each; those that have none left are holes."""
+        block = await self._counted(first)
+        at = first % self._in_block
+        ending = await self._last_references(first, count)
+        counts = block.values[at : at + count]
+        if not counts.all():
+            where = first + int(np.flatnonzero(counts == 0)[0]) << self._bits
+            raise CorruptImage(
+                f"{self._file.path}: the cluster at {where:#x} was in use, but its refcount is 0"
+            )
+        counts -= 1
+        self._commits.count(block, at, at + count)
+        self._holes += ending
+
+    async def _punch(self, first: int, count: int) -> None:
+        host_offset, length = first << self._bits, count << self._bits
+        mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+        await self._file.fallocate(mode, host_offset, length)
+
+    # Blocks
+
+    async def _set(self, first: int, count: int, refcount: int) -> None:
+        """Set the refcounts of clusters that one block speaks of, and that are no metadata."""
+        host_offset, length = first << self._bits, count << self._bits
+        if self._places.hold(host_offset, length):
+            self._overlap(host_offset, length)
+        block = await self._counted(first)
+        at = first % self._in_block
+        block.values[at : at + count] = refcount
+        self._commits.count(block, at, at + count)
+
+    def _overlap(self, host_offset: int, length: int) -> None:
+        there = " and ".join(self._places.names(host_offset, length))
+        raise CorruptImage(
+            f"{self._file.path}: the cluster at {host_offset:#x} has no refcount, but holds {there}"
+        )
+
+    async def _counted(self, cluster: int) -> Table:
+        """The block that counts ``cluster``, to be changed."""
+        index = cluster // self._in_block
+        block = await self._block(index)
+        if block is None:
+            raise CorruptImage(
+                f"{self._file.path}: the cluster at {cluster << self._bits:#x} is in use, but"
+                " there is no refcount block for it"
+            )
+        return block
+
+    async def _block(self, index: int) -> Table | None:
+        """The refcount block ``index``, None if there is none; its place is its own."""
+        if index >= len(self.table.values) or not self.table.values[index]:
+            return None
+        block = await self._load(index)
+        if not block.checked:
+            there = self._places.names(block.host_offset)
+            if len(there) > 1:
+                raise CorruptImage(f"{self._file.path}: {' and '.join(there)} are in one cluster")
+            block.checked = True
+        return block
+
+    async def _load(self, index: int) -> Table:
+        host_offset = int(self.table.values[index]) & REFT_OFFSET_MASK
+        if host_offset % self._cluster_size or host_offset > MAX_OFFSET:
+            raise CorruptImage(
+                f"{self._file.path}: refcount block {index} is at {host_offset:#x}, not at a"
+                " cluster of the file"
+            )
+        return await self._blocks.load(host_offset)
+
+    async def _add_block(self, index: int) -> None:
+        """A new refcount block, the first of the clusters that it counts; perhaps with a new
+        table for it.
+        """
+        if index < len(self.table.values):
+            self._place_blocks([index], self._end)
+            return
+        # The new table comes behind the new blocks that count it and themselves.
+        entries_in_cluster = self._cluster_size // 8
+        wanted = max(index + 1, len(self.table.values) * 3 // 2)
+        clusters = -(-wanted // entries_in_cluster)
+        while True:
+            indexes = self._missing(clusters)
+            last = (self._end + len(indexes) + clusters - 1) // self._in_block
+            if last < clusters * entries_in_cluster:
+                break
+            clusters += 1
+        length = clusters * self._cluster_size
+        if length > MAX_REFCOUNT_TABLE_BYTES:
+            problem = f"the refcount table would exceed {MAX_REFCOUNT_TABLE_BYTES} bytes"
+            raise OSError(errno.ENOSPC, problem, self._file.path)
+        # From here on nothing waits: a commit sees all of it or nothing.
+        old, start = self.table, self._end + len(indexes)
+        values = np.zeros(length // 8, np.uint64)
+        values[: len(old.values)] = old.values
+        self._check_place(self._end, len(indexes) + clusters)
+        self.table = Table(start << self._bits, values)
+        self._commits.move_refcount_table(self.table)
+        blocks = self._place_blocks(indexes, self._end)
+        for number in range(start, start + clusters):
+            blocks[number // self._in_block].values[number % self._in_block] = 1
+        self._end = start + clusters
+        self._places.remove(REFCOUNT_TABLE)
+        self._places.add(self.table.host_offset, length, REFCOUNT_TABLE)
+        self._commits.free([(old.host_offset, old.length)])
+
+    def _missing(self, clusters: int) -> list[int]:
+        """The blocks to be added, if so many clusters are to come behind them at the end: none of
+        them is there, as the table ends before.
+        """
+        first, blocks = self._end // self._in_block, 1
+        while True:
+            last = (self._end + blocks + clusters - 1) // self._in_block
+            if last - first + 1 <= blocks:
+                return list(range(first, last + 1))
+            blocks = last - first + 1
+
+    def _check_place(self, first: int, count: int) -> None:
+        self._check_room(first, count)
+        host_offset, length = first << self._bits, count << self._bits
+        if self._places.hold(host_offset, length):
+            self._overlap(host_offset, length)
+
+    def _place_blocks(self, indexes: Sequence[int], first: int) -> dict[int, Table]:
+        """New blocks in the clusters from ``first``, all of which they count."""
+        self._check_place(first, len(indexes))
+        blocks: dict[int, Table] = {}
+        for number, index in enumerate(indexes, first):
+            values = np.zeros(self._in_block, f"u{max(self._width // 8, 1)}")
+            block = blocks[index] = Table(number << self._bits, values, self._width)
+            block.checked = True
+            self.table.values[index] = block.host_offset
+            self._blocks.add(block)
+            self._places.mark(block.host_offset)
+            self._commits.add_block(block, self.table, index)
+        for number in range(first, first + len(indexes)):
+            blocks[number // self._in_block].values[number % self._in_block] = 1
+        self._end = first + len(indexes)
+        return blocks
+
+
+def _runs(flags: npt.NDArray[np.bool_], first: int) -> list[_Clusters]:
+    """Where ``flags`` are set; the first of them is for cluster ``first``."""
+    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)) + first
+    numbers: list[int] = edges.tolist()
+    return [(start, end - start) for start, end in zip(numbers[::2], numbers[1::2], strict=True)]
