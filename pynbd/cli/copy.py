@@ -12,8 +12,9 @@ import click
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import told
 from pynbd.cli.looking import check_no_image_options, image_options, snapshot_option
+from pynbd.cli.numbers import power_of_two
 from pynbd.cli.progress import progress_bar
-from pynbd.cli.transfer import Interrupted, check_name, power_of_two, run, transfer_options
+from pynbd.cli.transfer import Interrupted, check_name, run, transfer_options
 from pynbd.client.copy import copy as copy_disk
 from pynbd.client.dirty import dirty_ranges
 from pynbd.client.ends import Reading, Writing, open_disk, open_target

@@ -23,6 +23,7 @@ class _Subcommands(complaints.Told, click.Group):
         "map": "pynbd.cli.map",
         "copy": "pynbd.cli.copy",
         "compare": "pynbd.cli.compare",
+        "create": "pynbd.cli.create",
         "demo": "pynbd.cli.demo",
         "completion": "pynbd.cli.completion",
         "man": "pynbd.cli.man",

@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 import click
 
+from pynbd.block.sizes import parse_size
+
+_UNITS = {"m": 1 << 20, "k": 1 << 10}
+
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str | int], int]:
     """The type of an option: decimal, from ``low`` to ``high``, both allowed."""
@@ -33,3 +37,36 @@ def seconds(value: str | float) -> float:
     if not 0 <= number < math.inf:
         raise click.BadParameter(f"{value!r} is not a number of seconds, 0 or more")
     return number
+
+
+def power_of_two(low: int, high: int, *, or_none: bool = False) -> Callable[[str | int], int]:
+    """The type of an option: so many bytes, from ``low`` to ``high``; with ``or_none``, or 0."""
+    allowed = f"a power of two, {in_bytes(low)} to {in_bytes(high)}" + ", or 0" * or_none
+
+    def convert(value: str | int) -> int:
+        number = parse_size(str(value))
+        if number is None or not (
+            (low <= number <= high and number.bit_count() == 1) or (or_none and number == 0)
+        ):
+            raise click.BadParameter(f"{value!r} is not {allowed}")
+        return number
+
+    return convert
+
+
+def in_bytes(number: int) -> str:
+    """4096 as 4k: as `power_of_two` reads it."""
+    for unit, factor in _UNITS.items():
+        if number and number % factor == 0:
+            return f"{number // factor}{unit}"
+    return str(number)
+
+
+def size_in_bytes(value: str | int) -> int:
+    """The type of an option: a size as QEMU's tools take it."""
+    size = parse_size(str(value))
+    if size is None:
+        raise click.BadParameter(
+            f"{value!r} is not a number of bytes, 0 or more; with k, M, G, T, P or E after it"
+        )
+    return size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -13,39 +12,13 @@ import click
 from pynbd.cli.complaints import complain
 from pynbd.cli.descriptors import fill_standard_descriptors
 from pynbd.cli.loops import FASTEST, LOOPS
-from pynbd.cli.numbers import whole_number
+from pynbd.cli.numbers import in_bytes, power_of_two, whole_number
 from pynbd.client.ends import CONNECTIONS
 from pynbd.client.workers import REQUEST_SIZE, REQUESTS
 from pynbd.errors import UsageError
 
 T = TypeVar("T")
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
-
-_SIZE = re.compile(r"([0-9]{1,9})([km]?)", re.IGNORECASE)
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
-
-
-def power_of_two(low: int, high: int, *, or_none: bool = False) -> Callable[[str | int], int]:
-    """The type of an option: so many bytes, from ``low`` to ``high``; with ``or_none``, or 0."""
-    allowed = f"a power of two, {in_bytes(low)} to {in_bytes(high)}" + ", or 0" * or_none
-
-    def convert(value: str | int) -> int:
-        said = _SIZE.fullmatch(str(value))
-        number = int(said[1]) * _UNITS[said[2].lower()] if said else -1
-        is_allowed = low <= number <= high and number.bit_count() == 1
-        if not is_allowed and not (or_none and number == 0):
-            raise click.BadParameter(f"{value!r} is not {allowed}")
-        return number
-
-    return convert
-
-
-def in_bytes(number: int) -> str:
-    """4096 as 4k: as `power_of_two` reads it."""
-    for unit in "mk":
-        if number and number % _UNITS[unit] == 0:
-            return f"{number // _UNITS[unit]}{unit}"
-    return str(number)
 
 
 def transfer_options(command: _Decorated) -> _Decorated:

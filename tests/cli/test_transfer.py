@@ -6,7 +6,7 @@ import click
 import pytest
 
 from pynbd.cli.copy import copy
-from pynbd.cli.transfer import in_bytes, power_of_two
+from pynbd.cli.numbers import in_bytes, power_of_two
 from pynbd.client.ends import CONNECTIONS
 from pynbd.client.workers import REQUEST_SIZE, REQUESTS
 
@@ -19,9 +19,7 @@ def test_powers_of_two(said: str, meant: int) -> None:
     assert power_of_two(512, 1 << 20, or_none=True)(said) == meant
 
 
-@pytest.mark.parametrize(
-    "said", ["", "-1", "256", "1000", "3k", "2M", "4 k", "4kb", "1e3", "0x200"]
-)
+@pytest.mark.parametrize("said", ["", "-1", "256", "1000", "3k", "2M", "4 k", "4kb", "1e3"])
 def test_what_is_none(said: str) -> None:
     with pytest.raises(click.BadParameter) as raised:
         power_of_two(512, 1 << 20, or_none=True)(said)
