@@ -93,19 +93,22 @@ def _lock(file: HostFile, *, force_share: bool) -> None:
             log.warning("%s: the file system has no locks: %s", file.path, error.strerror)
             return
         raise ImageLocked(f"{file.path}: is locked by another process") from None
-    for bit in uses:
-        if file.byte_is_locked(LOCK_UNSHARED + bit):
-            raise ImageLocked(
-                f"{file.path}: another process forbids others to {_VERB[bit]} it {_WAY_OUT}"
-            )
+    # First: who writes lets nobody else read, either.
     for bit in forbids:
         if file.byte_is_locked(LOCK_USED + bit):
             raise ImageLocked(
-                f"{file.path}: another process has it open to {_VERB[bit]} it {_WAY_OUT}"
+                f"{file.path}: another process has it open to {_VERB[bit]} it {_AT_ONES_OWN_RISK}"
+            )
+    for bit in uses:
+        if file.byte_is_locked(LOCK_UNSHARED + bit):
+            way_out = _AT_ONES_OWN_RISK if bit is Permission.CONSISTENT_READ else _BESIDE_OTHERS
+            raise ImageLocked(
+                f"{file.path}: another process forbids others to {_VERB[bit]} it {way_out}"
             )
 
 
-_WAY_OUT = "(--force-share reads it all the same)"
+_AT_ONES_OWN_RISK = "(--force-share reads it all the same)"
+_BESIDE_OTHERS = "(-r serves it read-only)"
 _VERB = {
     Permission.CONSISTENT_READ: "read",
     Permission.WRITE: "write",
