@@ -1,0 +1,217 @@
+"""Every image that a crash can leave, of many seeded runs: `main` for long, `crash_run` for one.
+
+A run opens an image, changes it with requests that meet in flight, flushes now and then, closes it
+and begins again; everything that its files were told is on a `Timeline`. Then the images of every
+epoch of that timeline are built and judged.
+
+``python -m interop.soak.crashes --plan growing --seed 7`` repeats one run and tells what is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import click
+
+from interop.soak.cells import CELL, Cells, Request
+from interop.soak.judging import Before, Broken, Judge
+from interop.soak.plans import PLANS, RAW, Plan, build, requests
+from interop.soak.recording import SteppedEngine, Timeline, recorded
+from interop.soak.replay import KINDS, epochs, images
+from pynbd.block.chain import open_image
+from pynbd.block.engine import Engine
+from pynbd.block.node import BlockNode
+
+REQUESTS = 60  # of a session, between an opening and a closing
+SESSIONS = 2
+OTHERS = 3  # subsets, and torn images, of an epoch
+PEER_EVERY = 40  # one in so many images is shown to qemu-img
+
+
+class Crash(AssertionError):
+    """An image that breaks a promise; how to build it again."""
+
+
+async def perform(
+    plan: Plan, image: Path, seed: int, count: int, engine: Engine
+) -> tuple[Timeline, list[Request]]:
+    """Change an image; what its files were told, and what they were told for."""
+    rng = Random(seed)
+    asked: list[Request] = []
+    with recorded() as timeline:
+        for _ in range(SESSIONS):
+            node = await open_image(image, format=plan.format, read_only=False, engine=engine)
+            try:
+                await _session(plan, node, rng, count, timeline, asked)
+            finally:
+                await node.close()
+    return timeline, asked
+
+
+async def _session(
+    plan: Plan,
+    node: BlockNode,
+    rng: Random,
+    count: int,
+    timeline: Timeline,
+    asked: list[Request],
+) -> None:
+    """One group of requests after the other, up to a number of them at the same time."""
+    under_way: set[asyncio.Task[None]] = set()
+    at_once = rng.choice((1, 2, 4, 8))
+    for group in requests(plan, rng, count, len(asked)):
+        asked += group
+        under_way.add(asyncio.create_task(timed(group, timeline, _ask(node, group, rng.random()))))
+        while len(under_way) >= at_once:
+            done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    await asyncio.gather(*under_way)
+
+
+async def timed(group: Sequence[Request], timeline: Timeline, answer: Awaitable[None]) -> None:
+    """Note when a group of requests begins, and when it was answered."""
+    begin = timeline.tick()
+    for request in group:
+        request.begin = begin
+    await answer
+    end = timeline.tick()
+    for request in group:
+        request.end = end
+
+
+async def _ask(node: BlockNode, group: Sequence[Request], choice: float) -> None:
+    head = group[0]
+    offset, length = head.first * CELL, (head.last - head.first) * CELL
+    if head.kind == "write":
+        pieces = [(r.first * CELL, r.payload.tobytes()) for r in group if r.payload is not None]
+        for error in await node.pwrite_batch(pieces, fua=head.fua):
+            if error:
+                raise error
+    elif head.kind == "zeroes":
+        unmap, no_hole = choice < 0.6, choice > 0.8
+        await node.write_zeroes(
+            offset, length, may_unmap=unmap, fast=False, fua=head.fua, no_hole=no_hole
+        )
+    elif head.kind == "discard":
+        await node.discard(offset, length, fua=head.fua)
+    else:
+        await node.flush()
+
+
+@contextmanager
+def folders() -> Iterator[tuple[Path, Path]]:
+    """One for the run, on a file system with a disk; one for the images that are judged."""
+    memory = Path("/dev/shm")
+    fast = memory if memory.is_dir() else None
+    with (
+        tempfile.TemporaryDirectory(prefix="pynbd-crash-") as run,
+        tempfile.TemporaryDirectory(prefix="pynbd-crash-", dir=fast) as judged,
+    ):
+        yield Path(run), Path(judged)
+
+
+async def crash_run(
+    plan: Plan,
+    seed: int,
+    *,
+    count: int = REQUESTS,
+    threads: bool = False,
+    others: int = OTHERS,
+    peer_every: int = PEER_EVERY,
+    keep: Path | None = None,
+) -> Counter[str]:
+    """One run with ``count`` requests a session, and all of its images; how many there were, by
+    kind.
+
+    ``threads``: as in a server, and never the same way twice. ``keep``: a folder for an image that
+    breaks a promise. Raises `Crash`.
+    """
+    counts: Counter[str] = Counter()
+    with folders() as (folder, judged):
+        image = build(plan, folder)
+        inline = SteppedEngine(0, turns=False)
+        before = await Before.of(plan, image, inline)
+        contents = {name: (folder / name).read_bytes() for name in plan.files}
+        below = {path.name: path.read_bytes() for path in folder.glob("base.*")}
+        for name, content in below.items():
+            (judged / name).write_bytes(content)
+        engine = Engine() if threads else SteppedEngine(seed)
+        try:
+            timeline, asked = await perform(plan, image, seed, count, engine)
+        finally:
+            engine.close()
+        judge = Judge(plan, judged, before, Cells(before.disk, asked), inline)
+        rng = Random(seed)
+        for epoch in epochs(timeline, contents):
+            judge.cells.advance(epoch.end)
+            for kind, crashed in images(epoch, rng, others):
+                counts[kind] += 1
+                peer = counts.total() % peer_every == 0
+                try:
+                    await judge.judge(crashed, peer=peer)
+                except Broken as problem:
+                    if keep:
+                        shutil.copytree(judged, keep, dirs_exist_ok=True)
+                    raise Crash(
+                        f"--plan {plan.name} --seed {seed} --count {count}: image"
+                        f" {counts.total()} ({kind}) before moment {epoch.end}: {problem}"
+                    ) from problem
+        await judge.closed({name: (folder / name).read_bytes() for name in plan.files})
+        for name, content in below.items():
+            assert (folder / name).read_bytes() == content, f"{name} was written to"
+    return counts
+
+
+def main(wanted: int = 20_000, seed: int = 1) -> Counter[str]:
+    """Runs of all plans until ``wanted`` images were judged; prints how many, by kind."""
+    counts: Counter[str] = Counter()
+    started = time.monotonic()
+    for number in itertools.count(seed):
+        for plan in (*PLANS, RAW):
+            # Every third one as in a server: what seeds do not find, time may.
+            counts += asyncio.run(crash_run(plan, number, threads=number % 3 == 2))
+            counts["runs"] += 1
+            if images_of(counts) >= wanted:
+                took = time.monotonic() - started
+                print(f"{images_of(counts)} images of crashes in {took:.0f} s: {told(counts)}")
+                return counts
+    raise AssertionError
+
+
+def images_of(counts: Counter[str]) -> int:
+    return sum(counts[kind] for kind in KINDS)
+
+
+def told(counts: Counter[str]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items())
+
+
+@click.command()
+@click.option("--plan", "name", type=click.Choice([p.name for p in (*PLANS, RAW)]), required=True)
+@click.option("--seed", default=1, show_default=True, help="What decides about everything.")
+@click.option("--count", default=REQUESTS, show_default=True, help="Requests of a session.")
+@click.option("--threads", is_flag=True, help="Calls in threads, as in a server.")
+@click.option("--keep", type=click.Path(path_type=Path), help="A folder for what is broken.")
+def repeat(name: str, seed: int, count: int, threads: bool, keep: Path | None) -> None:
+    """Repeat one run, and say what is wrong with the first image that breaks a promise."""
+    (plan,) = (plan for plan in (*PLANS, RAW) if plan.name == name)
+    try:
+        counts = asyncio.run(crash_run(plan, seed, count=count, threads=threads, keep=keep))
+    except Crash as problem:
+        sys.exit(str(problem))
+    print(told(counts))
+
+
+if __name__ == "__main__":
+    repeat()
