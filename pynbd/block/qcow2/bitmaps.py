@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -109,6 +109,19 @@ async def directory(file: HostFile, header: Header) -> list[BitmapEntry]:
         BitmapEntry(name, 1 << entry.granularity_bits, BitmapFlags(entry.flags))
         for entry, name in _entries(data, extension, file.path)
     ]
+
+
+async def tables(file: HostFile, header: Header) -> AsyncIterator[tuple[_Table, UInt64s]]:
+    """Where the bitmap table of each bitmap is, and its entries; also of those that are in use.
+    Raises `CorruptImage`.
+    """
+    extension = header.bitmaps
+    assert extension is not None
+    data = await file.read_bytes(extension.directory_size, extension.directory_offset)
+    for entry, name in _entries(data, extension, file.path):
+        table = _Table.of(entry, f"{file.path}: bitmap {name!r}")
+        _check_entry(entry, header, table.where)
+        yield table, await _read_bitmap_table(file, header, table)
 
 
 async def load(file: HostFile, header: Header) -> PersistentBitmaps:

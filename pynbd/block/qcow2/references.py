@@ -1,0 +1,280 @@
+"""The references to host clusters: who there is, counted from the tables themselves.
+
+docs/interop/qcow2.rst, "Host cluster management": what is referenced are the header; the L1 tables
+of the active layer and of the snapshots, their L2 tables and the clusters that these name; the
+snapshot table; the bitmap directory, bitmap tables and bitmap data; refcount table and blocks.
+
+1. What ``qemu-img check`` calls a corruption is one here, and is counted as often.
+2. A reference that reaches past the end of the file by a cluster or more is a corruption, and
+   counts for no cluster; the last cluster may be there in part. Files end with a sector.
+3. L2 tables are looked at many at once, with numpy; long steps run in the pool.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pynbd.block.engine import HostFile
+from pynbd.block.extent import Int64s
+from pynbd.block.qcow2 import bitmaps, snapshots
+from pynbd.block.qcow2.cache import read_table
+from pynbd.block.qcow2.entries import Bools, UInt64s
+from pynbd.block.qcow2.format import (
+    BITMAP_TABLE_OFFSET_MASK,
+    COPIED,
+    L1E_OFFSET_MASK,
+    L1E_RESERVED_MASK,
+    L1E_SIZE,
+    MAX_SNAPSHOT_EXTRA,
+    MAX_SNAPSHOT_L1_BYTES,
+    MAX_SNAPSHOT_TABLE_BYTES,
+    SNAPSHOT_ENTRY,
+    SNAPSHOT_EXTRA,
+    Autoclear,
+)
+from pynbd.block.qcow2.header import Header
+from pynbd.block.qcow2.l2_tables import L2Entries, Tables, l2_tables
+from pynbd.block.qcow2.recorded import Recorded
+from pynbd.block.qcow2.report import Report
+from pynbd.block.qcow2.snapshots import Snapshot
+from pynbd.block.window import round_up
+from pynbd.errors import ImageError
+
+MAX_CLUSTERS = (1 << 31) - 1  # of an image file that is checked, as in QEMU
+
+# So many L2 entries are looked at in the loop's own time, more of them in the pool.
+_ENTRIES_IN_THE_LOOP = 1 << 14
+
+_MAX_SNAPSHOT_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
+# The extra data that version 3 demands: vm_state_size and disk_size.
+_SNAPSHOT_EXTRA_V3 = SNAPSHOT_EXTRA.vm_state_size.sizeof() + SNAPSHOT_EXTRA.disk_size.sizeof()
+
+
+class References:
+    """The references to each host cluster of ``file``, and what was found while they were counted.
+
+    ``counts`` has an element for each cluster, and one to spare: a misaligned cluster at the end of
+    the file may touch the next. ``clusters``: how many of them are there. ``metadata``: the numbers
+    of the clusters of all metadata but L2 tables. ``hidden``: there may be references that were not
+    found, as a table or a cluster is not where an entry says.
+    """
+
+    def __init__(self, file: HostFile, header: Header, recorded: Recorded, report: Report) -> None:
+        self.file_size = round_up(file.size())
+        self.clusters = -(-self.file_size >> header.cluster_bits)
+        if self.clusters > MAX_CLUSTERS:
+            raise ImageError(f"{file.path}: it has {self.clusters} clusters: too many to check")
+        self.counts = np.zeros(self.clusters + 1, np.uint32)
+        self.most = (1 << header.refcount_bits) - 1
+        self.metadata: list[UInt64s] = []
+        self.hidden = False
+        self._file = file
+        self._header = header
+        self.recorded = recorded
+        self._report = report
+
+    async def count(self) -> None:
+        """Count all of them. Raises `CorruptImage` where bitmaps or snapshots cannot be found."""
+        header = self._header
+        self._add_metadata(0, header.cluster_size, "the header")
+        await self._count_layer(header.l1_table_offset, header.l1_size, "L1 table", active=True)
+        await self._count_snapshots()
+        length = header.refcount_table_clusters * header.cluster_size
+        self._add_metadata(header.refcount_table_offset, length, "the refcount table")
+        await self._count_bitmaps()
+        self._count_blocks()
+        over = np.flatnonzero(self.counts > self.most)
+        self._report.corrupt(
+            int((self.counts[over] - np.uint32(self.most & 0xFFFFFFFF)).sum(dtype=np.int64)),
+            (
+                f"cluster {cluster} has {self.counts[cluster]} references;"
+                f" a refcount of this image can be {self.most} at most"
+                for cluster in over.tolist()
+            ),
+        )
+
+    def true_counts(self, first: int, last: int) -> UInt64s:
+        """What the refcounts of clusters [first, last) have to be."""
+        return np.minimum(self.counts[first:last], np.uint64(self.most))
+
+    def _add_metadata(self, offset: int, length: int, what: str) -> None:
+        if not length:
+            return
+        size, bits = self._header.cluster_size, self._header.cluster_bits
+        if offset + length - self.file_size >= size:
+            self._report.corrupt(1, [self._beyond(what, offset)])
+            return
+        first, last = offset >> bits, (offset + length - 1) >> bits
+        self.counts[first : last + 1] += np.uint32(1)
+        self.clusters = max(self.clusters, last + 1)
+        self.metadata.append(np.arange(first, last + 1, dtype=np.uint64))
+
+    def _beyond(self, what: str, offset: int) -> str:
+        return f"{what} at {offset:#x} is past the end of the file, {self.file_size:#x}"
+
+    def _add(self, offsets: Int64s, lengths: Int64s | int, what: str) -> None:
+        """Count many ranges of host bytes."""
+        bits = self._header.cluster_bits
+        inside = offsets + lengths - self.file_size < self._header.cluster_size
+        if not inside.all():
+            beyond = offsets[~inside]
+            self._report.corrupt(
+                len(beyond), (self._beyond(what, offset) for offset in beyond.tolist())
+            )
+            self.hidden = True
+            offsets = offsets[inside]
+            lengths = lengths if isinstance(lengths, int) else lengths[inside]
+        if not len(offsets):
+            return
+        first, last = offsets >> bits, (offsets + lengths - 1) >> bits
+        self.clusters = max(self.clusters, int(last.max()) + 1)
+        one = np.uint32(1)
+        np.add.at(self.counts, first, one)
+        for more in range(1, int((last - first).max()) + 1):
+            np.add.at(self.counts, (first + more)[first + more <= last], one)
+
+    async def _count_layer(self, offset: int, entries: int, name: str, *, active: bool) -> None:
+        """An L1 table, what it names, and what that names."""
+        if not entries:
+            return
+        self._add_metadata(offset, entries * L1E_SIZE, f"the {name}")
+        table = await read_table(self._file, offset, entries)
+        named = np.flatnonzero(table)
+        l1 = table[named]
+        places = l1 & np.uint64(L1E_OFFSET_MASK)
+
+        def told(broken: Bools, rule: str) -> None:
+            rows = np.flatnonzero(broken)
+            self._report.corrupt(
+                len(rows), (f"{name}: entry {named[n]}, {l1[n]:#018x}: {rule}" for n in rows)
+            )
+
+        told(l1 & np.uint64(L1E_RESERVED_MASK) != 0, "reserved bits are set")
+        misaligned = places & (self._header.cluster_size - 1) != 0
+        told(misaligned, "the L2 table is not aligned to a cluster")
+        self.hidden |= bool(misaligned.any())
+        self._add(places.view(np.int64), self._header.cluster_size, f"{name}: the L2 table")
+        if active:
+            wrong = self.recorded.contradict(places, l1 & COPIED != 0) & (places != 0)
+            told(wrong, "COPIED contradicts the refcount of the L2 table")
+        async for tables in l2_tables(self._file, self._header, l1):
+            if len(tables.words) > _ENTRIES_IN_THE_LOOP:
+                await self._file.engine.run(self._count_tables, tables, name, active)
+            else:
+                self._count_tables(tables, name, active)
+
+    def _count_tables(self, tables: Tables, name: str, active: bool) -> None:
+        header, report = self._header, self._report
+        entries = L2Entries(tables, header.layout)
+        if not len(entries.index):
+            return
+
+        def told(broken: Bools, rule: str) -> None:
+            if count := int(np.count_nonzero(broken)):
+                places = entries.places(broken)
+                lines = (f"{name}: L2 entry {e:#018x} at {at:#x}: {rule}" for e, at in places)
+                report.corrupt(count, lines)
+
+        for broken, rule in entries.corruptions():
+            told(broken, rule)
+        allocated = entries.allocated
+        if not header.has_data_file:
+            self.hidden |= bool(entries.misaligned().any())
+            places = entries.offset[allocated].view(np.int64)
+            self._add(places, header.cluster_size, f"{name}: the cluster")
+            self._add(*entries.compressed_ranges(), f"{name}: the compressed cluster")
+        if active:
+            if header.has_data_file:
+                wrong = ~entries.copied
+            else:
+                wrong = self.recorded.contradict(entries.offset, entries.copied)
+            # QEMU leaves tables in the first cluster alone, and those with an unknown refcount.
+            looked_at = self.recorded.known(tables.offsets) & (tables.offsets != 0)
+            wrong &= allocated & looked_at[entries.table]
+            told(wrong, "COPIED contradicts the refcount of its cluster")
+            self._count_fragments(entries)
+
+    def _count_fragments(self, entries: L2Entries) -> None:
+        report = self._report
+        if not self._header.has_data_file:
+            compressed = len(entries.compressed_ranges()[0])
+            report.compressed_clusters += compressed
+            report.fragmented_clusters += compressed
+            report.allocated_clusters += compressed
+        places, table = entries.offset[entries.allocated], entries.table[entries.allocated]
+        report.allocated_clusters += len(places)
+        apart = places[1:] != places[:-1] + np.uint64(self._header.cluster_size)
+        report.fragmented_clusters += int(np.count_nonzero(apart & (table[1:] == table[:-1])))
+
+    async def _count_snapshots(self) -> None:
+        header, report = self._header, self._report
+        if not header.nb_snapshots:
+            return
+        at = 0
+        for number, one in enumerate(await _read_snapshots(self._file, header)):
+            at = -(-at // 8) * 8 + _entry_length(one)
+            name = f"snapshot {one.id!r}: L1 table"
+            if header.version >= 3 and len(one.extra) < _SNAPSHOT_EXTRA_V3:
+                line = f"snapshot table entry {number}: it has {len(one.extra)} bytes of extra data"
+                report.corrupt(1, [f"{line}; version 3 demands {_SNAPSHOT_EXTRA_V3}"])
+            if one.l1_table_offset % header.cluster_size:
+                report.corrupt(1, [f"{name} at {one.l1_table_offset:#x}: it is not aligned"])
+                self.hidden = True
+            elif one.l1_size * L1E_SIZE > MAX_SNAPSHOT_L1_BYTES:
+                report.corrupt(1, [f"{name}: {one.l1_size} entries are too many"])
+                self.hidden = True
+            else:
+                await self._count_layer(one.l1_table_offset, one.l1_size, name, active=False)
+        self._add_metadata(header.snapshots_offset, at, "the snapshot table")
+
+    async def _count_bitmaps(self) -> None:
+        extension = self._header.bitmaps
+        if extension is None or Autoclear.BITMAPS not in self._header.autoclear:
+            return
+        self._add_metadata(
+            extension.directory_offset, extension.directory_size, "the bitmap directory"
+        )
+        async for table, entries in bitmaps.tables(self._file, self._header):
+            self._add_metadata(table.offset, table.size * 8, f"{table.where}: the bitmap table")
+            places = entries & np.uint64(BITMAP_TABLE_OFFSET_MASK)
+            places = places[places != 0]
+            self._add(places.view(np.int64), self._header.cluster_size, f"{table.where}: its data")
+            self.metadata.append(places >> self._header.cluster_bits)
+
+    def _count_blocks(self) -> None:
+        """The refcount blocks; they come last, as nobody else may refer to them."""
+        recorded, report = self.recorded, self._report
+        for index, problem in recorded.bad_entries(self.clusters).items():
+            report.corrupt(1, [f"refcount table entry {index}: {problem}"])
+        indexes = recorded.good_entries(self.clusters)
+        blocks = (recorded.blocks >> self._header.cluster_bits)[indexes]
+        others = self.counts[blocks] != 0
+        _, first_of_each = np.unique(blocks, return_index=True)
+        again = np.ones(len(blocks), np.bool_)
+        again[first_of_each] = False
+        shared = (others | again) & (self.most > 1)
+        np.add.at(self.counts, blocks, np.uint32(1))
+        self.metadata.append(blocks.astype(np.uint64))
+        rows = indexes[shared].tolist()
+        recorded.shared.update(indexes[others | again].tolist())
+        report.corrupt(
+            len(rows),
+            (
+                f"refcount block {index} at {int(recorded.blocks[index]):#x}: its cluster has other"
+                " references"
+                for index in rows
+            ),
+        )
+
+
+async def _read_snapshots(file: HostFile, header: Header) -> list[Snapshot]:
+    """As far as the table is past the end of the file, its entries read as zeroes."""
+    length = min(header.nb_snapshots * _MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_BYTES)
+    there = max(min(length, file.size() - header.snapshots_offset), 0)
+    data = await file.read_bytes(there, header.snapshots_offset)
+    return snapshots.parse(data.ljust(length, b"\0"), header, name=file.path)
+
+
+def _entry_length(one: Snapshot) -> int:
+    names = (one.id + one.name).encode("utf-8", "surrogateescape")
+    return int(SNAPSHOT_ENTRY.sizeof()) + len(one.extra) + len(names)
