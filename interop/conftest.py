@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,14 +19,18 @@ PynbdServe = Callable[..., str]
 
 
 @contextmanager
-def serving(image: str | Path, *args: str, says: str = "") -> Iterator[str]:
-    """``pynbd serve`` on a unix socket of its own; the URI that it prints.
+def serving(
+    image: str | Path, *args: str, says: str = "", under: Sequence[str] = ()
+) -> Iterator[str]:
+    """``pynbd serve`` on a unix socket of its own, started by the command ``under``; the URI that
+    it prints.
 
     At the end SIGTERM: it must leave with status 0, and what it has said on standard error must
     match ``says``, which is nothing for most.
     """
     with peers.socket_path() as socket, tempfile.TemporaryFile() as errors:
-        line = [sys.executable, "-m", "pynbd", "serve", "-k", str(socket), *args, str(image)]
+        program = [*under, sys.executable, "-m", "pynbd"]
+        line = [*program, "serve", "-k", str(socket), *args, str(image)]
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             assert process.stdout is not None
             try:
