@@ -1,0 +1,128 @@
+"""What is left when the server has ended: looked at by qemu's tools, and by our own check.
+
+1. Nobody finds an error or a leak; the image is not marked as in use.
+2. The guest disk is the shadow's; a raw data file is the guest disk.
+3. What nobody wrote to is as it was: internal snapshots, the files below.
+4. A bitmap that was recording holds what qemu-nbd records for the same requests, one that was not
+   what it held before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from interop import peers
+from interop.soak.matrix import SNAPSHOT, Image, build
+from interop.soak.mix import Request
+from interop.soak.shadow import Bytes
+from pynbd.client.connection import Client
+
+_REPLAYED_AT_ONCE = 16
+
+
+def guest_disk(path: Path, *snapshot: str) -> Bytes:
+    """What a guest reads, or read when the snapshot was made, as qemu-img tells it."""
+    raw = path.with_name("guest.raw")
+    peers.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", *snapshot, path, raw)
+    try:
+        return np.fromfile(raw, np.uint8)
+    finally:
+        raw.unlink()
+
+
+def digest(content: Bytes) -> str:
+    return hashlib.sha256(content.tobytes()).hexdigest()
+
+
+class Before:
+    """What has to be the same afterwards."""
+
+    def __init__(self, image: Image) -> None:
+        self.snapshot = snapshot_of(image)
+        self.below = [digest(np.fromfile(path, np.uint8)) for path in image.backing]
+
+
+def snapshot_of(image: Image) -> str:
+    if image.row.choice["snapshot"] == "no":
+        return ""
+    return digest(guest_disk(image.path, "-l", SNAPSHOT))
+
+
+def judge(image: Image, before: Before, content: Bytes) -> None:
+    """Hold what is left against what was before, and what the guest wrote."""
+    checked(image.path)
+    assert np.array_equal(guest_disk(image.path), content), "qemu reads something else"
+    after = Before(image)
+    assert after.below == before.below, "a backing file has changed"
+    assert after.snapshot == before.snapshot, "the snapshot has changed"
+    judge_raw(image, content)
+
+
+def judge_raw(image: Image, content: Bytes) -> None:
+    """What others read from a raw data file is the guest disk."""
+    if image.data_file and image.row.choice["data_file"] == "raw":
+        raw = np.fromfile(image.data_file, np.uint8)
+        assert np.array_equal(raw, content), "the raw data file is not the guest disk"
+
+
+def checked(path: Path) -> None:
+    """Neither check finds anything, and nothing says that the image is in use."""
+    info = json.loads(peers.run("qemu-img", "info", "--output=json", path).stdout)
+    assert not info["dirty-flag"]
+    specific = info["format-specific"]["data"]
+    assert not specific.get("corrupt")
+    for bitmap in specific.get("bitmaps", ()):
+        assert "in-use" not in bitmap["flags"], bitmap
+    ours = [sys.executable, "-m", "pynbd", "check", str(path)]
+    for line in [*peers.command("qemu-img"), "check", str(path)], ours:
+        said = subprocess.run(line, check=False, capture_output=True, text=True, timeout=60)
+        assert said.returncode == 0, f"{line}: {said.returncode}\n{said.stdout}{said.stderr}"
+
+
+def dirty(path: Path, names: Iterable[str]) -> list[str]:
+    """The map of each bitmap, as nbdinfo prints it."""
+    options = [word for name in names for word in ("-B", name)]
+    with peers.qemu_nbd(path, "-r", "-f", "qcow2", *options) as uri:
+        return [
+            peers.run("nbdinfo", f"--map=qemu:dirty-bitmap:{name}", uri).stdout for name in names
+        ]
+
+
+def judge_bitmaps(image: Image, changes: Iterable[Request]) -> int:
+    """Let qemu-nbd carry out the same on a twin; how many bitmaps were compared."""
+    names = [name for name, _, _ in image.row.bitmaps]
+    if names:
+        twin = build(image.row, image.path.parent.with_name("twin"))
+        with peers.qemu_nbd(twin.path, "-f", "qcow2", "--discard=unmap") as uri:
+            asyncio.run(replay(uri, changes))
+        for name, ours, theirs in zip(
+            names, dirty(image.path, names), dirty(twin.path, names), strict=True
+        ):
+            assert ours == theirs, f"bitmap {name}: here\n{ours}\nand of qemu-nbd\n{theirs}"
+    return len(names)
+
+
+async def replay(uri: str, changes: Iterable[Request]) -> None:
+    """Carry out changes in any order: they mark the same."""
+    wanted = iter(changes)
+
+    async def work(client: Client) -> None:
+        for request in wanted:
+            if request.kind == "write":
+                await client.pwrite(request.offset, bytes(request.length))
+            elif request.kind == "zeroes":
+                await client.write_zeroes(request.offset, request.length, no_hole=request.no_hole)
+            else:
+                await client.trim(request.offset, request.length)
+
+    async with await Client.open(uri) as client, asyncio.TaskGroup() as group:
+        for _ in range(_REPLAYED_AT_ONCE):
+            group.create_task(work(client))
