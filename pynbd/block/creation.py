@@ -43,6 +43,8 @@ async def create_image(
     if format == "raw":
         _check_raw(options)
     new.check()
+    if new.data_file is not None and _same_name(path, new.data_file):
+        raise UsageError(f"data_file: {new.data_file} is the new image")
     engine = Engine()
     async with AsyncExitStack() as stack:
         stack.callback(engine.close)
@@ -85,7 +87,7 @@ async def _open_backing(path: str, new: NewImage, engine: Engine) -> BlockNode:
     try:
         return await open_image({"driver": new.backing_fmt, "file.filename": path}, engine=engine)
     except ImageError as error:
-        raise type(error)(f"backing file {name}: {error}") from None
+        raise type(error)(f"{error} (backing file of the new image)") from None
 
 
 def _refuse_part(path: str, parts: Iterable[object], backing_file: str) -> None:
@@ -93,6 +95,11 @@ def _refuse_part(path: str, parts: Iterable[object], backing_file: str) -> None:
     identity = _identity(path)
     if identity is not None and identity in parts:
         raise UsageError(f"backing_file: {path} is {backing_file}, or a part of it")
+
+
+def _same_name(path: str, other: str) -> bool:
+    """Also of files that are not there yet."""
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _identity(path: str) -> tuple[int, int] | None:
