@@ -142,7 +142,6 @@ async def crash_run(
         image = build(plan, folder)
         inline = SteppedEngine(0, turns=False)
         before = await Before.of(plan, image, inline)
-        contents = {name: (folder / name).read_bytes() for name in plan.files}
         below = {path.name: path.read_bytes() for path in folder.glob("base.*")}
         for name, content in below.items():
             (judged / name).write_bytes(content)
@@ -153,7 +152,7 @@ async def crash_run(
             engine.close()
         judge = Judge(plan, judged, before, Cells(before.disk, asked), inline)
         rng = Random(seed)
-        for epoch in epochs(timeline, contents):
+        for epoch in epochs(timeline, before.files):
             judge.cells.advance(epoch.end)
             for kind, crashed in images(epoch, rng, others):
                 counts[kind] += 1

@@ -19,7 +19,8 @@ import numpy as np
 
 from interop import peers
 from interop.soak.cells import CELL, Bools, Cells, cells_of
-from interop.soak.plans import SNAPSHOT, Plan
+from interop.soak.plans import SNAPSHOT, Plan, unknown_autoclear
+from interop.soak.replay import SECTOR
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.chain import open_image
 from pynbd.block.engine import Cache, Engine
@@ -35,20 +36,22 @@ class Broken(Exception):
 
 @dataclass(slots=True)
 class Before:
-    """What there was before the run, as qemu-img reads it."""
+    """What there was before the run: the files, and what qemu-img reads in them."""
 
+    files: Mapping[str, bytes]
     disk: bytes
     snapshot: bytes | None
     bitmaps: Mapping[str, Bools | None]  # by granules; None if it cannot be used
 
     @classmethod
     async def of(cls, plan: Plan, image: Path, engine: Engine) -> Before:
+        files = {name: image.with_name(name).read_bytes() for name in plan.files}
         disk = _converted(plan, image)
         snapshot = _converted(plan, image, "-l", SNAPSHOT) if plan.snapshot else None
         async with await open_image(image, format=plan.format, engine=engine) as node:
             bitmaps: dict[str, Bools | None] = dict.fromkeys(node.inconsistent_bitmaps())
             bitmaps |= {bitmap.name: await _bits(bitmap) for bitmap in node.bitmaps()}
-        return cls(disk, snapshot, bitmaps)
+        return cls(files, disk, snapshot, bitmaps)
 
 
 class Judge:
@@ -67,12 +70,19 @@ class Judge:
     async def judge(self, contents: Mapping[str, bytes | bytearray], *, peer: bool = False) -> None:
         """Raise `Broken` if the image breaks a promise. ``peer``: ask qemu-img, too."""
         self._place(contents)
+        self._autoclear(contents)
         try:
             await self._reading()
             if self._plan.format == "qcow2":
                 await self._writing(peer=peer)
         except (PynbdError, OSError) as error:
             raise Broken(f"{type(error).__name__}: {error}") from error
+
+    def _autoclear(self, contents: Mapping[str, bytes | bytearray]) -> None:
+        if self._plan.autoclear and unknown_autoclear(contents[self.image.name]):
+            for name, content in contents.items():
+                if content[SECTOR:] != self._before.files[name][SECTOR:]:
+                    raise Broken(f"{name} has changed under an unknown autoclear bit")
 
     async def closed(self, contents: Mapping[str, bytes | bytearray]) -> None:
         """Raise `Broken` unless an image that was closed as it should be leaves nothing to wish."""

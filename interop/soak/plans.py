@@ -16,6 +16,7 @@ from interop import peers
 from interop.soak.cells import CELL, Request, stamped
 
 SNAPSHOT = "before"
+AUTOCLEAR = 88  # where the header has its autoclear features, 64 bits
 K, M = 1 << 10, 1 << 20
 
 
@@ -24,6 +25,7 @@ class Plan:
     """An image. ``filled``: the part of the guest that is written before the run begins.
 
     ``bitmaps``: the granularities of enabled ones; beside them there is a disabled one.
+    ``autoclear``: a feature that nobody knows is there, and must not be once something changes.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Plan:
     compressed: bool = False
     data_file: str = ""  # "plain" or "raw"
     bitmaps: tuple[int, ...] = ()
+    autoclear: bool = False
     filled: float = 0.3
     format: str = "qcow2"
 
@@ -61,7 +64,7 @@ PLANS = (
     Plan("eight-bit", 512 * K, 1 * K, refcount_bits=8, backing="raw", snapshot=True),
     Plan("wide", 512 * K, 1 * K, refcount_bits=32, compressed=True),
     # A refcount table of one cluster speaks of 2 MiB here: it has to grow, and so it does soon.
-    Plan("growing", 2 * M + 512 * K, 512, refcount_bits=64, filled=1.5),
+    Plan("growing", 2 * M + 512 * K, 512, refcount_bits=64, filled=1.3),
     Plan("growing-again", 2 * M + 512 * K, 512, refcount_bits=64, filled=0.72, snapshot=True),
     Plan("shared", 1 * M, 4 * K, snapshot=True, filled=0.7),
     Plan("packed", 1 * M, 4 * K, compressed=True, snapshot=True, filled=0.7),
@@ -73,6 +76,7 @@ PLANS = (
     Plan("apart-subclusters", 1 * M, 16 * K, extended_l2=True, data_file="raw"),
     Plan("bitmaps", 512 * K, 1 * K, bitmaps=(512, 64 * K), snapshot=True),
     Plan("bitmaps-apart", 1 * M, 64 * K, bitmaps=(4 * K,), data_file="plain"),
+    Plan("unknown", 512 * K, 4 * K, autoclear=True),
     Plan("lazy", 512 * K, 1 * K, lazy=True, backing="qcow2"),
     Plan("lazy-shared", 1 * M, 4 * K, lazy=True, snapshot=True, bitmaps=(4 * K,)),
 )
@@ -108,7 +112,16 @@ def build(plan: Plan, folder: Path) -> Path:
     if plan.bitmaps:
         peers.run("qemu-img", "bitmap", "--add", "--disable", image.name, "off", cwd=folder)
         _write(plan, image, rng, 0.02)
+    if plan.autoclear:
+        with image.open("r+b") as file:
+            file.seek(AUTOCLEAR)
+            file.write(b"\x40")
     return image
+
+
+def unknown_autoclear(image: bytes | bytearray) -> int:
+    """The autoclear bits that docs/interop/qcow2.rst does not define."""
+    return int.from_bytes(image[AUTOCLEAR : AUTOCLEAR + 8], "big") & ~3
 
 
 def _backing(plan: Plan, folder: Path, rng: Random) -> list[str]:

@@ -172,7 +172,7 @@ class SteppedEngine(Engine):
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._turns:
-            await self._pause((1, 1, 2, 3, 8))
+            await self._pause((1, 1, 1, 2, 2, 3, 3, 8, 8, 40))
         result = call(*args, **kwargs)
         if self._turns:
             await self._pause((0, 1, 1, 2))
