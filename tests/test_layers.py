@@ -18,7 +18,8 @@ FLOORS = {
     "pynbd.block": "extent | bitmap engine | node | file | raw | qcow2 | chain",
     "pynbd.block.qcow2": "format widths report | header entries compression | cache | commit places"
     " | l2_tables recorded | refcounts preallocation | mapping | links | cow zeroing"
-    " | create snapshots bitmaps | references | check | repair | writer | image",
+    " | create snapshots bitmaps | references | check mending | rebuild"
+    " | repair | writer | image",
 }
 STRANGERS = [{"protocol", "block", "credentials"}, {"server", "client"}]
 FORBIDDEN = {

@@ -18,6 +18,7 @@ from pynbd.block.qcow2.entries import Bools, UInt64s
 from pynbd.block.qcow2.format import MAX_OFFSET, REFT_OFFSET_MASK, REFT_RESERVED_MASK
 from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.widths import Values, decode
+from pynbd.block.window import round_up
 
 # Refcounts are known of what is in the file and, as far as there are blocks, of so many clusters
 # behind it, which a file that was cut short may name.
@@ -27,9 +28,9 @@ _BLOCKS_PER_STEP = 256
 
 
 class Recorded:
-    """``counts`` by cluster; ``table``, the refcount table's entries; ``blocks``, the host offsets
-    in them. ``unknown``: the numbers of blocks that cannot be read. ``shared``: of those whose
-    cluster others refer to, as far as references were counted.
+    """``counts`` by cluster, for whole blocks; ``table``, the refcount table's entries; ``blocks``,
+    the host offsets in them. ``unknown``: the numbers of blocks that cannot be read. ``shared``: of
+    those whose cluster others refer to, once references are counted.
     """
 
     def __init__(self, header: Header, table: UInt64s, clusters: int) -> None:
@@ -40,7 +41,7 @@ class Recorded:
         self.misaligned: Bools = self.blocks & np.uint64(header.cluster_size - 1) != 0
         named = np.flatnonzero(self.blocks)
         covered = (int(named[-1]) + 1) * self.in_block if len(named) else 0
-        size = max(clusters + 1, min(covered, clusters + _BEHIND))
+        size = round_up(max(clusters + 1, min(covered, clusters + _BEHIND)), self.in_block)
         self.counts: Values = np.zeros(size, f"u{max(header.refcount_bits // 8, 1)}")
         far = self.blocks > MAX_OFFSET - header.cluster_size
         self.unknown: Int64s = np.flatnonzero(self.misaligned | far)
@@ -55,7 +56,7 @@ class Recorded:
         self = cls(header, table, -(-file.size() >> header.cluster_bits))
         readable = self.blocks != 0
         readable[self.unknown] = False
-        readable[-(-len(self.counts) // self.in_block) :] = False
+        readable[len(self.counts) // self.in_block :] = False
         indexes = np.flatnonzero(readable)
         at_once = min(max(_BYTES_PER_STEP // size, 1), _BLOCKS_PER_STEP)
         for first in range(0, len(indexes), at_once):
@@ -67,8 +68,7 @@ class Recorded:
                     await file.read(inside, int(self.blocks[index]))
             decoded = decode(data, header.refcount_bits).reshape(len(some), -1)
             for index, block in zip(some, decoded, strict=True):
-                part = self.counts[index * self.in_block : (index + 1) * self.in_block]
-                part[:] = block[: len(part)]
+                self.counts[index * self.in_block : (index + 1) * self.in_block] = block
             await asyncio.sleep(0)
         return self
 

@@ -54,9 +54,12 @@ class References:
     """The references to each host cluster of ``file``, and what was found while they were counted.
 
     ``counts`` has an element for each cluster, and one to spare: a misaligned cluster at the end of
-    the file may touch the next. ``clusters``: how many of them are there. ``metadata``: the numbers
-    of the clusters of all metadata but L2 tables. ``hidden``: there may be references that were not
-    found, as a table or a cluster is not where an entry says.
+    the file may touch the next. ``clusters``: how many of them are there. For a repair there is
+    more: ``recorded``, the refcounts on disk; ``layers``, (host offset, entries) of all L1 tables,
+    the active one first; ``metadata``, the numbers of the clusters of all metadata but L2 tables;
+    ``beyond``, those of clusters that are named, and are past the end of the file; ``hidden``:
+    there may be references that were not found, as a table or a cluster is not where an entry says;
+    ``copied_wrong``, how many of the corruptions are COPIED flags of the active layer.
     """
 
     def __init__(self, file: HostFile, header: Header, recorded: Recorded, report: Report) -> None:
@@ -66,8 +69,11 @@ class References:
             raise ImageError(f"{file.path}: it has {self.clusters} clusters: too many to check")
         self.counts = np.zeros(self.clusters + 1, np.uint32)
         self.most = (1 << header.refcount_bits) - 1
+        self.layers: list[tuple[int, int]] = []
         self.metadata: list[UInt64s] = []
+        self.beyond: list[Int64s] = []
         self.hidden = False
+        self.copied_wrong = 0
         self._file = file
         self._header = header
         self.recorded = recorded
@@ -97,19 +103,36 @@ class References:
         """What the refcounts of clusters [first, last) have to be."""
         return np.minimum(self.counts[first:last], np.uint64(self.most))
 
+    def wrong_copied_in_l1(self, l1: UInt64s) -> Bools:
+        """Of entries of the active L1 table: whose COPIED contradicts the refcount on disk."""
+        places = l1 & np.uint64(L1E_OFFSET_MASK)
+        wrong: Bools = self.recorded.contradict(places, l1 & COPIED != 0) & (places != 0)
+        return wrong
+
+    def wrong_copied(self, tables: Tables, entries: L2Entries) -> Bools:
+        """The same of ``entries`` of some of its L2 tables."""
+        wrong: Bools = ~entries.copied  # in a data file COPIED is always set
+        if not self._header.has_data_file:
+            wrong = self.recorded.contradict(entries.offset, entries.copied)
+        # QEMU leaves tables in the first cluster alone, and those with an unknown refcount.
+        looked_at = self.recorded.known(tables.offsets) & (tables.offsets != 0)
+        wrong &= entries.allocated & looked_at[entries.table]
+        return wrong
+
     def _add_metadata(self, offset: int, length: int, what: str) -> None:
         if not length:
             return
         size, bits = self._header.cluster_size, self._header.cluster_bits
         if offset + length - self.file_size >= size:
-            self._report.corrupt(1, [self._beyond(what, offset)])
+            self._report.corrupt(1, [self._tell_beyond(what, offset)])
+            self.hidden = True
             return
         first, last = offset >> bits, (offset + length - 1) >> bits
         self.counts[first : last + 1] += np.uint32(1)
         self.clusters = max(self.clusters, last + 1)
         self.metadata.append(np.arange(first, last + 1, dtype=np.uint64))
 
-    def _beyond(self, what: str, offset: int) -> str:
+    def _tell_beyond(self, what: str, offset: int) -> str:
         return f"{what} at {offset:#x} is past the end of the file, {self.file_size:#x}"
 
     def _add(self, offsets: Int64s, lengths: Int64s | int, what: str) -> None:
@@ -119,9 +142,10 @@ class References:
         if not inside.all():
             beyond = offsets[~inside]
             self._report.corrupt(
-                len(beyond), (self._beyond(what, offset) for offset in beyond.tolist())
+                len(beyond), (self._tell_beyond(what, offset) for offset in beyond.tolist())
             )
             self.hidden = True
+            self.beyond += [beyond >> bits, (beyond >> bits) + 1]
             offsets = offsets[inside]
             lengths = lengths if isinstance(lengths, int) else lengths[inside]
         if not len(offsets):
@@ -137,6 +161,7 @@ class References:
         """An L1 table, what it names, and what that names."""
         if not entries:
             return
+        self.layers.append((offset, entries))
         self._add_metadata(offset, entries * L1E_SIZE, f"the {name}")
         table = await read_table(self._file, offset, entries)
         named = np.flatnonzero(table)
@@ -155,7 +180,8 @@ class References:
         self.hidden |= bool(misaligned.any())
         self._add(places.view(np.int64), self._header.cluster_size, f"{name}: the L2 table")
         if active:
-            wrong = self.recorded.contradict(places, l1 & COPIED != 0) & (places != 0)
+            wrong = self.wrong_copied_in_l1(l1)
+            self.copied_wrong += int(np.count_nonzero(wrong))
             told(wrong, "COPIED contradicts the refcount of the L2 table")
         async for tables in l2_tables(self._file, self._header, l1):
             if len(tables.words) > _ENTRIES_IN_THE_LOOP:
@@ -184,13 +210,8 @@ class References:
             self._add(places, header.cluster_size, f"{name}: the cluster")
             self._add(*entries.compressed_ranges(), f"{name}: the compressed cluster")
         if active:
-            if header.has_data_file:
-                wrong = ~entries.copied
-            else:
-                wrong = self.recorded.contradict(entries.offset, entries.copied)
-            # QEMU leaves tables in the first cluster alone, and those with an unknown refcount.
-            looked_at = self.recorded.known(tables.offsets) & (tables.offsets != 0)
-            wrong &= allocated & looked_at[entries.table]
+            wrong = self.wrong_copied(tables, entries)
+            self.copied_wrong += int(np.count_nonzero(wrong))
             told(wrong, "COPIED contradicts the refcount of its cluster")
             self._count_fragments(entries)
 
