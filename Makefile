@@ -30,6 +30,9 @@ check: .venv/tested ## Lint, formatting, types, layers
 bench: .venv/tested peers ## Compare the speed with qemu-nbd and nbdkit; QUICK=1 takes two minutes
 	@$(BIN)/python -m interop.bench $(if $(QUICK),--quick) $(ARGS)
 
+soak: .venv/tested peers ## Write qcow2 images in every way for twenty minutes; the figures
+	@$(BIN)/python -m interop.soak $(ARGS)
+
 peers: .venv/tested ## Find the peers of the interop tests, or build their tree in ~/.cache/pynbd
 	@$(BIN)/python -m interop.peers --host || interop/rootfs.sh
 
@@ -49,4 +52,4 @@ clean: ## Remove the virtual environment and every cache in the checkout
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-.PHONY: help serve test check bench peers docs clean
+.PHONY: help serve test check bench soak peers docs clean

@@ -1,0 +1,94 @@
+"""``python -m interop.soak``: everything that is promised about writing qcow2, for a long time."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from interop.soak import crashes, kill
+from interop.soak.matrix import FACTORS, Row, rows
+from interop.soak.runs import run_row
+from interop.soak.turns import CHOICES, Turns
+
+PARTS = ("mix", "turns", "crashes", "kill")
+# Every fourth image is written by libnbd, too, a quarter of its requests.
+_LIBNBD_EVERY = 4
+
+
+def mix(requests: int, seed: int, only: str | None) -> None:
+    """The requests, spread over the images of the matrix."""
+    matrix = rows(seed)
+    each = -(-requests // len(matrix))
+    counts, started = Counter[str](), time.monotonic()
+    for number, row in enumerate(matrix):
+        if only in (None, row.name):
+            by_libnbd = each // 4 if number % _LIBNBD_EVERY == 0 else 0
+            counts += _mixed(row, each, by_libnbd)
+    kinds = sum(counts[kind] for kind in ("write", "zeroes", "trim", "read", "flush", "status"))
+    pairs = f"{len(FACTORS)} factors, every legal pair of their values"
+    print(f"mix: {kinds} requests to {counts['images']} images ({pairs}) in {_since(started)}:")
+    print(f"  {told(counts)}")
+
+
+def _mixed(row: Row, requests: int, by_libnbd: int) -> Counter[str]:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        counts = run_row(row, Path(folder), requests, by_libnbd=by_libnbd)
+    print(f"  {row} ({_since(started)})", flush=True)
+    counts["images"] += 1
+    counts["by libnbd"] += by_libnbd
+    return counts
+
+
+def turns(count: int, seed: int) -> None:
+    """So many turns on each of a few images."""
+    for name in CHOICES:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+            counts = Turns(name, Path(folder), seed).run(count)
+        print(f"turns: {count} on the image {name!r} in {_since(started)}:\n  {told(counts)}")
+
+
+def told(counts: Counter[str]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
+
+
+def _since(started: float) -> str:
+    return f"{time.monotonic() - started:.0f} s"
+
+
+@click.command(epilog="Example: python -m interop.soak --part mix --image m07 --seed 1")
+@click.option("--part", type=click.Choice(PARTS), multiple=True, help="What is done; all without.")
+@click.option("--seed", default=1, show_default=True, help="What decides about everything.")
+@click.option("--requests", default=200_000, show_default=True, help="Of the mix.")
+@click.option("--image", help="The one image of the mix (m00, m01, ...) that is wanted.")
+@click.option("--turns", "turns_each", default=100, show_default=True, help="On each image.")
+@click.option("--crashes", "images", default=20_000, show_default=True, help="Images of crashes.")
+@click.option("--kills", default=kill.ROUNDS, show_default=True, help="Of each of a few servers.")
+def main(
+    part: tuple[str, ...],
+    seed: int,
+    requests: int,
+    image: str | None,
+    turns_each: int,
+    images: int,
+    kills: int,
+) -> None:
+    """Write qcow2 images for a long time, and print the figures."""
+    parts = part or PARTS
+    if "mix" in parts:
+        mix(requests, seed, image)
+    if "turns" in parts:
+        turns(turns_each, seed)
+    if "crashes" in parts:
+        crashes.main(images, seed)
+    if "kill" in parts:
+        kill.main(kills, seed)
+
+
+if __name__ == "__main__":
+    main()
