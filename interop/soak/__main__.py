@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from interop.soak import crashes, kill
-from interop.soak.matrix import FACTORS, Row, rows
+from interop.soak.matrix import FACTORS, Row, pairs, rows
 from interop.soak.runs import run_row
 from interop.soak.turns import CHOICES, Turns
 
@@ -29,8 +29,11 @@ def mix(requests: int, seed: int, only: str | None) -> None:
             by_libnbd = each // 4 if number % _LIBNBD_EVERY == 0 else 0
             counts += _mixed(row, each, by_libnbd)
     kinds = sum(counts[kind] for kind in ("write", "zeroes", "trim", "read", "flush", "status"))
-    pairs = f"{len(FACTORS)} factors, every legal pair of their values"
-    print(f"mix: {kinds} requests to {counts['images']} images ({pairs}) in {_since(started)}:")
+    met = len({pair for row in matrix for pair in pairs(row.choice)})
+    print(
+        f"mix: {kinds} requests to {counts['images']} images in {_since(started)}, in which", end=""
+    )
+    print(f" {met} pairs of values of {len(FACTORS)} factors meet:")
     print(f"  {told(counts)}")
 
 

@@ -6,16 +6,18 @@ a rule of the qcow2 specification, or what qemu-img makes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from random import Random
 
 from interop import peers, samples
 
 Choice = dict[str, str]
-Pair = frozenset[tuple[str, str]]
+Value = tuple[str, str]  # a factor and one of its values
+Pair = tuple[Value, Value]  # in the order of `FACTORS`
 
 FACTORS = {
     "cluster_size": ["512", "4k", "64k", "2M"],
@@ -41,6 +43,7 @@ BITMAPS: dict[str, list[Bitmap]] = {
     "several": [("a", 4 << 10, True), ("b", 64 << 10, True), ("still", 8 << 10, False)],
 }
 SNAPSHOT = "before"
+_POOL = 4000  # choices at random, in which every legal pair meets
 
 
 def legal(choice: Choice) -> bool:
@@ -80,8 +83,8 @@ def legal(choice: Choice) -> bool:
     return not any(illegal)
 
 
-def pairs(choice: Choice) -> set[Pair]:
-    return {frozenset(pair) for pair in combinations(choice.items(), 2)}
+def pairs(choice: Choice) -> list[Pair]:
+    return list(combinations(choice.items(), 2))
 
 
 def drawn(rng: Random) -> Iterator[Choice]:
@@ -126,15 +129,15 @@ class Row:
 def rows(seed: int = 1, count: int = 0) -> list[Row]:
     """At least ``count`` rows; every pair of values that is legal meets in one of them."""
     rng = Random(seed)
-    choices = drawn(rng)
-    pool = [next(choices) for _ in range(6000)]
-    wanted = set[Pair]().union(*map(pairs, pool))
-    chosen = list[Choice]()
+    pool = list(islice(drawn(rng), _POOL))
+    bits: defaultdict[Pair, int] = defaultdict(lambda: 1 << len(bits))
+    met = [sum(bits[pair] for pair in pairs(choice)) for choice in pool]
+    wanted, chosen = (1 << len(bits)) - 1, list[Choice]()
     while wanted or len(chosen) < count:
-        tried = rng.sample(pool, 150) if len(wanted) > 60 else pool
-        best = max(tried, key=lambda choice: len(pairs(choice) & wanted))
-        wanted -= pairs(best)
-        chosen.append(best)
+        best = max(range(_POOL), key=lambda number: (met[number] & wanted).bit_count())
+        best = best if wanted else rng.randrange(_POOL)
+        wanted &= ~met[best]
+        chosen.append(pool[best])
     rng.shuffle(chosen)
     return [row(f"m{number:02}", choice, seed) for number, choice in enumerate(chosen)]
 
