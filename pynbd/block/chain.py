@@ -69,8 +69,6 @@ async def open_image(
         options.refuse_writing()
     opening = _Opening(engine or Engine(), probe_backing=probe_backing, whole_sectors=whole_sectors)
     try:
-        if not read_only:
-            await opening.refuse_writing(options)
         top = await opening.top(options, read_only=read_only, snapshot=snapshot)
         if offset:
             top = SliceNode(top, offset)
@@ -193,12 +191,16 @@ class _Opening:
         header = await read_header(file)
         data_file = None
         if header.has_data_file:
-            data_file = self._data_file(path, header.data_file, options)
+            data_file = self._data_file(path, header.data_file, options, writable=not read_only)
         elif options.data_file:
             raise ImageError(f"{path}: image option data-file: it has no external data file")
-        return await Qcow2Node.open(file, header, data_file=data_file, snapshot=snapshot)
+        return await Qcow2Node.open(
+            file, header, data_file=data_file, snapshot=snapshot, writable=not read_only
+        )
 
-    def _data_file(self, path: str, recorded: str | None, options: ImageOptions) -> HostFile:
+    def _data_file(
+        self, path: str, recorded: str | None, options: ImageOptions, *, writable: bool
+    ) -> HostFile:
         given = options.data_file
         if given is None:
             if recorded is None:
@@ -206,7 +208,7 @@ class _Opening:
             data_path = _named_path(path, recorded, _DATA_FILE)
             given = FileOptions(data_path, options.cache, options.force_share)
         try:
-            return self._open(given)
+            return self._open(given, writable=writable)
         except ImageError as error:
             raise type(error)(f"{error} ({_DATA_FILE} of {path})") from None
 
@@ -245,26 +247,6 @@ class _Opening:
             if other.identity == file.identity:
                 raise ImageError(f"{path}: it is in the chain already, as {other.path}: a loop")
         return file
-
-    async def refuse_writing(self, options: ImageOptions) -> None:
-        """Told before the image is locked: the caller may want to read it, as others do."""
-        while options.driver == "raw" and isinstance(options.file, ImageOptions):
-            options = options.file
-        driver, file = options.driver, options.file
-        path = file.filename if isinstance(file, FileOptions) else "the image"
-        if driver is None and isinstance(file, FileOptions):
-            try:
-                probed = HostFile.open(self.engine, path, writable=False)
-            except OSError as error:
-                raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
-            try:
-                driver = await _probe(probed)
-            finally:
-                probed.close()
-        if driver == "qcow2":
-            raise UnsupportedFeature(
-                f"{path}: qcow2 images are not written yet; -r serves it read-only"
-            )
 
 
 def _named_path(image: str, name: str, role: str) -> str:

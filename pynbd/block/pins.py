@@ -26,8 +26,14 @@ class _Age:
         self.number = number
         self.requests = 0
 
-    def __enter__(self) -> None:
+    def begin(self) -> None:
         self.requests += 1
+
+    def end(self) -> None:
+        self.requests -= 1
+
+    def __enter__(self) -> None:
+        self.begin()
 
     def __exit__(
         self,
@@ -35,7 +41,7 @@ class _Age:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.requests -= 1
+        self.end()
 
 
 class Pins:

@@ -319,19 +319,6 @@ async def test_snapshots(tmp_path: Path) -> None:
     await refused(raw(tmp_path / "raw"), ImageError, "raw", "no internal snapshots", snapshot="x")
 
 
-@pytest.mark.parametrize("format_name", [None, "qcow2"])
-async def test_qcow2_is_not_written_yet(tmp_path: Path, format_name: str | None) -> None:
-    """It is told even while others read the image, so that the caller can go on to read it too."""
-    path = tmp_path / "disk"
-    Image(size=SIZE).write(path)
-    async with opened(path):
-        await refused(
-            path, UnsupportedFeature, path, "read-only", read_only=False, format=format_name
-        )
-        async with opened(path):
-            pass
-
-
 async def test_locks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = raw(tmp_path / "base")
     top = overlay(tmp_path / "top", "base")

@@ -30,6 +30,7 @@ from pynbd.block.qcow2.entries import UInt64s
 from pynbd.block.qcow2.extensions import BitmapsExtension
 from pynbd.block.qcow2.format import (
     BITMAP_DIRECTORY_ENTRY,
+    BITMAP_FLAGS_OFFSET,
     BITMAP_TABLE_ALL_ONES,
     BITMAP_TABLE_OFFSET_MASK,
     BITMAP_TABLE_RESERVED_MASK,
@@ -64,7 +65,7 @@ _BYTES_PER_STEP = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class BitmapTable:
     """Where a bitmap table is, what for, and how to call it."""
 
     where: str  # the image file and the bitmap
@@ -73,10 +74,21 @@ class _Table:
     granularity: int  # bytes
 
     @classmethod
-    def of(cls, entry: Container, where: str) -> _Table:
+    def of(cls, entry: Container, where: str) -> BitmapTable:
         return cls(
             where, entry.bitmap_table_offset, entry.bitmap_table_size, 1 << entry.granularity_bits
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A bitmap on disk. ``bitmap``: None if it cannot be used."""
+
+    name: str
+    bitmap: DirtyBitmap | None
+    table: BitmapTable
+    flags: BitmapFlags
+    flags_offset: int  # in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,7 @@ class PersistentBitmaps:
     usable: tuple[DirtyBitmap, ...] = ()
     inconsistent: tuple[str, ...] = ()
     data: BitmapData | None = None
+    stored: tuple[Stored, ...] = ()  # all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,21 +120,21 @@ async def directory(file: HostFile, header: Header) -> list[BitmapEntry]:
     data = await file.read_bytes(extension.directory_size, extension.directory_offset)
     return [
         BitmapEntry(name, 1 << entry.granularity_bits, BitmapFlags(entry.flags))
-        for entry, name in _entries(data, extension, file.path)
+        for entry, name, _ in _entries(data, extension, file.path)
     ]
 
 
-async def tables(file: HostFile, header: Header) -> AsyncIterator[tuple[_Table, UInt64s]]:
+async def tables(file: HostFile, header: Header) -> AsyncIterator[tuple[BitmapTable, UInt64s]]:
     """Where the bitmap table of each bitmap is, and its entries; also of those that are in use.
     Raises `CorruptImage`.
     """
     extension = header.bitmaps
     assert extension is not None
     data = await file.read_bytes(extension.directory_size, extension.directory_offset)
-    for entry, name in _entries(data, extension, file.path):
-        table = _Table.of(entry, f"{file.path}: bitmap {name!r}")
+    for entry, name, _ in _entries(data, extension, file.path):
+        table = BitmapTable.of(entry, f"{file.path}: bitmap {name!r}")
         _check_entry(entry, header, table.where)
-        yield table, await _read_bitmap_table(file, header, table)
+        yield table, await read_bitmap_table(file, header, table)
 
 
 async def load(file: HostFile, header: Header) -> PersistentBitmaps:
@@ -140,36 +153,42 @@ async def load(file: HostFile, header: Header) -> PersistentBitmaps:
     data = BitmapData(file, header)
     usable: list[DirtyBitmap] = []
     inconsistent: list[str] = []
+    stored: list[Stored] = []
     names: set[str] = set()
     table_bytes = 0
-    for entry, name in _entries(directory, extension, file.path):
-        table = _Table.of(entry, f"{file.path}: bitmap {name!r}")
+    for entry, name, place in _entries(directory, extension, file.path):
+        table = BitmapTable.of(entry, f"{file.path}: bitmap {name!r}")
         _check_entry(entry, header, table.where)
         if name in names:
             raise CorruptImage(f"{table.where}: there are two of that name")
         names.add(name)
-        if entry.flags & BitmapFlags.IN_USE:
+        flags = BitmapFlags(entry.flags)
+        flags_offset = extension.directory_offset + place + BITMAP_FLAGS_OFFSET
+        if flags & BitmapFlags.IN_USE:
             inconsistent.append(name)
+            stored.append(Stored(name, None, table, flags, flags_offset))
             continue
         table_bytes += table.size * 8
         if table_bytes <= TABLE_BYTES_AT_OPEN:
-            await _read_bitmap_table(file, header, table)
-        usable.append(
-            DirtyBitmap(
-                name,
-                header.virtual_size,
-                1 << entry.granularity_bits,
-                enabled=bool(entry.flags & BitmapFlags.AUTO),
-                source=data.source(table),
-            )
+            await read_bitmap_table(file, header, table)
+        bitmap = DirtyBitmap(
+            name,
+            header.virtual_size,
+            1 << entry.granularity_bits,
+            enabled=BitmapFlags.AUTO in flags,
+            source=data.source(table),
         )
-    return PersistentBitmaps(tuple(usable), tuple(inconsistent), data)
+        usable.append(bitmap)
+        stored.append(Stored(name, bitmap, table, flags, flags_offset))
+    return PersistentBitmaps(tuple(usable), tuple(inconsistent), data, tuple(stored))
 
 
 def _entries(
     directory: bytes, extension: BitmapsExtension, path: str
-) -> Iterator[tuple[Container, str]]:
-    """(fields, name) of each entry; there must be exactly as many as the extension says."""
+) -> Iterator[tuple[Container, str, int]]:
+    """(fields, name, place in the directory) of each entry; there must be exactly as many as the
+    extension says.
+    """
     at, size = 0, BITMAP_DIRECTORY_ENTRY.sizeof()
     for index in range(extension.nb_bitmaps):
         place = f"{path}: bitmap directory entry {index} at {extension.directory_offset + at:#x}"
@@ -185,7 +204,7 @@ def _entries(
         end = at + size + entry.name_size
         if end > len(directory):
             raise CorruptImage(f"{place}: the directory ends before it does")
-        yield entry, directory[at + size : end].decode("utf-8", "surrogateescape")
+        yield entry, directory[at + size : end].decode("utf-8", "surrogateescape"), at
         at = -(-end // 8) * 8
     if at != extension.directory_size:
         raise CorruptImage(
@@ -236,11 +255,11 @@ class BitmapData:
     def __init__(self, file: HostFile, header: Header) -> None:
         self._file = file
         self._header = header
-        self._tables: list[_Table] = []
+        self._tables: list[BitmapTable] = []
         self._one_at_a_time = asyncio.Lock()  # what is being read is not counted as kept
         self.reads = SharedReads(self._read, BITMAP_CACHE_BYTES, lambda bits: bits.nbytes)
 
-    def source(self, table: _Table) -> Callable[[], Awaitable[bitarray]]:
+    def source(self, table: BitmapTable) -> Callable[[], Awaitable[bitarray]]:
         """What brings the bits that ``table`` leads to; ``OSError`` if they cannot be read."""
         self._tables.append(table)
         return partial(self.reads.load, len(self._tables) - 1)
@@ -250,7 +269,7 @@ class BitmapData:
             # Its table is read again: those of many bitmaps are a lot to keep.
             table = self._tables[index]
             try:
-                entries = await _read_bitmap_table(self._file, self._header, table)
+                entries = await read_bitmap_table(self._file, self._header, table)
             except CorruptImage as error:
                 raise OSError(errno.EIO, str(error)) from error
             return await self._read_bits(entries, table.granularity)
@@ -274,7 +293,7 @@ class BitmapData:
         return bits
 
 
-async def _read_bitmap_table(file: HostFile, header: Header, table: _Table) -> UInt64s:
+async def read_bitmap_table(file: HostFile, header: Header, table: BitmapTable) -> UInt64s:
     """The entries of a bitmap table. Raises `CorruptImage`."""
     parts: list[UInt64s] = []
     for first in range(0, table.size, _ENTRIES_PER_STEP):

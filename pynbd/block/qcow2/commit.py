@@ -156,7 +156,12 @@ class Commits:
         )
 
     @property
-    def _pending(self) -> bool:
+    def pending(self) -> bool:
+        """Whether anything was changed that is not on stable storage, as far as is known."""
+        return self._one_at_a_time.locked() or self._changed
+
+    @property
+    def _changed(self) -> bool:
         return bool(
             self._new_tables
             or self._new_blocks
@@ -187,15 +192,15 @@ class Commits:
         """The last commits: nothing is left to be given back, and every refcount is on disk."""
         self._lazy, was_lazy = False, self._lazy
         await self.commit()
-        while self._pending:
+        while self._changed:
             await self.commit()
         if was_lazy and Incompatible.DIRTY in self._fields.incompatible:
-            await self.barrier(Rule.CLEAN)
+            # Rule.CLEAN: every refcount is on disk since the last of these commits.
             await self._fields.set_incompatible(Incompatible.DIRTY, on=False)
             await self._file.flush()
 
     async def _commit(self) -> None:
-        if self._lazy and self._pending:
+        if self._lazy and self._changed:
             await self._mark_dirty()
         new_tables, new_blocks = _Taken(self._new_tables), _Taken(self._new_blocks)
         wait = self._lazy and len(self._blocks) <= MAX_LAZY_BLOCKS

@@ -178,6 +178,7 @@ BITMAP_DIRECTORY_ENTRY = Struct(
     "name_size" / Int16ub,
     "extra_data_size" / Int32ub,
 )
+BITMAP_FLAGS_OFFSET = 12  # of the flags in an entry
 BITMAP_TYPE_DIRTY_TRACKING = 1
 
 

@@ -29,6 +29,7 @@ class HeaderFields:
 
     def __init__(self, file: HostFile, header: Header) -> None:
         self._file = file
+        self._cluster_bits = header.cluster_bits
         self.version = header.version
         self.incompatible = header.incompatible
         self.autoclear = header.autoclear
@@ -42,8 +43,12 @@ class HeaderFields:
         await self._file.write(_BITS.pack(bits), AUTOCLEAR_OFFSET)
         self.autoclear = bits
 
-    async def place_refcount_table(self, host_offset: int, clusters: int) -> None:
+    async def place_refcount_table(self, host_offset: int, length: int) -> None:
+        """``length`` is in bytes, whole clusters."""
         fields = REFCOUNT_TABLE_FIELDS.build(
-            {"refcount_table_offset": host_offset, "refcount_table_clusters": clusters}
+            {
+                "refcount_table_offset": host_offset,
+                "refcount_table_clusters": length >> self._cluster_bits,
+            }
         )
         await self._file.write(fields, REFCOUNT_TABLE_FIELDS_OFFSET)

@@ -1,6 +1,7 @@
 """Qcow2Node: an open qcow2 image, one layer of a chain (docs/interop/qcow2.rst).
 
-It owns the image's file, its data file where there is one, and the parts that read its structures.
+It owns the image's file, its data file where there is one, the parts that read its structures and,
+if it is open for writing, the `Writer`, which owns those that change them.
 Damaged metadata that a request does not touch does not trouble it; a cluster that cannot be
 decompressed is EIO for those who ask for it, and a line in the log.
 """
@@ -15,9 +16,10 @@ from functools import partial
 import numpy as np
 
 from pynbd.block.bitmap import DirtyBitmap
-from pynbd.block.engine import HostFile
+from pynbd.block.engine import Buffer, HostFile
 from pynbd.block.extent import Runs
 from pynbd.block.node import BlockNode
+from pynbd.block.pins import Pins
 from pynbd.block.qcow2 import bitmaps, snapshots
 from pynbd.block.qcow2 import header as headers
 from pynbd.block.qcow2.bitmaps import PersistentBitmaps
@@ -38,7 +40,10 @@ from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.holes import with_holes
 from pynbd.block.qcow2.mapping import Mapping
 from pynbd.block.qcow2.preallocation import Usage
+from pynbd.block.qcow2.repair import Fix, repair
 from pynbd.block.qcow2.snapshots import Snapshot
+from pynbd.block.qcow2.writer import Writer
+from pynbd.block.qcow2.zeroing import Space
 from pynbd.errors import CorruptImage, ImageError
 
 log = logging.getLogger("pynbd")
@@ -55,14 +60,13 @@ _MAX_SNAPSHOT_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF 
 
 
 class Qcow2Node(BlockNode):
-    """A qcow2 image that is read. `pynbd.block.chain` opens it and what is below it.
+    """A qcow2 image. `pynbd.block.chain` opens it and what is below it.
 
     ``metadata_file`` is the image itself; ``file``, where guest clusters are, may be its external
     data file.
     """
 
     format = "qcow2"
-    read_only = True
     file: HostFile
 
     def __init__(
@@ -77,6 +81,8 @@ class Qcow2Node(BlockNode):
         persistent: PersistentBitmaps,
     ) -> None:
         self.name = metadata_file.path
+        self.read_only = True
+        self._writer: Writer | None = None
         self.metadata_file = metadata_file
         self.file = data_file or metadata_file
         self.header = header
@@ -100,13 +106,18 @@ class Qcow2Node(BlockNode):
         *,
         data_file: HostFile | None = None,
         snapshot: str | None = None,
+        writable: bool = False,
     ) -> Qcow2Node:
         """Open the image in ``file`` that begins with ``header``, with the data file it names.
 
         ``snapshot``: an internal snapshot to be served in place of the active layer, named as
-        `snapshots.find` takes it. Raises `ImageError`, and leaves the files to the caller then.
+        `snapshots.find` takes it. ``writable``: for writing, in files that are open for that; an
+        image that is marked dirty is repaired first. Raises `ImageError`, and leaves the files to
+        the caller then.
         """
-        if Incompatible.CORRUPT in header.incompatible:
+        if writable:
+            header = await _ready_to_be_written(file, header, snapshot)
+        elif Incompatible.CORRUPT in header.incompatible:
             log.warning("%s: the image is marked corrupt; it is only read", file.path)
         table, entries, size = header.l1_table_offset, header.l1_size, header.virtual_size
         persistent = PersistentBitmaps()
@@ -122,7 +133,14 @@ class Qcow2Node(BlockNode):
         _tell_missing_tables(file, header, table, l1)
         damage = DamageLog(file.path)
         mapping = Mapping(file, l1, header.layout, damage)
-        return cls(file, data_file, header, mapping, damage, size=size, persistent=persistent)
+        node = cls(file, data_file, header, mapping, damage, size=size, persistent=persistent)
+        if writable:
+            pins = node.pins = Pins()
+            node._writer = await Writer.open(
+                node, file, data_file, header, mapping, persistent, known, pins
+            )
+            node.read_only = node.file.lends_pages = False
+        return node
 
     def files(self) -> Sequence[HostFile]:
         if self.file is self.metadata_file:
@@ -151,6 +169,53 @@ class Qcow2Node(BlockNode):
             problem = f"the compressed cluster at guest offset {first:#x} is damaged"
             raise OSError(errno.EIO, problem, self.name) from error
 
+    # Writing
+
+    async def pwrite_batch(
+        self, pieces: Sequence[tuple[int, Buffer]], *, fua: bool = False
+    ) -> list[OSError | None]:
+        if self._writer is None:
+            return await super().pwrite_batch(pieces, fua=fua)
+        return await self._writer.pwrite_batch(pieces, fua=fua or self._write_through)
+
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool,
+        fast: bool,
+        fua: bool = False,
+        no_hole: bool = False,
+    ) -> None:
+        if self._writer is None:
+            raise self._read_only()
+        space = Space.GIVEN_BACK if may_unmap else Space.KEPT
+        await self._writer.write_zeroes(
+            offset, length, Space.RESERVED if no_hole else space, fast=fast
+        )
+        if fua or self._write_through:
+            await self._writer.flush()
+
+    async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
+        if self._writer is None:
+            raise self._read_only()
+        await self._writer.discard(offset, length)
+        if fua or self._write_through:
+            await self._writer.flush()
+
+    async def flush(self) -> None:
+        if self._writer is not None:
+            await self._writer.flush()
+
+    async def finish(self) -> None:
+        if self._writer is not None:
+            await self._writer.finish()
+
+    @property
+    def _write_through(self) -> bool:
+        return self.metadata_file.cache.write_through
+
     async def _read_compressed(self, descriptor: int) -> memoryview:
         header = self.header
         host_offset, length = compressed_range(descriptor, header.cluster_bits)
@@ -161,6 +226,30 @@ class Qcow2Node(BlockNode):
             decompress, header.compression_type, bytes(data), header.cluster_size
         )
         return memoryview(cluster)
+
+
+async def _ready_to_be_written(file: HostFile, header: Header, snapshot: str | None) -> Header:
+    """The header of an image that can be written; raises `ImageError` if it cannot."""
+    if snapshot is not None:
+        raise ImageError(f"{file.path}: an internal snapshot cannot be written (-r reads it)")
+    if Incompatible.CORRUPT in header.incompatible:
+        raise CorruptImage(
+            f"{file.path}: the image is marked corrupt, and must not be written before it is"
+            " repaired (pynbd check -r all); -r reads it"
+        )
+    if Incompatible.DIRTY in header.incompatible:
+        log.warning("%s: it was not closed properly; its refcounts are repaired", file.path)
+        try:
+            report = await repair(file, header, fix=Fix.ALL)
+        except OSError as error:
+            raise ImageError(f"{file.path}: cannot be repaired: {error.strerror}") from None
+        if report.corruptions or report.check_errors:
+            raise CorruptImage(
+                f"{file.path}: it was not closed properly, and cannot be repaired (pynbd check"
+                " tells more); -r reads it"
+            )
+        header = await read_header(file)
+    return header
 
 
 def _tell_missing_tables(file: HostFile, header: Header, l1_offset: int, l1: UInt64s) -> None:

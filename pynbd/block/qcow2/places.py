@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -69,6 +70,16 @@ class Places:
         self._firsts = np.ascontiguousarray(firsts[apart]).data
         self._lasts = np.ascontiguousarray(ends[np.append(apart[1:], True)]).data
         self._later.clear()
+
+    def overlaps(self) -> Iterator[str]:
+        """Regions that are in one place, two at a time."""
+        regions = sorted(self._regions)
+        for one, other in pairwise(regions):
+            if other[0] < one[1]:
+                yield (
+                    f"{one[2]} at {one[0] << self._bits:#x} and"
+                    f" {other[2]} at {other[0] << self._bits:#x} overlap"
+                )
 
     def mark(self, host_offset: int) -> None:
         """A new table is in this cluster."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pynbd.block.qcow2.extensions import to_bytes
 from pynbd.block.qcow2.format import (
     L1E_SIZE,
     MAX_OFFSET,
@@ -97,6 +98,15 @@ def parse(data: bytes, header: Header, *, name: str) -> list[Snapshot]:
         )
         at = -(-name_end // 8) * 8
     return snapshots
+
+
+def table_length(snapshots: Sequence[Snapshot]) -> int:
+    """Bytes of the snapshot table."""
+    lengths = (
+        SNAPSHOT_ENTRY.sizeof() + len(one.extra) + len(to_bytes(one.id)) + len(to_bytes(one.name))
+        for one in snapshots
+    )
+    return sum(-(-length // 8) * 8 for length in lengths)
 
 
 def find(snapshots: Sequence[Snapshot], wanted: str) -> Snapshot | None:

@@ -1,0 +1,404 @@
+"""Writes that change the mapping: new clusters, with what was there before around the new bytes.
+
+docs/interop/qcow2.rst, "Cluster mapping" and "Extended L2 Entries". A cluster gets a new host
+cluster if it has none, shares the one it has with a snapshot, or is compressed; what the write
+leaves out is copied. With extended L2 that is done for subclusters. All bytes of many clusters go
+to the file in one hop; only then are the clusters linked, in one step of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from operator import itemgetter
+
+from pynbd.block.engine import Buffer, HostFile
+from pynbd.block.extent import ZERO as ZERO_EXTENT
+from pynbd.block.node import BlockNode
+from pynbd.block.qcow2.cache import Table
+from pynbd.block.qcow2.commit import Commits, HostRange
+from pynbd.block.qcow2.entries import compressed_range, explain
+from pynbd.block.qcow2.format import (
+    COMPRESSED,
+    COPIED,
+    L2E_DESCRIPTOR_MASK,
+    L2E_OFFSET_MASK,
+    MAX_CLUSTER_BITS,
+    SUBCLUSTERS,
+    ZERO,
+)
+from pynbd.block.qcow2.in_flight import InFlight, ranges_of
+from pynbd.block.qcow2.links import Links
+from pynbd.block.qcow2.places import Places
+from pynbd.block.qcow2.refcounts import Refcounts, Run
+from pynbd.errors import CorruptImage
+
+Piece = tuple[int, Buffer]  # guest offset, data
+
+ALL = (1 << SUBCLUSTERS) - 1
+_ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
+
+
+class Source(Enum):
+    """Where bytes that a write leaves out come from."""
+
+    ZEROES = "nowhere: they read as zeroes"
+    BELOW = "the backing node"
+    CLUSTER = "the host cluster, or the compressed one, that the entry names so far"
+
+
+Gap = tuple[int, int, Source]  # bytes [first, last) inside a cluster
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A guest cluster that is written: what its L2 entry says, and where its bytes go.
+
+    ``own``: they go to the host cluster that it has to itself; else to a new one (``run``).
+    """
+
+    number: int
+    table: Table
+    index: int
+    entry: int
+    bitmap: int
+    own: bool
+    parts: list[tuple[int, memoryview]]  # offset inside, data
+    pieces: list[int]  # of which of the caller's pieces these are parts
+    host_offset: int = 0
+    run: Run | None = None
+    error: OSError | None = None
+
+
+class CopyOnWrite:
+    """Allocating writes of one image. ``file`` holds guest clusters, ``node`` is whose they are."""
+
+    def __init__(
+        self,
+        node: BlockNode,
+        file: HostFile,
+        links: Links,
+        refcounts: Refcounts,
+        commits: Commits,
+        places: Places,
+        in_flight: InFlight,
+    ) -> None:
+        self._node = node
+        self._file = file
+        self._links = links
+        self._layout = links.layout
+        self._refcounts = refcounts
+        self._commits = commits
+        self._places = places
+        self._in_flight = in_flight
+        self._bits = self._layout.cluster_bits
+        self._size = self._layout.cluster_size
+        self._subcluster = self._size // SUBCLUSTERS
+
+    # Where a write can go as it is
+
+    def in_place(self, offset: int, data: Buffer) -> list[tuple[Buffer, int]] | None:
+        """(data, host offset) of a piece all of whose clusters are there, and nobody else's; None
+        if they are not, or that cannot be told at once.
+        """
+        writes: list[tuple[Buffer, int]] = []
+        view: Buffer = data
+        end = offset + len(data)
+        done = 0
+        while offset < end:
+            number = offset >> self._bits
+            within = offset & self._size - 1
+            count = min(self._size - within, end - offset)
+            table = self._links.at_hand(number >> self._layout.l2_bits)
+            if table is None:
+                return None
+            entry, bitmap = self._links.entry(table, number & self._layout.l2_entries - 1)
+            host_offset = self._own(number, entry, bitmap, within, count)
+            if host_offset is None or self._places.hold(host_offset, count):
+                return None
+            if count < len(data):
+                view = memoryview(data)[done : done + count]
+            writes.append((view, host_offset + within))
+            offset += count
+            done += count
+        return writes
+
+    def _own(self, number: int, entry: int, bitmap: int, within: int, count: int) -> int | None:
+        """The host cluster into which bytes of a guest cluster can be written, and they are read
+        from there.
+        """
+        host_offset = entry & L2E_OFFSET_MASK
+        if not entry & COPIED or entry & COMPRESSED or host_offset & self._size - 1:
+            return None
+        if self._layout.data_file:
+            if host_offset != number << self._bits:
+                return None
+        elif not host_offset:
+            return None
+        if self._layout.extended:
+            touched = self._touched(within, count)
+            if touched & ~bitmap & ALL or bitmap & bitmap >> SUBCLUSTERS:
+                return None
+        elif entry & ZERO:
+            return None
+        return host_offset
+
+    def _touched(self, within: int, count: int) -> int:
+        """The subclusters of bytes inside a cluster."""
+        first, last = within // self._subcluster, (within + count - 1) // self._subcluster
+        return (1 << last + 1) - (1 << first)
+
+    # All other writes
+
+    async def write(self, pieces: Sequence[Piece]) -> list[OSError | None]:
+        """Write each piece, wherever that leads; what went wrong with each.
+
+        `CorruptImage` if the metadata forbids it.
+        """
+        numbers = sorted(
+            {
+                number
+                for offset, data in pieces
+                for number in range(
+                    offset >> self._bits, (offset + len(data) - 1 >> self._bits) + 1
+                )
+            }
+        )
+        async with self._in_flight.alone(ranges_of(numbers)):
+            return await self.write_alone(pieces)
+
+    async def write_alone(self, pieces: Sequence[Piece]) -> list[OSError | None]:
+        """`write`, for who is alone with these clusters already (`InFlight`)."""
+        parts = self._parts(pieces)
+        clusters = [await self._find(number, parts[number]) for number in sorted(parts)]
+        await self._find_homes(clusters)
+        await self._write(clusters)
+        self._link(cluster for cluster in clusters if not cluster.error)
+        failed = [cluster for cluster in clusters if cluster.error]
+        await self._refcounts.unallocate([each.run for each in failed if each.run])
+        errors: list[OSError | None] = [None] * len(pieces)
+        for cluster in failed:
+            for index in cluster.pieces:
+                errors[index] = cluster.error
+        return errors
+
+    def _parts(self, pieces: Sequence[Piece]) -> dict[int, list[tuple[int, memoryview, int]]]:
+        """By cluster: (offset inside, data, which piece), in the order of the pieces."""
+        parts: dict[int, list[tuple[int, memoryview, int]]] = {}
+        for index, (offset, data) in enumerate(pieces):
+            view = memoryview(data)
+            done = 0
+            while done < len(view):
+                within = offset + done & self._size - 1
+                count = min(self._size - within, len(view) - done)
+                part = within, view[done : done + count], index
+                parts.setdefault(offset + done >> self._bits, []).append(part)
+                done += count
+        return parts
+
+    async def _find(self, number: int, parts: list[tuple[int, memoryview, int]]) -> Cluster:
+        layout = self._layout
+        table = await self._links.table(number >> layout.l2_bits)
+        index = number & layout.l2_entries - 1
+        entry, bitmap = self._links.entry(table, index)
+        problem = explain(entry, bitmap, layout, number << self._bits)
+        if problem:
+            raise CorruptImage(
+                f"{self._node.name}: guest offset {number << self._bits:#x}: {problem}"
+            )
+        if layout.data_file:
+            own = entry & (COPIED | L2E_OFFSET_MASK) != 0
+        else:
+            own = entry & COPIED != 0 and not entry & COMPRESSED
+        inside = [(within, view) for within, view, _ in parts]
+        return Cluster(
+            number, table, index, entry, bitmap, own, inside, [piece for _, _, piece in parts]
+        )
+
+    async def _find_homes(self, clusters: Sequence[Cluster]) -> None:
+        """The host cluster of each: the one that it has to itself, or a new one."""
+        homeless: list[Cluster] = []
+        for cluster in clusters:
+            if self._layout.data_file:
+                cluster.host_offset = cluster.number << self._bits
+            elif cluster.own:
+                cluster.host_offset = cluster.entry & L2E_OFFSET_MASK
+                if self._places.hold(cluster.host_offset, self._size):
+                    there = " and ".join(self._places.names(cluster.host_offset))
+                    raise CorruptImage(
+                        f"{self._node.name}: guest offset {cluster.number << self._bits:#x} is"
+                        f" mapped to {cluster.host_offset:#x}, where there is {there}"
+                    )
+            else:
+                homeless.append(cluster)
+        if homeless:
+            waiting = iter(homeless)
+            for run in await self._refcounts.allocate(len(homeless)):
+                for at in range(run.clusters):
+                    cluster = next(waiting)
+                    cluster.host_offset = run.host_offset + (at << self._bits)
+                    cluster.run = Run(cluster.host_offset, 1, run.blank)
+
+    async def _write(self, clusters: Sequence[Cluster]) -> None:
+        """Write the new bytes, and what is copied around them; errors stay with the clusters."""
+        await self._copy_all(clusters)
+        writes: list[tuple[Buffer, int]] = []
+        owners: list[Cluster] = []
+        for cluster in clusters:
+            if not cluster.error:
+                for within, data in cluster.parts:
+                    writes.append((data, cluster.host_offset + within))
+                    owners.append(cluster)
+        errors = await self._file.write_batch(writes) if writes else []
+        for owner, error in zip(owners, errors, strict=True):
+            owner.error = owner.error or error
+
+    def _link(self, clusters: Iterable[Cluster]) -> None:
+        """Link the host clusters, whose bytes are in the file."""
+        changed: list[int] = []
+        freed: list[HostRange] = []
+        for cluster in clusters:
+            entry, bitmap = self._linked(cluster)
+            if (entry, bitmap) == (cluster.entry, cluster.bitmap):
+                continue
+            self._links.link(cluster.table, cluster.index, entry, bitmap)
+            changed.append(cluster.number)
+            if cluster.run:
+                freed += references(cluster.entry, self._bits)
+        self._commits.free(freed)
+        for first, last in ranges_of(changed):
+            self._node.resolved.forget(first << self._bits, last << self._bits)
+
+    def _linked(self, cluster: Cluster) -> tuple[int, int]:
+        """What the L2 entry of a cluster and its bitmap are to be."""
+        entry = cluster.host_offset | COPIED
+        if not self._layout.extended:
+            if cluster.own and not cluster.entry & ZERO:
+                entry = cluster.entry
+            return entry, 0
+        if cluster.entry & COMPRESSED:
+            return entry, ALL
+        allocated = cluster.bitmap & ALL | self._written(cluster)
+        return entry, (cluster.bitmap >> SUBCLUSTERS & ~allocated) << SUBCLUSTERS | allocated
+
+    # What is copied
+
+    def _written(self, cluster: Cluster) -> int:
+        """The subclusters that new bytes are in."""
+        touched = 0
+        for within, view in cluster.parts:
+            touched |= self._touched(within, len(view))
+        return touched
+
+    def _gaps(self, cluster: Cluster) -> Iterator[Gap]:
+        """What has to be in the host cluster besides the new bytes."""
+        end = self._size
+        if self._layout.data_file:  # which ends with the disk, and not with the cluster
+            end = min(end, self._node.size - (cluster.number << self._bits))
+        parts = sorted((within, within + len(view)) for within, view in cluster.parts)
+        for at, last, source in self._needed(cluster):
+            stop = min(last, end)
+            for first, after in parts:
+                if at < first < stop:
+                    yield at, first, source
+                if first < stop:
+                    at = max(at, after)
+            if at < stop:
+                yield at, stop, source
+
+    def _needed(self, cluster: Cluster) -> Iterator[Gap]:
+        """What has to be in the host cluster that is not there yet, and what it is now."""
+        entry = cluster.entry
+        if entry & COMPRESSED:
+            yield 0, self._size, Source.CLUSTER
+        elif self._layout.extended:
+            allocated, zero = cluster.bitmap & ALL, cluster.bitmap >> SUBCLUSTERS
+            written = self._written(cluster)
+            needed = written & ~allocated if cluster.own else written | allocated
+            yield from self._subclusters(needed, allocated, zero)
+        elif entry & ZERO:
+            yield 0, self._size, Source.ZEROES
+        elif not cluster.own:
+            there = entry & L2E_OFFSET_MASK
+            yield 0, self._size, Source.CLUSTER if there else Source.BELOW
+
+    def _subclusters(self, needed: int, allocated: int, zero: int) -> Iterator[Gap]:
+        """The runs of subclusters that come from the same place."""
+        size = self._subcluster
+        for source, which in (
+            (Source.CLUSTER, needed & allocated),
+            (Source.ZEROES, needed & ~allocated & zero),
+            (Source.BELOW, needed & ~allocated & ~zero),
+        ):
+            for first, last in ranges_of([n for n in range(SUBCLUSTERS) if which >> n & 1]):
+                yield first * size, last * size, source
+
+    async def _copy_all(self, clusters: Sequence[Cluster]) -> None:
+        """Add what is to be copied to the parts of each."""
+        copies = []
+        for cluster in clusters:
+            gaps = list(self._gaps(cluster))
+            if gaps:
+                copies.append(self._copy(cluster, gaps))
+        if self._node.backing is None or len(copies) == 1:
+            for copy in copies:  # mostly there is nothing to be read
+                await copy
+        else:
+            await asyncio.gather(*copies)
+
+    async def _copy(self, cluster: Cluster, gaps: Sequence[Gap]) -> None:
+        blank = cluster.run is not None and cluster.run.blank
+        guest_offset = cluster.number << self._bits
+        copied: list[tuple[int, memoryview]] = []
+        try:
+            for first, last, source in gaps:
+                length = last - first
+                data = None
+                if source is Source.BELOW:
+                    data = await self._read_below(guest_offset + first, length)
+                elif source is Source.CLUSTER:
+                    data = await self._read_cluster(cluster, first, length)
+                if data is not None:
+                    copied.append((first, data))
+                elif not blank:
+                    copied.append((first, _ZEROES[:length]))
+        except OSError as error:
+            cluster.error = error
+        cluster.parts = sorted([*copied, *cluster.parts], key=itemgetter(0))
+
+    async def _read_below(self, offset: int, length: int) -> memoryview | None:
+        """Guest bytes of the backing node; None if they are zeroes."""
+        backing = self._node.backing
+        if backing is None or offset >= backing.size:
+            return None
+        extents = await backing.resolve(offset, min(offset + length, backing.size))
+        if all(extent.kind == ZERO_EXTENT for extent in extents):
+            return None
+        view = memoryview(bytearray(length))
+        for extent in extents:
+            piece = view[extent.offset - offset : extent.end - offset]
+            await backing.fetch(extent, extent.offset, piece)
+        return view
+
+    async def _read_cluster(self, cluster: Cluster, first: int, length: int) -> memoryview:
+        """Bytes of the cluster as it is."""
+        guest_offset = cluster.number << self._bits
+        if cluster.entry & COMPRESSED:
+            descriptor = cluster.entry & L2E_DESCRIPTOR_MASK
+            whole = await self._node.fetch_compressed(descriptor, guest_offset)
+            return whole[first : first + length]
+        view = memoryview(bytearray(length))
+        await self._file.read(view, (cluster.entry & L2E_OFFSET_MASK) + first)
+        return view
+
+
+def references(entry: int, cluster_bits: int) -> list[HostRange]:
+    """The host clusters that an L2 entry of an image without data file refers to."""
+    if entry & COMPRESSED:
+        offset, length = compressed_range(entry, cluster_bits)
+        first, last = offset >> cluster_bits, (offset + length - 1 >> cluster_bits) + 1
+        return [(first << cluster_bits, last - first << cluster_bits)]
+    host_offset = entry & L2E_OFFSET_MASK
+    return [(host_offset, 1 << cluster_bits)] if host_offset else []

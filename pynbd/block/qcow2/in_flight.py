@@ -1,0 +1,49 @@
+"""Ranges of guest clusters whose mapping is being changed: who overlaps waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+
+class InFlight:
+    """The changes under way. Reads and writes in place do not meet here: they have pins."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        self._waiting: list[asyncio.Future[None]] = []
+
+    @asynccontextmanager
+    async def alone(self, ranges: Sequence[tuple[int, int]]) -> AsyncIterator[None]:
+        """Nobody else changes these ranges of clusters (first, last + 1) inside the block.
+
+        All are entered at once, so that no two can wait for each other.
+        """
+        while any(
+            first < end and start < last for start, end in self._ranges for first, last in ranges
+        ):
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            await waiter
+        self._ranges += ranges
+        try:
+            yield
+        finally:
+            for entered in ranges:
+                self._ranges.remove(entered)
+            waiting, self._waiting = self._waiting, []
+            for waiter in waiting:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+
+def ranges_of(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as ranges (first, last + 1)."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = ranges[-1][0], number + 1
+        else:
+            ranges.append((number, number + 1))
+    return ranges

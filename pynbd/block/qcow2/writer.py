@@ -1,0 +1,325 @@
+"""Writer: what a qcow2 image that is open for writing has besides what is read.
+
+It owns the parts that change the image, and says who does what: a write whose clusters are all
+there goes straight to the file, pinned; any other changes the mapping (`cow`, `zeroing`) in a task
+of its own, which ends even if the request is cancelled. The locks, each taken before the next:
+
+1. the range of guest clusters (`InFlight`), by whoever changes their mapping
+2. one L2 table at a time is made or copied (`Links`)
+3. one commit at a time (`Commits`); whoever is in 1 or 2 never waits for one
+4. the refcounts (`Refcounts`), for as long as it takes to find clusters or give them back
+
+An image whose metadata turns out to contradict itself is not written any more: its corrupt bit is
+set, and requests fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pynbd.block.engine import Buffer, HostFile
+from pynbd.block.node import BlockNode
+from pynbd.block.pins import Pins
+from pynbd.block.qcow2.bitmaps import PersistentBitmaps
+from pynbd.block.qcow2.cache import Table, read_table
+from pynbd.block.qcow2.commit import Commits, HostRange, Rule
+from pynbd.block.qcow2.cow import CopyOnWrite, Piece
+from pynbd.block.qcow2.format import (
+    L1E_OFFSET_MASK,
+    L1E_SIZE,
+    MAX_L1_BYTES,
+    Autoclear,
+    Compatible,
+    Incompatible,
+)
+from pynbd.block.qcow2.header import Header
+from pynbd.block.qcow2.header_fields import HeaderFields
+from pynbd.block.qcow2.in_flight import InFlight
+from pynbd.block.qcow2.links import Links
+from pynbd.block.qcow2.mapping import Mapping
+from pynbd.block.qcow2.places import Places
+from pynbd.block.qcow2.refcounts import Refcounts
+from pynbd.block.qcow2.snapshots import Snapshot, table_length
+from pynbd.block.qcow2.tracking import Tracking
+from pynbd.block.qcow2.zeroing import Space, Zeroing
+from pynbd.errors import CorruptImage
+
+log = logging.getLogger("pynbd")
+T = TypeVar("T")
+
+# Clusters that one step of a long write looks up and links.
+CLUSTERS_PER_STEP = 1 << 10
+# L1 tables of snapshots whose L2 tables have their places known.
+_SNAPSHOT_L1_BYTES = 2 * MAX_L1_BYTES
+_KNOWN_AUTOCLEAR = Autoclear.BITMAPS | Autoclear.RAW_EXTERNAL_DATA
+
+
+class Writer:
+    """The changing side of one image. ``node`` is whose it is, ``pins`` those of its requests."""
+
+    def __init__(
+        self,
+        node: BlockNode,
+        file: HostFile,
+        header: Header,
+        fields: HeaderFields,
+        commits: Commits,
+        refcounts: Refcounts,
+        places: Places,
+        links: Links,
+        tracking: Tracking,
+        pins: Pins,
+    ) -> None:
+        assert node.file is not None
+        self._node = node
+        self._file = file
+        self._header = header
+        self._fields = fields
+        self._commits = commits
+        self._refcounts = refcounts
+        self._tracking = tracking
+        self._pins = pins
+        in_flight = InFlight()
+        self._cow = CopyOnWrite(node, node.file, links, refcounts, commits, places, in_flight)
+        self._zeroing = Zeroing(
+            node, node.file, header, links, refcounts, commits, in_flight, self._cow
+        )
+        self._bits = header.cluster_bits
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._begun = False
+        self._beginning = asyncio.Lock()
+        self._damage: CorruptImage | None = None
+        commits.release = self._release
+
+    @classmethod
+    async def open(
+        cls,
+        node: BlockNode,
+        file: HostFile,
+        data_file: HostFile | None,
+        header: Header,
+        mapping: Mapping,
+        bitmaps: PersistentBitmaps,
+        snapshots: Sequence[Snapshot],
+        pins: Pins,
+    ) -> Writer:
+        """Find out where all metadata is. Nothing is written before the first change. Raises
+        `CorruptImage` if some of it is in the place of other.
+        """
+        fields = HeaderFields(file, header)
+        places = Places(header.cluster_bits)
+        lazy = Compatible.LAZY_REFCOUNTS in header.compatible
+        commits = Commits(file, data_file, fields, pins, lazy_refcounts=lazy)
+        refcounts = await Refcounts.open(file, header, commits, places)
+        links = Links(
+            file, Table(header.l1_table_offset, mapping.l1), mapping, refcounts, commits, places
+        )
+        tracking = await Tracking.open(file, header, bitmaps.stored, refcounts, commits, places)
+        places.add(0, header.cluster_size, "header")
+        if header.bitmaps and bitmaps.stored:
+            extension = header.bitmaps
+            places.add(extension.directory_offset, extension.directory_size, "bitmap directory")
+        await _add_snapshots(places, file, header, snapshots)
+        places.seal()
+        for problem in places.overlaps():
+            raise CorruptImage(f"{file.path}: {problem} (pynbd check tells more; -r reads it)")
+        return cls(node, file, header, fields, commits, refcounts, places, links, tracking, pins)
+
+    # Changes
+
+    async def pwrite_batch(self, pieces: Sequence[Piece], *, fua: bool) -> list[OSError | None]:
+        """Write each piece; what went wrong with each."""
+        try:
+            await self._begin()
+        except OSError as refusal:
+            return [refusal for _ in pieces]
+        results: list[OSError | None] = [None] * len(pieces)
+        direct: list[tuple[Buffer, int]] = []
+        owners: list[int] = []
+        others: list[int] = []
+        for index, (offset, data) in enumerate(pieces):
+            self._tracking.record(offset, len(data))
+            places = None
+            if len(data) >> self._bits < CLUSTERS_PER_STEP:
+                places = self._cow.in_place(offset, data)
+            if places is None:
+                others.append(index)
+            else:
+                direct += places
+                owners += [index] * len(places)
+        task = None
+        if others:
+            task = self._start(self._allocating([pieces[index] for index in others]))
+        if direct:
+            at_once = fua and not others and not self._commits.pending
+            errors = await self._in_place(direct, fua=at_once)
+            for index, error in zip(owners, errors, strict=True):
+                results[index] = results[index] or error
+            fua = fua and not at_once
+        if task:
+            for index, error in zip(others, await asyncio.shield(task), strict=True):
+                results[index] = error
+        if fua:
+            try:
+                await self.flush()
+            except OSError as failure:
+                return [earlier or failure for earlier in results]
+        return results
+
+    async def write_zeroes(self, offset: int, length: int, space: Space, *, fast: bool) -> None:
+        """`Zeroing.zero`."""
+        await self._begin()
+        self._tracking.record(offset, length)
+        await self._apart(self._zeroing.zero(offset, length, space, fast=fast))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """`Zeroing.discard`."""
+        await self._begin()
+        self._tracking.record(offset, length)
+        await self._apart(self._zeroing.discard(offset, length))
+
+    async def flush(self) -> None:
+        """Every completed change onto stable storage."""
+        await self._apart(self._commits.commit())
+
+    async def finish(self) -> None:
+        """Store the bitmaps, write all metadata, give back what is not needed. ``OSError`` if that
+        fails.
+        """
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if not self._begun:
+            return
+        if self._damage is None:
+            try:
+                await self._tracking.store()
+            except CorruptImage as error:
+                raise await self._damaged(error) from error
+        await self._commits.finish()
+        await self._refcounts.finish()
+
+    async def _begin(self) -> None:
+        """Before any change: whether there may be one, and what the first one needs."""
+        if self._damage is not None:
+            problem = "the image turned read-only when damage was found in it"
+            raise OSError(errno.EROFS, problem, self._file.path)
+        if self._begun:
+            return
+        async with self._beginning:
+            if not self._begun:
+                known = self._fields.autoclear & _KNOWN_AUTOCLEAR
+                if known != self._fields.autoclear:
+                    await self._fields.set_autoclear(known)
+                    await self._commits.barrier(Rule.AUTOCLEAR)
+                await self._tracking.begin()
+                self._begun = True
+
+    async def _in_place(
+        self, writes: Sequence[tuple[Buffer, int]], *, fua: bool
+    ) -> list[OSError | None]:
+        """Write to host clusters that were looked up in this step of the loop."""
+        assert self._node.file is not None
+        pinned = self._pins.hold()
+        pinned.begin()
+        # Not in a `with`: if this is cancelled the call goes on, and where it writes stays pinned.
+        errors = await self._node.file.write_batch(writes, fua=fua)
+        pinned.end()
+        return errors
+
+    async def _allocating(self, pieces: Sequence[Piece]) -> list[OSError | None]:
+        """Write pieces that may need new clusters, so many clusters at a time."""
+        results: list[OSError | None] = [None] * len(pieces)
+        for indexes, step in self._steps(pieces):
+            try:
+                errors = await self._cow.write(step)
+                if self._commits.much:
+                    await self._commits.commit()
+            except CorruptImage as damage:
+                errors = [await self._damaged(damage)] * len(step)
+            except OSError as error:
+                errors = [error] * len(step)
+            for index, failed in zip(indexes, errors, strict=True):
+                results[index] = results[index] or failed
+        return results
+
+    def _steps(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[int], list[Piece]]]:
+        """(numbers of the pieces, pieces or parts of them) for each step."""
+        indexes: list[int] = []
+        step: list[Piece] = []
+        room = CLUSTERS_PER_STEP
+        for index, (offset, data) in enumerate(pieces):
+            view = memoryview(data)
+            while len(view):
+                count = min(len(view), (room << self._bits) - (offset & (1 << self._bits) - 1))
+                indexes.append(index)
+                step.append((offset, view[:count]))
+                room -= (offset + count - 1 >> self._bits) - (offset >> self._bits) + 1
+                offset, view = offset + count, view[count:]
+                if room <= 0:
+                    yield indexes, step
+                    indexes, step, room = [], [], CLUSTERS_PER_STEP
+        if step:
+            yield indexes, step
+
+    # Tasks that end
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _apart(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do ``work`` to its end, even if nobody waits for it any more."""
+        try:
+            await asyncio.shield(self._start(work))
+        except CorruptImage as error:
+            raise await self._damaged(error) from error
+
+    # Damage
+
+    async def _release(self, ranges: Sequence[HostRange]) -> None:
+        try:
+            await self._refcounts.release(ranges)
+        except CorruptImage as error:
+            await self._damaged(error)
+        except OSError as error:
+            log.warning("%s: freed clusters stay allocated: %s", self._file.path, error)
+
+    async def _damaged(self, damage: CorruptImage) -> OSError:
+        """The image contradicts itself: it is not written any more, and says so."""
+        if self._damage is None:
+            self._damage = damage
+            log.error("%s; the image is only read from now on (pynbd check tells more)", damage)
+            try:
+                if self._fields.version >= 3:
+                    await self._fields.set_incompatible(Incompatible.CORRUPT, on=True)
+                    await self._commits.barrier(Rule.CORRUPT)
+            except OSError as error:
+                log.error("%s: it could not be marked corrupt: %s", self._file.path, error)
+        return OSError(errno.EIO, str(damage), self._file.path)
+
+
+async def _add_snapshots(
+    places: Places, file: HostFile, header: Header, snapshots: Sequence[Snapshot]
+) -> None:
+    """The places of the snapshot table, and of the snapshots' L1 and L2 tables."""
+    if not snapshots:
+        return
+    places.add(header.snapshots_offset, table_length(snapshots), "snapshot table")
+    left = _SNAPSHOT_L1_BYTES
+    for snapshot in snapshots:
+        what = f"L1 table of snapshot {snapshot.id!r}"
+        length = snapshot.l1_size * L1E_SIZE
+        places.add(snapshot.l1_table_offset, length, what)
+        left -= length
+        if left >= 0:
+            l1 = await read_table(file, snapshot.l1_table_offset, snapshot.l1_size)
+            named = l1 & np.uint64(L1E_OFFSET_MASK)
+            places.add_tables(f"L2 table of snapshot {snapshot.id!r}", named.copy)
