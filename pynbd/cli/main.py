@@ -24,6 +24,7 @@ class _Subcommands(complaints.Told, click.Group):
         "copy": "pynbd.cli.copy",
         "compare": "pynbd.cli.compare",
         "create": "pynbd.cli.create",
+        "check": "pynbd.cli.check",
         "demo": "pynbd.cli.demo",
         "completion": "pynbd.cli.completion",
         "man": "pynbd.cli.man",
