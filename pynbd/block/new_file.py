@@ -38,16 +38,22 @@ def new_file(
     """
     made = make_file(path)
     try:
-        try:
-            file = open_host_file(engine, path, writable=True, cache=cache)
-        except ImageLocked:
-            raise ImageLocked(f"{path}: another process uses it") from None
-        with closing(file):
+        with closing(open_to_write(engine, path, cache)) as file:
             yield file
     except BaseException:
         if made:
             remove_made(path, made)
         raise
+
+
+def open_to_write(engine: Engine, path: str, cache: CacheMode = Cache.WRITEBACK.mode) -> HostFile:
+    """Open and lock a file or block device. Raises `ImageError`, `ImageLocked`."""
+    if not os.access(path, os.W_OK):
+        raise ImageError(f"{path}: it may not be written")
+    try:
+        return open_host_file(engine, path, writable=True, cache=cache)
+    except ImageLocked:
+        raise ImageLocked(f"{path}: another process uses it") from None
 
 
 def make_file(path: str) -> tuple[int, int] | None:

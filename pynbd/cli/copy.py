@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from pynbd.block.chain import FORMATS
 from pynbd.cli.completion import file_names
+from pynbd.cli.creation_options import options_option, with_named_options
 from pynbd.cli.logs import told
 from pynbd.cli.looking import check_no_image_options, image_options, snapshot_option
 from pynbd.cli.numbers import power_of_two
@@ -21,7 +23,7 @@ from pynbd.client.ends import Reading, Writing, open_disk, open_target
 from pynbd.errors import UsageError
 from pynbd.protocol.uri import is_uri
 
-_OTHER_FORMATS = frozenset({".qcow2", ".qcow", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk"})
+_OTHER_FORMATS = frozenset({".qcow", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,8 @@ class CopyOptions:
     force_share: bool
     snapshot: str | None
     target_format: str | None
+    no_create: bool
+    creation: dict[str, Any]
     bitmap: str | None
     sparse: int
     allocated: bool
@@ -59,6 +63,8 @@ def _one_bitmap(
     epilog="""\b
 Examples:
   pynbd copy disk.qcow2 disk.raw
+  pynbd copy -o compression_type=zstd disk.raw disk.qcow2
+  pynbd copy -B base.qcow2 -F qcow2 nbd://localhost/disk overlay.qcow2
   pynbd copy nbd://backup.example/disk disk.raw
   pynbd copy disk.raw 'nbd+unix:///?socket=/run/disk.sock'
   pynbd copy --bitmap monday disk.qcow2 copy-of-monday.raw
@@ -71,9 +77,33 @@ Examples:
 @click.option(
     "-O",
     "--target-format",
-    type=click.Choice(["raw", "qcow2"]),
-    help="The format of a DST that is a file; only raw is written so far (default: raw, but no file"
-    " is overwritten that looks like another format).",
+    type=click.Choice(FORMATS),
+    help="The format of a DST that is a file (default: for a new one qcow2, if its name ends so,"
+    " else raw; for one that is there raw, but none is overwritten that looks like another"
+    " format).",
+)
+@click.option(
+    "-n",
+    "--no-create",
+    is_flag=True,
+    help="Write into the image DST that is there, and keep what is beyond the end of SRC (default:"
+    " it begins anew).",
+)
+@options_option
+@click.option(
+    "-B",
+    "--backing",
+    "backing_file",
+    metavar="FILE",
+    shell_complete=file_names,
+    help="Make DST an overlay of this file, with what differs from it (default: none).",
+)
+@click.option(
+    "-F",
+    "--backing-format",
+    "backing_fmt",
+    type=click.Choice(FORMATS),
+    help="The format of that file; it is never guessed.",
 )
 @click.option(
     "--bitmap",
@@ -102,13 +132,20 @@ Examples:
 @click.option("--flush", is_flag=True, help="Always done: in the end all is on stable storage.")
 @transfer_options
 @told
-def copy(flush: bool, **options: Any) -> None:  # the options are CopyOptions, name by name
+def copy(
+    flush: bool,
+    texts: dict[str, Any],
+    backing_file: str | None,
+    backing_fmt: str | None,
+    **options: Any,  # the other options are CopyOptions, name by name
+) -> None:
     """Copy the disk SRC onto DST; each is an image or an NBD URI.
 
-    A file is made, or replaced by a raw image of the size of SRC; a new one is removed if the copy
+    A file is made, or replaced by an image of the size of SRC; a new one is removed if the copy
     fails. A block device or an export has to be large enough, and keeps what lies beyond.
     """
-    wanted = CopyOptions(**options)
+    named = {"backing_file": backing_file, "backing_fmt": backing_fmt}
+    wanted = CopyOptions(creation=with_named_options(texts, named), **options)
     _check(wanted)
     run(_copy(wanted))
 
@@ -124,8 +161,13 @@ def _check(wanted: CopyOptions) -> None:
             }
         )
     if is_uri(wanted.target):
-        if wanted.target_format:
-            raise UsageError("--target-format is for files: DST is a URI")
+        for option, given in (
+            ("--target-format", wanted.target_format),
+            ("--no-create", wanted.no_create),
+            (_option_of(wanted.creation), wanted.creation),
+        ):
+            if given:
+                raise UsageError(f"{option} is for files: DST is a URI")
     elif ":" in wanted.target.partition("/")[0] and not os.path.lexists(wanted.target):
         raise UsageError(f"DST: {wanted.target!r} is a protocol name, neither a file nor a URI")
     suffix = os.path.splitext(wanted.target)[1]
@@ -134,12 +176,33 @@ def _check(wanted: CopyOptions) -> None:
         raise UsageError(
             f"DST: {wanted.target} would be raw, whatever its name says (-O raw makes it so)"
         )
-    if wanted.target_format == "qcow2":
-        raise UsageError("--target-format: qcow2 is not written yet; raw is")
+    if wanted.creation:
+        _check_creation(wanted, is_new=is_new)
     if wanted.bitmap is not None and wanted.snapshot is not None:
         raise UsageError("--bitmap: bitmaps describe the active state, not a snapshot (-l)")
     if wanted.bitmap is not None and wanted.target_is_zero:
         raise UsageError("--target-is-zero: with --bitmap DST is an earlier copy, not zeroes")
+
+
+def _check_creation(wanted: CopyOptions, *, is_new: bool) -> None:
+    """Options of a new qcow2 image are for that."""
+    option = _option_of(wanted.creation)
+    is_qcow2 = wanted.target_format == "qcow2" or (
+        wanted.target_format is None and is_new and wanted.target.endswith(".qcow2")
+    )
+    if wanted.no_create or wanted.bitmap is not None:
+        other = "--no-create" if wanted.no_create else "--bitmap"
+        raise UsageError(f"{option}: with {other} no image is made")
+    if not is_qcow2:
+        raise UsageError(f"{option}: it is for a new qcow2 image (-O qcow2 makes DST one)")
+    if "size" in wanted.creation:
+        raise UsageError("-o size: a copy is as large as SRC")
+    if "backing_file" in wanted.creation and wanted.target_is_zero:
+        raise UsageError("--target-is-zero: with --backing DST reads as that file, not as zeroes")
+
+
+def _option_of(creation: dict[str, Any]) -> str:
+    return "--backing" if "backing_file" in creation else "-o"
 
 
 async def _copy(wanted: CopyOptions) -> None:
@@ -152,7 +215,9 @@ async def _copy(wanted: CopyOptions) -> None:
         connections=wanted.connections,
     )
     writing = Writing(
-        any_format=wanted.target_format == "raw",
+        format=wanted.target_format,
+        creation=wanted.creation,
+        existing=wanted.no_create,
         reads_zero=wanted.target_is_zero,
         sparse=wanted.sparse,
         allocated=wanted.allocated,

@@ -15,7 +15,7 @@ from pynbd.block.new_file import Preallocation
 from pynbd.block.qcow2.create import NewImage
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.cli.completion import file_names
-from pynbd.cli.creation_options import TYPES, options_option
+from pynbd.cli.creation_options import TYPES, options_option, with_named_options
 from pynbd.cli.output import in_units, printable, standard_output
 from pynbd.errors import UsageError
 
@@ -137,13 +137,7 @@ def create(
     """
     if not path or (":" in path.partition("/")[0] and not os.path.lexists(path)):
         raise UsageError(f"FILE: {path!r} is not the name of a file")
-    options = dict(texts)
-    for name, value in named.items():
-        if value is None:
-            continue
-        if name in options:
-            raise UsageError(f"-o {name}: it is given twice, by an option of its own, too")
-        options[name] = TYPES[name](value) if isinstance(value, str) else value
+    options = with_named_options(texts, named)
     new = asyncio.run(
         create_image(path, format=format_name, backing_unchecked=backing_unchecked, **options)
     )

@@ -7,7 +7,7 @@ is not allowed; what goes with what is told by `pynbd.block.qcow2.create`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -84,4 +84,16 @@ def _parsed(
                 options[name] = TYPES[name](value)
             except click.BadParameter as error:
                 raise UsageError(f"-o {name}: {error.message}") from None
+    return options
+
+
+def with_named_options(texts: dict[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``-o``, and those that have an option of their own; None is none."""
+    options = dict(texts)
+    for name, value in named.items():
+        if value is None:
+            continue
+        if name in options:
+            raise UsageError(f"-o {name}: it is given twice, by an option of its own, too")
+        options[name] = TYPES[name](value) if isinstance(value, str) else value
     return options

@@ -152,6 +152,31 @@ class Target(Disk):
             raise WriteError(f"{self.name}: cannot flush: {reason(error)}") from error
 
 
+class OverlayTarget(Target):
+    """A target that reads as its backing file where nothing was written: it is given what differs
+    from that, whole multiples of ``granule`` bytes, a power of two.
+    """
+
+    granule = 1 << 16
+
+    async def write(self, offset: int, view: memoryview) -> None:
+        there = memoryview(bytearray(len(view)))
+        await self.read(offset, there)
+        difference = (np.frombuffer(view, np.uint8) ^ np.frombuffer(there, np.uint8)).data
+        for start, end, same in zero_runs(difference, offset, self.granule):
+            if not same:
+                await super().write(start, view[start - offset : end - offset])
+
+    async def zero(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            runs = await self.map(offset, end - offset)
+            for start, stop, kind, _, _ in runs:
+                if not kind & ZERO:
+                    await super().zero(start, stop - start)
+            offset = runs.end
+
+
 def zero_runs(view: memoryview, offset: int, granularity: int) -> Iterator[tuple[int, int, bool]]:
     """(start, end, is zero) of the runs of what ``view`` holds from ``offset`` on.
 

@@ -33,6 +33,7 @@ from pynbd.block.qcow2.format import (
     MIN_CLUSTER_BITS_EXTENDED,
     REFCOUNT_ORDER_V2,
     SECTOR,
+    SUBCLUSTERS,
     Autoclear,
     Compatible,
     CompressionType,
@@ -74,6 +75,11 @@ class NewImage:
     backing_fmt: str | None = None
     data_file: str | None = None
     data_file_raw: bool = False
+
+    @property
+    def granule(self) -> int:
+        """Bytes of the smallest piece that is allocated: a cluster, or a subcluster."""
+        return self.cluster_size // (SUBCLUSTERS if self.extended_l2 else 1)
 
     def check(self) -> None:
         """Raise `UsageError`, which names the option, for what the format or QEMU forbid."""
