@@ -520,7 +520,8 @@ def _data_runs(fd: int, offset: int, length: int, limit: int) -> list[tuple[int,
             runs.append((data - offset, False))
         if data < end:
             hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
-            runs.append((hole - data, True))
+            if hole > data:  # else somebody punched it since
+                runs.append((hole - data, True))
             offset = hole
         else:
             offset = end
