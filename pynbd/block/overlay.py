@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from pynbd.block.chain import open_image
@@ -18,23 +19,24 @@ from pynbd.block.qcow2.create import NewImage, create
 from pynbd.block.slice import SliceNode
 from pynbd.errors import ImageError, PynbdError
 
-# Where QEMU puts them, too, unless TMPDIR is set: it may become as large as the image.
-DIRECTORY = "/var/tmp"
-
 
 async def open_with_overlay(
-    image: Any, *, directory: str | None = None, engine: Engine | None = None, **options: Any
+    image: str | os.PathLike[str] | Mapping[str, object],
+    *,
+    engine: Engine | None = None,
+    **options: Any,
 ) -> BlockNode:
-    """Open ``image`` for reading, with ``options`` as `open_image` takes them, and an overlay in
-    ``directory`` on top of it, for writing; close both with `BlockNode.close`.
+    """Open ``image`` for reading, with ``options`` as `open_image` takes them, and an overlay on
+    top of it, for writing; close both with `BlockNode.close`.
 
-    Raises what `open_image` raises, and `ImageError` if the overlay cannot be made.
+    The overlay is in the directory that TMPDIR names, else in /var/tmp. Raises what `open_image`
+    raises, and `ImageError` if the overlay cannot be made.
     """
     used = engine or Engine()
     try:
         base = await open_image(image, engine=used, **(options | {"read_only": True}))
         try:
-            node = await _with_overlay(base, directory or DIRECTORY, used)
+            node = await _with_overlay(base, used)
         except BaseException:
             await base.close()
             raise
@@ -47,12 +49,21 @@ async def open_with_overlay(
     return node
 
 
-async def _with_overlay(base: BlockNode, directory: str, engine: Engine) -> BlockNode:
+def _directory() -> str:
+    """As QEMU has it: what is in /tmp may be in memory, and an overlay becomes as large as what is
+    written.
+    """
+    chosen = tempfile.gettempdir()
+    return "/var/tmp" if chosen == "/tmp" else chosen
+
+
+async def _with_overlay(base: BlockNode, engine: Engine) -> BlockNode:
     # A part of an image stays a part, now of the overlay: it has no layers of its own.
     slices = []
     while isinstance(base, SliceNode):
         slices.append((base.start, base.size))
         base = base.image
+    directory = _directory()
     try:
         descriptor, path = tempfile.mkstemp(prefix="pynbd-", suffix=".qcow2", dir=directory)
     except OSError as error:
