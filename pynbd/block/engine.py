@@ -26,7 +26,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from enum import StrEnum
@@ -55,6 +55,7 @@ _PROBE_STEP = 256 * 1024
 _PROBE = bytearray(1)
 _TMPFS = 0x0102_1994  # the f_type of statfs(2)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
 _SYS_CACHESTAT = 451  # the same number on every architecture (Linux 6.5)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -421,16 +422,20 @@ class HostFile:
             return [self._lost() for _ in pieces]
         errors: list[OSError | None] = []
         with self._descriptor as fd:
-            for data, offset in pieces:
-                try:
-                    if self._direct:
-                        self._direct.write(fd, memoryview(data), offset)
+            for group in _neighbours(pieces):
+                if len(group) > 1 and not self._direct and _write_together(fd, group):
+                    errors += [None] * len(group)
+                    continue
+                for data, offset in group:
+                    try:
+                        if self._direct:
+                            self._direct.write(fd, memoryview(data), offset)
+                        else:
+                            _write_fully(fd, data, offset)
+                    except OSError as error:
+                        errors.append(error)
                     else:
-                        _write_fully(fd, data, offset)
-                except OSError as error:
-                    errors.append(error)
-                else:
-                    errors.append(None)
+                        errors.append(None)
         if (fua or self.cache.write_through) and not self.cache.no_flush and not all(errors):
             try:
                 self._sync()
@@ -484,6 +489,29 @@ def _read(fd: int, length: int, offset: int) -> bytes:
             break
         data += more
     return data
+
+
+def _neighbours(
+    pieces: Sequence[tuple[Buffer, int]],
+) -> Iterator[Sequence[tuple[Buffer, int]]]:
+    """``pieces`` in groups that follow one another in the file without a gap."""
+    first, end = 0, -1
+    for index, (data, offset) in enumerate(pieces):
+        if index > first and (offset != end or index - first == _IOV_MAX):
+            yield pieces[first:index]
+            first = index
+        end = offset + len(data)
+    if pieces:
+        yield pieces[first:]
+
+
+def _write_together(fd: int, group: Sequence[tuple[Buffer, int]]) -> bool:
+    """Write neighbours with one call; False if that did not write all of them."""
+    buffers = [data for data, _ in group]
+    try:
+        return os.pwritev(fd, buffers, group[0][1]) == sum(map(len, buffers))
+    except OSError:
+        return False  # whose fault it is shows when each is written by itself
 
 
 def _write_fully(fd: int, data: Buffer, offset: int) -> None:

@@ -308,7 +308,9 @@ class Refcounts:
 
     async def _block(self, index: int) -> Table | None:
         """The refcount block ``index``, None if there is none; its place is its own."""
-        if index >= len(self.table.values) or not self.table.values[index]:
+        if index >= len(self.table.values):
+            return None
+        if not int(self.table.values[index]) & REFT_OFFSET_MASK:
             return None
         block = await self._load(index)
         if not block.checked:

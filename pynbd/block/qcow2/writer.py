@@ -92,7 +92,7 @@ class Writer:
         )
         self._bits = header.cluster_bits
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._begun = False
+        self._begun = self._finished = False
         self._beginning = asyncio.Lock()
         self._damage: CorruptImage | None = None
         commits.release = self._release
@@ -194,8 +194,9 @@ class Writer:
         """
         while self._tasks:
             await asyncio.wait(self._tasks)
-        if not self._begun:
+        if not self._begun or self._finished:
             return
+        self._finished = True
         if self._damage is None:
             try:
                 await self._tracking.store()
@@ -209,6 +210,8 @@ class Writer:
         if self._damage is not None:
             problem = "the image turned read-only when damage was found in it"
             raise OSError(errno.EROFS, problem, self._file.path)
+        if self._finished:
+            raise OSError(errno.EBADF, "the image was closed", self._file.path)
         if self._begun:
             return
         async with self._beginning:
@@ -272,8 +275,13 @@ class Writer:
     def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it was seen, even if nobody waits for it any more
 
     async def _apart(self, work: Coroutine[Any, Any, None]) -> None:
         """Do ``work`` to its end, even if nobody waits for it any more."""
