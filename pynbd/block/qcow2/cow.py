@@ -203,7 +203,7 @@ class CopyOnWrite:
         table = await self._links.table(number >> layout.l2_bits)
         index = number & layout.l2_entries - 1
         entry, bitmap = self._links.entry(table, index)
-        problem = explain(entry, bitmap, layout, number << self._bits)
+        problem = explain(entry, bitmap, layout, number << self._bits) if entry | bitmap else ""
         if problem:
             raise CorruptImage(
                 f"{self._node.name}: guest offset {number << self._bits:#x}: {problem}"
