@@ -1,7 +1,7 @@
 """What a repair changes in L1 and L2 tables; docs/interop/qcow2.rst, "Cluster mapping".
 
-A table is written only where nothing but a table can be: at a cluster of the file that is no other
-metadata. Of a table only what is between its first changed entry and its last is written.
+A table is written only where nothing but this table can be: all who refer to its clusters take them
+for it. What is between its first changed entry and its last is written, and no more.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Mending:
         self._file = file
         self._header = header
         self._references = references
-        self._metadata = np.concatenate(references.metadata)
+        tables = np.concatenate([np.zeros(0, np.uint64), *references.tables])
+        # Of each L2 table, how often it is named.
+        self._tables, self._named = np.unique(tables, return_counts=True)
         self._changed = False
 
     async def entries(self) -> bool:
@@ -82,9 +84,7 @@ class Mending:
         mended = rule(l1)
         first = offset >> self._header.cluster_bits
         last = (offset + size * L1E_SIZE - 1) >> self._header.cluster_bits
-        # As metadata they are this table's, and nobody else's.
-        once = np.count_nonzero((self._metadata >= first) & (self._metadata <= last))
-        if once == last - first + 1:
+        if (self._references.counts[first : last + 1] == 1).all():
             await self._write(_differences(l1, mended, 0, size, offset))
         async for tables in l2_tables(self._file, self._header, l1[l1 != 0]):
             entries = L2Entries(tables, self._header.layout)
@@ -107,10 +107,11 @@ class Mending:
         await write_all(self._file, pieces)
 
     def _writable(self, offsets: UInt64s) -> Bools:
-        size = self._header.cluster_size
-        place: Bools = (offsets % size == 0) & (offsets < self._references.file_size)
-        place &= ~np.isin(offsets // size, self._metadata)
-        return place
+        size, counts = self._header.cluster_size, self._references.counts
+        clusters = np.minimum(offsets // size, len(counts) - 1)
+        named = self._named[np.searchsorted(self._tables, offsets)]
+        writable: Bools = (offsets % size == 0) & (counts[clusters] == named)
+        return writable
 
     def _cleared(self, tables: Tables, entries: L2Entries) -> tuple[UInt64s, UInt64s | None]:
         words, bitmaps = entries.words.copy(), entries.bitmaps

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import struct
 from dataclasses import replace
 
 import numpy as np
@@ -19,14 +18,11 @@ import numpy as np
 from pynbd.block.engine import HostFile
 from pynbd.block.qcow2.format import MAX_REFCOUNT_TABLE_BYTES
 from pynbd.block.qcow2.header import Header
+from pynbd.block.qcow2.header_fields import HeaderFields
 from pynbd.block.qcow2.mending import Piece, write_all
 from pynbd.block.qcow2.references import References
 from pynbd.block.qcow2.widths import Values, encode
 from pynbd.errors import ImageError
-
-# refcount_table_offset and refcount_table_clusters in the header: together, and in one sector.
-_TABLE_AT = 48
-_TABLE = struct.Struct(">QI")
 
 _BYTES_AT_ONCE = 8 << 20
 
@@ -101,8 +97,8 @@ class TrueRefcounts:
             await write_all(self._file, [(encode(self._block(index), bits), place)])
         await self._file.flush()
         await self.write(lowered=False)
-        location = _TABLE.pack(header.refcount_table_offset, table_clusters)
-        await write_all(self._file, [(location, _TABLE_AT)])
+        fields = HeaderFields(self._file, header)
+        await fields.place_refcount_table(header.refcount_table_offset, table.nbytes)
         await self._file.flush()
         await self.write()
         return header

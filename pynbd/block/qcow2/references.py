@@ -56,10 +56,10 @@ class References:
     ``counts`` has an element for each cluster, and one to spare: a misaligned cluster at the end of
     the file may touch the next. ``clusters``: how many of them are there. For a repair there is
     more: ``recorded``, the refcounts on disk; ``layers``, (host offset, entries) of all L1 tables,
-    the active one first; ``metadata``, the numbers of the clusters of all metadata but L2 tables;
-    ``beyond``, those of clusters that are named, and are past the end of the file; ``hidden``:
-    there may be references that were not found, as a table or a cluster is not where an entry says;
-    ``copied_wrong``, how many of the corruptions are COPIED flags of the active layer.
+    the active one first; ``tables``, the host offsets of all L2 tables, as often as they are named;
+    ``beyond``, the numbers of clusters that are named, and are past the end of the file;
+    ``hidden``: there may be references that were not found, as a table or a cluster is not where an
+    entry says; ``copied_wrong``, how many of the corruptions are COPIED flags of the active layer.
     """
 
     def __init__(self, file: HostFile, header: Header, recorded: Recorded, report: Report) -> None:
@@ -70,7 +70,7 @@ class References:
         self.counts = np.zeros(self.clusters + 1, np.uint32)
         self.most = (1 << header.refcount_bits) - 1
         self.layers: list[tuple[int, int]] = []
-        self.metadata: list[UInt64s] = []
+        self.tables: list[UInt64s] = []
         self.beyond: list[Int64s] = []
         self.hidden = False
         self.copied_wrong = 0
@@ -130,7 +130,6 @@ class References:
         first, last = offset >> bits, (offset + length - 1) >> bits
         self.counts[first : last + 1] += np.uint32(1)
         self.clusters = max(self.clusters, last + 1)
-        self.metadata.append(np.arange(first, last + 1, dtype=np.uint64))
 
     def _tell_beyond(self, what: str, offset: int) -> str:
         return f"{what} at {offset:#x} is past the end of the file, {self.file_size:#x}"
@@ -167,6 +166,7 @@ class References:
         named = np.flatnonzero(table)
         l1 = table[named]
         places = l1 & np.uint64(L1E_OFFSET_MASK)
+        self.tables.append(places)
 
         def told(broken: Bools, rule: str) -> None:
             rows = np.flatnonzero(broken)
@@ -260,7 +260,6 @@ class References:
             places = entries & np.uint64(BITMAP_TABLE_OFFSET_MASK)
             places = places[places != 0]
             self._add(places.view(np.int64), self._header.cluster_size, f"{table.where}: its data")
-            self.metadata.append(places >> self._header.cluster_bits)
 
     def _count_blocks(self) -> None:
         """The refcount blocks; they come last, as nobody else may refer to them."""
@@ -275,7 +274,6 @@ class References:
         again[first_of_each] = False
         shared = (others | again) & (self.most > 1)
         np.add.at(self.counts, blocks, np.uint32(1))
-        self.metadata.append(blocks.astype(np.uint64))
         rows = indexes[shared].tolist()
         recorded.shared.update(indexes[others | again].tolist())
         report.corrupt(

@@ -14,21 +14,16 @@ docs/interop/qcow2.rst, "Host cluster management". Rules:
 
 from __future__ import annotations
 
-import struct
 from enum import StrEnum
 
 from pynbd.block.engine import HostFile
 from pynbd.block.qcow2.check import examine
-from pynbd.block.qcow2.format import HEADER_LENGTH_V2, Autoclear, Incompatible
+from pynbd.block.qcow2.format import Autoclear, Incompatible
 from pynbd.block.qcow2.header import Header
-from pynbd.block.qcow2.mending import Mending, write_all
+from pynbd.block.qcow2.header_fields import HeaderFields
+from pynbd.block.qcow2.mending import Mending
 from pynbd.block.qcow2.rebuild import TrueRefcounts
 from pynbd.block.qcow2.report import Report
-
-# incompatible_features and autoclear_features, of version 3.
-_INCOMPATIBLE_AT = HEADER_LENGTH_V2
-_AUTOCLEAR_AT = HEADER_LENGTH_V2 + 16
-_FEATURES = struct.Struct(">Q")
 
 _NOT_CLEAN = Incompatible.DIRTY | Incompatible.CORRUPT
 
@@ -51,7 +46,11 @@ async def repair(file: HostFile, header: Header, *, fix: Fix) -> Report:
     if found.clean and not header.incompatible & _NOT_CLEAN:
         return found
     everything = fix is Fix.ALL
-    await _keep_features(file, _AUTOCLEAR_AT, header.autoclear, sum(Autoclear))
+    fields = HeaderFields(file, header)
+    known = Autoclear(header.autoclear & sum(Autoclear))
+    if header.autoclear != known:
+        await fields.set_autoclear(known)
+        await file.flush()
     left = found
     if everything and await Mending(file, header, references).entries():
         await file.flush()
@@ -68,15 +67,9 @@ async def repair(file: HostFile, header: Header, *, fix: Fix) -> Report:
         await Mending(file, header, references).copied()
         await file.flush()
         left, references = await examine(file, header)
-    if not left.corruptions and not left.check_errors:
-        await _keep_features(file, _INCOMPATIBLE_AT, header.incompatible, ~_NOT_CLEAN)
+    if header.incompatible & _NOT_CLEAN and not (left.corruptions or left.check_errors):
+        await fields.set_incompatible(_NOT_CLEAN, on=False)
+        await file.flush()
     left.leaks_fixed = max(found.leaks - left.leaks, 0)
     left.corruptions_fixed = max(found.corruptions - left.corruptions, 0)
     return left
-
-
-async def _keep_features(file: HostFile, offset: int, features: int, kept: int) -> None:
-    """Of the ``features`` at ``offset`` of the header only those in ``kept``, and a flush."""
-    if features & ~kept:
-        await write_all(file, [(_FEATURES.pack(features & kept), offset)])
-        await file.flush()
