@@ -71,7 +71,11 @@ class SliceNode(BlockNode):
         inside = self._inside(offset, length)
         if not inside:
             return Runs.single(offset, length, ZERO)
-        runs = await self.image.map(self.start + offset, inside, want_zero=want_zero)
+        # For I/O depths are places in the chain, also where the image is itself a slice.
+        if want_zero:
+            runs = await self.image.map(self.start + offset, inside)
+        else:
+            runs = await self.image.lookup(self.start + offset, inside)
         runs = Runs(offset, runs.ends - self.start, runs.kind, runs.host, runs.depth)
         if runs.end == offset + inside and inside < length:
             tail = Runs.single(runs.end, length - inside, ZERO)

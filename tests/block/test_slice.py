@@ -50,6 +50,17 @@ async def test_contents(tmp_path: Path, offset: int) -> None:
         await node.close()
 
 
+async def test_a_slice_of_a_slice(tmp_path: Path) -> None:
+    path = image(tmp_path)
+    async with await open_image(path) as node:
+        whole = await contents(node)
+    qcow2 = {"driver": "qcow2", "file.filename": str(path)}
+    part = {"driver": "raw", "file": qcow2, "offset": CLUSTER, "size": 9 * CLUSTER}
+    async with await open_image(part, offset=1000) as node:
+        expected = whole[CLUSTER + 1000 : 10 * CLUSTER]
+        assert await contents(node) == expected.ljust(node.size, b"\0")
+
+
 async def test_depth(tmp_path: Path) -> None:
     """What the layers below hold is at depth 0, as in QEMU."""
     node = await open_image(image(tmp_path), offset=CLUSTER)
