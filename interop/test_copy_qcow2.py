@@ -41,7 +41,7 @@ def check(image: Path, raw: str) -> None:
 
 
 def data_runs(image: Path) -> list[tuple[int, int]]:
-    """Where data begins and ends. (In a cluster of data QEMU writes zeroes where ours has holes.)"""
+    """Where data begins and ends."""
     told = json.loads(peers.run("qemu-img", "map", "--output=json", "-f", "qcow2", image).stdout)
     rows: list[tuple[int, int]] = []
     for run in told:
@@ -87,7 +87,8 @@ def test_it_is_as_sparse_as_that_of_qemu_img(
     pynbd_here("copy", *formats, disks[source], ours)
     peers.run("qemu-img", "convert", *formats, disks[source], theirs)
     assert data_runs(ours) == data_runs(theirs)
-    assert abs(samples.allocated(ours) - samples.allocated(theirs)) <= 256 << 10
+    # In a cluster that is partly data QEMU writes zeroes where ours has a hole of the file.
+    assert samples.allocated(ours) <= samples.allocated(theirs) + (256 << 10)
 
 
 def test_an_odd_size(tmp_path: Path) -> None:
