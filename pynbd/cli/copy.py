@@ -11,7 +11,7 @@ import click
 
 from pynbd.block.chain import FORMATS
 from pynbd.cli.completion import file_names
-from pynbd.cli.creation_options import options_option, with_named_options
+from pynbd.cli.creation_options import backing_options, options_option, with_named_options
 from pynbd.cli.logs import told
 from pynbd.cli.looking import check_no_image_options, image_options, snapshot_option
 from pynbd.cli.numbers import power_of_two
@@ -90,21 +90,7 @@ Examples:
     " it begins anew).",
 )
 @options_option
-@click.option(
-    "-B",
-    "--backing",
-    "backing_file",
-    metavar="FILE",
-    shell_complete=file_names,
-    help="Make DST an overlay of this file, with what differs from it (default: none).",
-)
-@click.option(
-    "-F",
-    "--backing-format",
-    "backing_fmt",
-    type=click.Choice(FORMATS),
-    help="The format of that file; it is never guessed.",
-)
+@backing_options("-B", "Make DST an overlay of this file, with what differs from it")
 @click.option(
     "--bitmap",
     metavar="NAME",

@@ -15,7 +15,7 @@ from pynbd.block.new_file import Preallocation
 from pynbd.block.qcow2.create import NewImage
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.cli.completion import file_names
-from pynbd.cli.creation_options import TYPES, options_option, with_named_options
+from pynbd.cli.creation_options import TYPES, backing_options, options_option, with_named_options
 from pynbd.cli.output import in_units, printable, standard_output
 from pynbd.errors import UsageError
 
@@ -42,22 +42,7 @@ Examples:
     show_default=True,
     help="The format of the image.",
 )
-@click.option(
-    "-b",
-    "--backing",
-    "backing_file",
-    metavar="FILE",
-    shell_complete=file_names,
-    help="What it is an overlay of; a relative name is looked for beside the new image (default:"
-    " none).",
-)
-@click.option(
-    "-F",
-    "--backing-format",
-    "backing_fmt",
-    type=click.Choice(FORMATS),
-    help="The format of that file; it is never guessed.",
-)
+@backing_options("-b", "What it is an overlay of")
 @click.option(
     "-u",
     "--backing-unsafe",

@@ -15,6 +15,7 @@ import click
 from pynbd.block.chain import FORMATS
 from pynbd.block.new_file import Preallocation
 from pynbd.block.qcow2.format import CompressionType
+from pynbd.cli.completion import file_names
 from pynbd.cli.numbers import power_of_two, size_in_bytes
 from pynbd.errors import UsageError
 
@@ -67,6 +68,26 @@ def options_option(command: _Decorated) -> _Decorated:
         callback=_parsed,
         help=f"Options of the new image as of qemu-img; repeatable. There are {', '.join(TYPES)}.",
     )(command)
+
+
+def backing_options(letter: str, help_text: str) -> Callable[[_Decorated], _Decorated]:
+    """Give a command ``--backing``, with this letter, and ``--backing-format``."""
+    backing = click.option(
+        letter,
+        "--backing",
+        "backing_file",
+        metavar="FILE",
+        shell_complete=file_names,
+        help=f"{help_text}; a relative name is looked for beside the new image (default: none).",
+    )
+    backing_format = click.option(
+        "-F",
+        "--backing-format",
+        "backing_fmt",
+        type=click.Choice(FORMATS),
+        help="The format of that file; it is never guessed.",
+    )
+    return lambda command: backing(backing_format(command))
 
 
 def _parsed(
