@@ -40,7 +40,7 @@ from pynbd.server.connection import HANDSHAKE_LIMIT
 from pynbd.server.export import Export
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
-from pynbd.server.serving import open_as_writable_as_can_be
+from pynbd.server.serving import open_to_serve
 from pynbd.server.zeroes import DetectZeroes, Discard
 
 
@@ -55,6 +55,7 @@ class ServeOptions:
     port: int | None
     format: str | None
     read_only: bool
+    snapshot: bool
     export_name: str
     description: str
     load_snapshot: str | None
@@ -113,8 +114,12 @@ Examples:
     help="The format of IMAGE (default: told by its first bytes; a raw image is then kept from"
     " being made to look like another format).",
 )
+@click.option("-r", "--read-only", is_flag=True, help="Refuse writes.")
 @click.option(
-    "-r", "--read-only", is_flag=True, help="Refuse writes. A qcow2 image is read-only for now."
+    "-s",
+    "--snapshot",
+    is_flag=True,
+    help="Write to a temporary file, which is gone in the end; IMAGE is only read.",
 )
 @click.option(
     "-x",
@@ -134,7 +139,8 @@ Examples:
     "-l",
     "--load-snapshot",
     metavar="SNAP",
-    help="Serve an internal snapshot: NAME, ID, snapshot.name=NAME or snapshot.id=ID.",
+    help="Serve an internal snapshot, read-only but for -s: NAME, ID, snapshot.name=NAME or"
+    " snapshot.id=ID.",
 )
 @click.option(
     "-A",
@@ -173,7 +179,9 @@ Examples:
     help="Clients at a time; more wait. 0 is any number, the default.",
 )
 @click.option(
-    "--force-share", is_flag=True, help="Read an image that another process may be writing."
+    "--force-share",
+    is_flag=True,
+    help="Read an image that another process may be writing; no writes but for -s.",
 )
 @click.option(
     "--probe-backing",
@@ -219,6 +227,7 @@ def _check(wanted: ServeOptions) -> None:
         for option, given in (
             ("IMAGE", wanted.image is not None),
             ("--format", wanted.format is not None),
+            ("--snapshot", wanted.snapshot),
             ("--load-snapshot", wanted.load_snapshot is not None),
             ("--allocation-depth", wanted.allocation_depth),
             ("--bitmap", bool(wanted.bitmap)),
@@ -250,10 +259,11 @@ async def _open(wanted: ServeOptions) -> BlockNode:
     if wanted.python is not None:
         return await open_python_export(wanted.python, read_only=wanted.read_only)
     assert wanted.image is not None
-    return await open_as_writable_as_can_be(
+    return await open_to_serve(
         wanted.image,
-        format=wanted.format,
         read_only=wanted.read_only,
+        overlay=wanted.snapshot,
+        format=wanted.format,
         snapshot=wanted.load_snapshot,
         probe_backing=wanted.probe_backing,
         force_share=wanted.force_share,

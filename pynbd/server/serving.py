@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
-from pynbd.errors import UnsupportedFeature, UsageError
+from pynbd.block.overlay import open_with_overlay
+from pynbd.errors import UsageError
 from pynbd.protocol.values import DEFAULT_PORT
 from pynbd.server.disk import Disk, DiskNode
 from pynbd.server.export import Export, ExportTable
@@ -49,6 +50,7 @@ async def serve(
     description: str = "",
     format: str | None = None,  # noqa: A002 (the word of the command lines)
     read_only: bool = False,
+    overlay: bool = False,
     snapshot: str | None = None,
     probe_backing: bool = False,
     force_share: bool = False,
@@ -71,8 +73,9 @@ async def serve(
 
     ``image``: a file, or what is open already, and stays so, or a `Disk`, which is closed in the
     end. ``format``, ``snapshot``, ``probe_backing`` and ``force_share`` as `open_image` takes them;
-    they are for files. Without ``read_only``, what can be written is opened for writing: raw
-    images, so far.
+    they are for files. An image is opened for writing, unless ``read_only`` is asked for or nothing
+    else is possible: with ``snapshot`` and ``force_share``. ``overlay``: what clients write is seen
+    by them, but goes to a temporary file, which is gone in the end.
 
     It listens on a unix socket in a private folder; or on the unix ``socket``; or, with ``host`` or
     ``port``, on TCP: localhost unless ``host`` says otherwise, any free port if ``port`` is 0.
@@ -87,7 +90,8 @@ async def serve(
     ``bitmaps``; where both are None, depth and every consistent bitmap of the active layer.
 
     Raises `ImageError`, `PynbdError` where it cannot listen, `UsageError` for arguments that
-    exclude each other.
+    exclude each other; and at the end of the block `OSError` if an image that was written could not
+    be finished.
     """
     if socket is not None and (host is not None or port is not None):
         raise UsageError("socket excludes host and port")
@@ -100,6 +104,7 @@ async def serve(
     if isinstance(image, BlockNode | Disk):
         of_files = {
             "format": format,
+            "overlay": overlay,
             "snapshot": snapshot,
             "probe_backing": probe_backing,
             "force_share": force_share,
@@ -116,10 +121,11 @@ async def serve(
             node = DiskNode(image, read_only=read_only)
             stack.push_async_callback(node.close)
         else:
-            node = await open_as_writable_as_can_be(
+            node = await open_to_serve(
                 image,
-                format=format,
                 read_only=read_only,
+                overlay=overlay,
+                format=format,
                 snapshot=snapshot,
                 probe_backing=probe_backing,
                 force_share=force_share,
@@ -169,30 +175,20 @@ def _listen(socket: str | os.PathLike[str] | None, host: str | None, port: int |
     return Listening.tcp(host or "localhost", DEFAULT_PORT if port is None else port)
 
 
-async def open_as_writable_as_can_be(
-    image: str | os.PathLike[str],
+async def open_to_serve(
+    image: str | os.PathLike[str] | Mapping[str, object],
     *,
-    format: str | None,  # noqa: A002
     read_only: bool,
-    snapshot: str | None,
-    probe_backing: bool,
-    force_share: bool,
+    overlay: bool = False,
+    snapshot: str | None = None,
+    force_share: bool = False,
+    **options: Any,
 ) -> BlockNode:
-    """`open_image`, for writing where neither the arguments nor the image are against it."""
-
-    async def attempt(*, read_only: bool) -> BlockNode:
-        return await open_image(
-            image,
-            format=format,
-            read_only=read_only,
-            snapshot=snapshot,
-            probe_backing=probe_backing,
-            force_share=force_share,
-        )
-
-    if not (read_only or force_share or snapshot is not None):
-        try:
-            return await attempt(read_only=False)
-        except UnsupportedFeature:
-            pass  # a qcow2 image: it cannot be written yet; what else it may lack shows below
-    return await attempt(read_only=True)
+    """Open an image, with ``options`` of `open_image`: for writing, unless it is to be
+    ``read_only`` or nothing else is possible. ``overlay``: as in `serve`.
+    """
+    options |= {"snapshot": snapshot, "force_share": force_share}
+    if overlay and not read_only:
+        return await open_with_overlay(image, **options)
+    read_only = read_only or force_share or snapshot is not None
+    return await open_image(image, read_only=read_only, **options)

@@ -22,7 +22,7 @@ import pytest
 
 from interop import peers
 from pynbd.block.qcow2.builder import Bitmap, Data, Image, InternalSnapshot
-from pynbd.block.qcow2.format import BitmapFlags
+from pynbd.block.qcow2.format import BitmapFlags, Incompatible
 
 K, M = 1 << 10, 1 << 20
 PYNBD = [sys.executable, "-m", "pynbd"]
@@ -249,10 +249,11 @@ def test_name_and_description(disk: Path) -> None:
 
 
 def test_read_only_and_writable(disk: Path, image: Path) -> None:
-    with serving("-p", "0", disk) as uri:
-        export = info(uri)
-        assert (export["is_read_only"], export["can_multi_conn"]) == (False, True)
-    for options in (["-r", disk], [image]):
+    for path in disk, image:
+        with serving("-p", "0", path) as uri:
+            export = info(uri)
+            assert (export["is_read_only"], export["can_multi_conn"]) == (False, True)
+    for options in (["-r", disk], ["-r", image], ["-l", "before", image]):
         with serving("-p", "0", *options) as uri:
             assert info(uri)["is_read_only"] is True
 
@@ -443,7 +444,7 @@ def test_bad_images(tmp_path: Path, image: Path, disk: Path) -> None:
     vmdk.write_bytes(b"KDMV".ljust(M, b"\0"))
     for path, *rest in (
         (tmp_path / "missing", "No such file"),
-        (directory, "not a regular file"),
+        (directory, "Is a directory"),
         (damaged,),
         (vmdk, "vmdk", "-f raw"),
     ):
@@ -473,6 +474,45 @@ def test_an_image_that_may_only_be_read(disk: Path) -> None:
     one_line((done.returncode, done.stderr), 1, disk, "Permission denied", "-r serves it")
     with serving("-p", "0", "-r", disk) as uri:
         assert info(uri)["is_read_only"] is True
+
+
+def test_a_qcow2_image_that_cannot_be_written(tmp_path: Path) -> None:
+    """Its corrupt bit says so: a line, nothing is changed, and -r reads what is left."""
+    path = tmp_path / "corrupt.qcow2"
+    Image(size=M, clusters={0: Data(b"left")}, incompatible=Incompatible.CORRUPT).write(path)
+    before = path.read_bytes()
+    one_line(failing("-p", "0", path), 1, path, "corrupt", "-r")
+    assert path.read_bytes() == before
+    told = f"pynbd: {path}: the image is marked corrupt; it is only read\n"
+    with serving("-p", "0", "-r", path, errors=told) as uri, connect(uri) as sock:
+        assert export_name(sock) == M
+        assert read(sock, 0, 4) == b"left"
+
+
+def test_a_qcow2_image_is_written(image: Path) -> None:
+    """What a client has written and not flushed is there when the server has ended."""
+    with serving("-p", "0", image) as uri:
+        peers.nbdsh("h.pwrite(b'written', 65536 + 3)", uri)
+    peers.run("qemu-img", "check", image)
+    peers.run("qemu-io", "-f", "qcow2", "-c", "read -P 0x77 65539 1", image)  # a w
+    with serving("-p", "0", "-r", image) as uri, connect(uri) as sock:
+        assert export_name(sock) == M
+        assert read(sock, 64 * K, 10) == b"actwritten"
+    with serving("-p", "0", "-l", "before", image) as uri, connect(uri) as sock:
+        assert export_name(sock) == M
+        assert read(sock, 64 * K, 10) == b"earlier\0\0\0"
+
+
+def test_a_throw_away_overlay(image: Path) -> None:
+    """Over an internal snapshot, too, which nobody can write else."""
+    before = image.read_bytes()
+    for options, found in ([], b"actXve"), (["-l", "before"], b"earXier"):
+        with serving("-p", "0", "-s", *options, image) as uri:
+            peers.nbdsh("h.pwrite(b'X', 65539)", uri)
+            with connect(uri) as sock:
+                assert export_name(sock) == M
+                assert read(sock, 64 * K, 10) == found.ljust(10, b"\0")
+    assert image.read_bytes() == before
 
 
 def test_a_backing_file_without_a_format(tmp_path: Path) -> None:

@@ -88,6 +88,16 @@ async def test_what_becomes_of_discards_and_zeroes(
     assert gone(disk) == blocks << 12
 
 
+async def test_an_overlay(disk: Path) -> None:
+    """What was written is read again, and is gone in the end; the image stays as it was."""
+    before = content(disk)
+    async with serve(disk, format="raw", overlay=True) as server, connect(server.uri) as client:
+        await client.pwrite(5, b"written")
+        await client.flush()
+        assert await client.pread(0, 20) == before[:5] + b"written" + before[12:20]
+    assert content(disk) == before
+
+
 async def test_an_open_image_stays_open(disk: Path) -> None:
     node = await open_image(disk)
     async with serve(node, socket=disk.with_suffix(".sock")) as server:

@@ -73,8 +73,8 @@ Exit status:
 
 \b
 Where it is not like qemu-nbd:
-  A qcow2 image is served read-only for now; -s and TLS are not there yet.
-  A raw image has one writer, and nobody reads beside it.
+  TLS is not there yet.
+  A raw image has one writer, and nobody reads beside it, as with qcow2.
   -k does not take a socket away from a server that listens there.
   --fork ends with 0 when the server runs, also after a warning.
 
@@ -147,9 +147,7 @@ Examples:
 @click.option(
     "--image-opts", is_flag=True, help="FILE is a list of options: driver=...,file.filename=..."
 )
-@click.option(
-    "-r", "--read-only", is_flag=True, help="Refuse writes. A qcow2 image is read-only for now."
-)
+@click.option("-r", "--read-only", is_flag=True, help="Refuse writes.")
 @click.option(
     "-o",
     "--offset",
@@ -165,7 +163,12 @@ Examples:
     metavar="SNAPSHOT",
     help="Serve an internal snapshot, read-only: NAME, ID, or snapshot.id=ID,snapshot.name=NAME.",
 )
-@click.option("-s", "--snapshot", is_flag=True, help="Write to a temporary file: not yet.")
+@click.option(
+    "-s",
+    "--snapshot",
+    is_flag=True,
+    help="Write to a temporary file, which is gone in the end; FILE is only read.",
+)
 @click.option("-A", "--allocation-depth", is_flag=True, help="Offer qemu:allocation-depth.")
 @click.option(
     "-B",

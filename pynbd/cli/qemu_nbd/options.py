@@ -160,5 +160,5 @@ class QemuNbdOptions:
         if self.bitmap and (self.offset or self.load_snapshot is not None):
             other = "--offset" if self.offset else "--load-snapshot"
             raise UsageError(f"--bitmap: bitmaps are of the whole active state; not with {other}")
-        if self.snapshot and not self.reads_only:
-            raise UnsupportedFeature("--snapshot: it is not supported yet; -r serves FILE")
+        if self.snapshot and self.load_snapshot is not None:
+            raise UsageError("--snapshot excludes --load-snapshot")

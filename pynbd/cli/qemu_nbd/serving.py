@@ -11,7 +11,6 @@ from contextlib import closing, contextmanager
 
 import click
 
-from pynbd.block.chain import open_image
 from pynbd.block.engine import Cache
 from pynbd.block.image_options import JSON_PREFIX, parse_image_opts
 from pynbd.block.node import BlockNode
@@ -21,10 +20,11 @@ from pynbd.cli.qemu_nbd.kernel import KernelDevice
 from pynbd.cli.qemu_nbd.options import QemuNbdOptions
 from pynbd.cli.running import listen_on, run_server
 from pynbd.cli.signals import watch
-from pynbd.errors import PynbdError, UnsupportedFeature
+from pynbd.errors import PynbdError
 from pynbd.server.export import Export
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
+from pynbd.server.serving import open_to_serve
 from pynbd.server.zeroes import DetectZeroes
 
 log = logging.getLogger("pynbd")
@@ -99,34 +99,24 @@ async def _serve(
 
 
 async def _open(wanted: QemuNbdOptions) -> BlockNode:
-    """The image, for writing where that can be and was not ruled out."""
+    """The image, for writing where that was not ruled out."""
     image: str | Mapping[str, object] = wanted.image.removeprefix("file:")  # as QEMU names files
     if wanted.image_opts:
         image = parse_image_opts(wanted.image)
 
-    async def attempt(*, read_only: bool) -> BlockNode:
-        return await open_image(
-            image,
-            format=wanted.format,
-            read_only=read_only,
-            snapshot=wanted.load_snapshot,
-            probe_backing=True,
-            offset=wanted.offset,
-            whole_sectors=True,
-            cache=Cache(wanted.cache_mode),
-        )
-
-    if wanted.reads_only:
-        return await attempt(read_only=True)
-    try:
-        node = await attempt(read_only=False)
-    except UnsupportedFeature:
-        if wanted.unmap or wanted.detect_zeroes != "off":
-            raise
-        node = await attempt(read_only=True)
-        log.warning("%s: served read-only: qcow2 images are not written yet", node.name)
-        return node
-    guessed = wanted.format is None and not wanted.image_opts
+    node = await open_to_serve(
+        image,
+        read_only=wanted.reads_only,
+        overlay=wanted.snapshot,
+        format=wanted.format,
+        snapshot=wanted.load_snapshot,
+        probe_backing=True,
+        offset=wanted.offset,
+        whole_sectors=True,
+        cache=Cache(wanted.cache_mode),
+    )
+    writes_it = not (wanted.reads_only or wanted.snapshot)
+    guessed = wanted.format is None and not wanted.image_opts and writes_it
     if guessed and node.format == "raw" and not wanted.image.startswith(JSON_PREFIX):
         log.warning(
             "%s: its format was not given, and guessed to be raw: no write may make it look like"

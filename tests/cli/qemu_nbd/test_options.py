@@ -99,7 +99,6 @@ def test_bitmaps_of_a_part(bitmap: str) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        "-s disk",
         "--object secret,id=s disk",
         "-r --tls-creds t disk",
         "-L --tls-hostname t",

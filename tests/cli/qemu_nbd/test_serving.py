@@ -15,7 +15,7 @@ from interop import peers
 from pynbd.cli.qemu_nbd import serving
 from pynbd.cli.qemu_nbd.command import qemu_nbd
 from pynbd.cli.qemu_nbd.options import QemuNbdOptions
-from pynbd.errors import PynbdError, UnsupportedFeature
+from pynbd.errors import PynbdError
 
 M = 1 << 20
 GUARDED = "no write may make it look like another format (-f raw lifts that)"
@@ -73,20 +73,10 @@ async def test_raw(args: str, writable: bool, raw: str, caplog: pytest.LogCaptur
     assert warnings(caplog.records) == []
 
 
-@pytest.mark.parametrize("args", [[], ["-f", "qcow2"], ["--discard=ignore"]])
-async def test_qcow2_that_could_be_written(
-    args: list[str], qcow2: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert not await opened(*args, qcow2)
-    assert warnings(caplog.records) == [
-        f"{qcow2}: served read-only: qcow2 images are not written yet"
-    ]
-
-
-@pytest.mark.parametrize("option", ["--discard=unmap", "--detect-zeroes=on"])
-async def test_qcow2_that_has_to_be_written(option: str, qcow2: str) -> None:
-    with pytest.raises(UnsupportedFeature, match="qcow2 images are not written yet"):
-        await opened(option, qcow2)
+@pytest.mark.parametrize("args", ["", "-f qcow2", "--discard=unmap", "--detect-zeroes=on"])
+async def test_qcow2(args: str, qcow2: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert await opened(*args.split(), qcow2)
+    assert warnings(caplog.records) == []
 
 
 @pytest.mark.parametrize("option", ["--discard=unmap", "--detect-zeroes=on", "-s"])
