@@ -30,11 +30,13 @@ async def check(file: HostFile, header: Header) -> Report:
     return report
 
 
-async def examine(file: HostFile, header: Header) -> tuple[Report, References]:
+async def examine(
+    file: HostFile, header: Header, *, as_qemu: bool = True
+) -> tuple[Report, References]:
     """As `check`, with the references and the refcounts that it was made from."""
     report = Report(total_clusters=-(-header.virtual_size >> header.cluster_bits))
     recorded = await Recorded.load(file, header)
-    references = References(file, header, recorded, report)
+    references = References(file, header, recorded, report, as_qemu=as_qemu)
     await references.count()
     highest = 0
     for first in range(0, references.clusters, _CLUSTERS_PER_STEP):

@@ -56,8 +56,9 @@ class Mending:
         """Clear what has to be 0 and no reader looks at, in the tables of all layers: whether there
         was any.
 
-        That is reserved bits; COPIED and the subcluster bitmap of a compressed cluster; the host
-        offset, if it is misaligned, of a cluster that has no data in it.
+        That is reserved bits; L1 entries without an offset; COPIED and the subcluster bitmap of a
+        compressed cluster; the host offset of a cluster that has no data in it, if it is misaligned
+        or past the end of the file.
         """
         for layer in self._references.layers:
             await self._layer(layer, _cleared_in_l1, self._cleared)
@@ -86,7 +87,9 @@ class Mending:
         last = (offset + size * L1E_SIZE - 1) >> self._header.cluster_bits
         if (self._references.counts[first : last + 1] == 1).all():
             await self._write(_differences(l1, mended, 0, size, offset))
-        async for tables in l2_tables(self._file, self._header, l1[l1 != 0]):
+        async for tables in l2_tables(
+            self._file, self._header, l1[l1 & np.uint64(L1E_OFFSET_MASK) != 0]
+        ):
             entries = L2Entries(tables, self._header.layout)
             words, bitmaps = l2_rule(tables, entries)
             changed = tables.words.copy()
@@ -117,7 +120,10 @@ class Mending:
         words, bitmaps = entries.words.copy(), entries.bitmaps
         words[~entries.compressed] &= ~np.uint64(L2E_RESERVED_MASK)
         words[entries.compressed] &= ~np.uint64(COPIED)
-        nothing = entries.misaligned() & entries.without_data()
+        nothing = entries.misaligned()
+        if not self._header.has_data_file:
+            nothing |= entries.allocated & (entries.offset >= self._references.file_size)
+        nothing &= entries.without_data()
         words[nothing] = ZERO if bitmaps is None else 0
         if bitmaps is not None:
             bitmaps = np.where(entries.compressed, np.uint64(0), bitmaps)

@@ -63,7 +63,7 @@ class TrueRefcounts:
             wanted = self._block(index)
             if not raised:
                 wanted = np.minimum(wanted, there)
-            if not lowered or self._references.hidden:
+            if not lowered:
                 wanted = np.maximum(wanted, there)
             if (wanted != there).any():
                 there[:] = wanted
@@ -113,6 +113,9 @@ class TrueRefcounts:
         known = self._references.true_counts(first, first + self._in_block)
         block = np.zeros(self._in_block, self._recorded.counts.dtype)
         block[: len(known)] = known
+        if self._references.hidden:
+            there = self._recorded.counts[first : first + self._in_block]
+            np.maximum(block[: len(there)], there, out=block[: len(there)])
         return block
 
     def _wanted(self) -> set[int]:

@@ -59,10 +59,20 @@ class References:
     the active one first; ``tables``, the host offsets of all L2 tables, as often as they are named;
     ``beyond``, the numbers of clusters that are named, and are past the end of the file;
     ``hidden``: there may be references that were not found, as a table or a cluster is not where an
-    entry says; ``copied_wrong``, how many of the corruptions are COPIED flags of the active layer.
+    entry says; ``copied_wrong``, how many of the corruptions are COPIED flags of the active layer;
+    ``nameless``, whether L1 entries have bits set, but no offset. For QEMU the header is their L2
+    table, and so it is here ``as_qemu``.
     """
 
-    def __init__(self, file: HostFile, header: Header, recorded: Recorded, report: Report) -> None:
+    def __init__(
+        self,
+        file: HostFile,
+        header: Header,
+        recorded: Recorded,
+        report: Report,
+        *,
+        as_qemu: bool = True,
+    ) -> None:
         self.file_size = round_up(file.size())
         self.clusters = -(-self.file_size >> header.cluster_bits)
         if self.clusters > MAX_CLUSTERS:
@@ -74,6 +84,8 @@ class References:
         self.beyond: list[Int64s] = []
         self.hidden = False
         self.copied_wrong = 0
+        self.nameless = False
+        self._as_qemu = as_qemu
         self._file = file
         self._header = header
         self.recorded = recorded
@@ -164,6 +176,10 @@ class References:
         self._add_metadata(offset, entries * L1E_SIZE, f"the {name}")
         table = await read_table(self._file, offset, entries)
         named = np.flatnonzero(table)
+        names = np.flatnonzero(table & np.uint64(L1E_OFFSET_MASK))
+        if len(names) < len(named):
+            self.nameless = True
+            named = named if self._as_qemu else names
         l1 = table[named]
         places = l1 & np.uint64(L1E_OFFSET_MASK)
         self.tables.append(places)

@@ -52,6 +52,9 @@ async def repair(file: HostFile, header: Header, *, fix: Fix) -> Report:
         await fields.set_autoclear(known)
         await file.flush()
     left = found
+    if everything and references.nameless:
+        # Whom the header refers to when it is taken for a table is nobody's concern.
+        _, references = await examine(file, header, as_qemu=False)
     if everything and await Mending(file, header, references).entries():
         await file.flush()
         left, references = await examine(file, header)
