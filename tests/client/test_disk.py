@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pynbd.block.extent import ZERO
-from pynbd.client.disk import Disk, Target, zero_runs
+from pynbd.client.disk import Disk, OverlayTarget, Target, zero_runs
 from pynbd.errors import ReadError, WriteError
 from tests.client.memory import MemoryNode
 
@@ -61,6 +61,25 @@ async def test_zeroes_are_not_written_where_they_are() -> None:
     await target.zero(0, 4096)
     await target.write(4096, memoryview(bytes(4096)))
     assert (node.written[1:], node.zeroed) == ([(4096, 8192)], [(0, 4096)])
+
+
+async def test_an_overlay_gets_what_differs() -> None:
+    content = b"a" * 8192 + bytes(8192) + b"b" * 4096
+    node = MemoryNode(content, holes=[(8192, 12288)])
+    target = OverlayTarget(node)
+    target.granule = 1024
+    await target.write(0, memoryview(content))
+    await target.zero(8192, 4096)
+    assert (node.written, node.zeroed) == ([], [])
+    # A byte more, a byte less, zeroes in the place of data, and all beyond a hole.
+    changed = bytearray(content)
+    changed[5000], changed[9000], changed[4096:4200] = 1, 2, bytes(104)
+    await target.write(0, memoryview(changed))
+    assert node.written == [(4096, 5120), (8192, 9216)]
+    await target.zero(8192, 12288)
+    assert node.zeroed == [(12288, 20480)]
+    await target.write(2048, memoryview(bytes(4096)))
+    assert node.zeroed[1:] == [(2048, 6144)]
 
 
 async def test_past_the_end() -> None:
