@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from interop import peers, samples
-from interop.conftest import PynbdServe
+from interop import peers
+from interop.conftest import serving
 
 SIZE = 16 << 20
 
@@ -19,12 +19,29 @@ JOBS = {
 }
 
 
+FORMS = {
+    "raw": "",
+    "qcow2": "",
+    "qcow2 small": "-o cluster_size=4k,refcount_bits=1",
+    "qcow2 subclusters": "-o extended_l2=on,cluster_size=128k",
+    "qcow2 lazy": "-o lazy_refcounts=on",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("job", JOBS)
-def test_verify(job: str, tmp_path: Path, pynbd_serve: PynbdServe) -> None:
-    peers.require("fio")
-    image = tmp_path / "a.raw"
-    samples.empty_file(image, SIZE)
-    uri = pynbd_serve(image, "-f", "raw")
+def test_verify(job: str, form: str, tmp_path: Path) -> None:
+    peers.require("fio", "qemu-img")
+    driver = form.split()[0]
+    image = tmp_path / f"a.{driver}"
+    peers.run("qemu-img", "create", "-q", "-f", driver, *FORMS[form].split(), image, str(SIZE))
+    with serving(image, "-f", driver) as uri:
+        verify_all(uri, job)
+    if driver == "qcow2":
+        peers.run("qemu-img", "check", image)
+
+
+def verify_all(uri: str, job: str) -> None:
     verify = ["--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0"]
     done = peers.fio(uri, f"--size={SIZE}", *verify, *JOBS[job].split())
     assert done["error"] == 0

@@ -151,6 +151,37 @@ h.flush()
     assert samples.allocated(disk) == (len(blocks) - zero) * samples.BLOCK + 4096
 
 
+@pytest.mark.parametrize("backing", [True, False], ids=["chain", "backing null"])
+def test_ovirt_upload_to_a_qcow2_disk(backing: bool, folder: Path, tmp_path: Path) -> None:
+    """As it uploads into a new overlay, or into one layer of a chain by itself."""
+    base, source = folder / "base.raw", folder / "disk.raw"
+    disk = tmp_path / "disk.qcow2"
+    below = ["-b", str(base), "-F", "raw"]
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", *below, disk, "6M")
+    image: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(disk)}}
+    if not backing:
+        image["backing"] = None
+    line = [word for word in ovirt(image) if word != "--read-only"]
+    with drop_in.running(OURS, *line, folder=folder) as run:
+        script = f"""
+data = open({str(source)!r}, "rb").read()
+for at in range(0, len(data), 30000):
+    h.pwrite(data[at:at + 30000], at)
+h.zero(100000, 2 << 20)
+h.flush()
+"""
+        peers.nbdsh(script, run.uri)
+    assert run.status == 0
+    peers.run("qemu-img", "check", disk)
+    expected = bytearray(base.read_bytes())
+    expected[: 1 << 20] = source.read_bytes()
+    expected[2 << 20 : (2 << 20) + 100000] = bytes(100000)
+    if not backing:  # parts of clusters got zeroes around them
+        end = (2 << 20) + 2 * samples.BLOCK
+        expected[(2 << 20) + 100000 : end] = bytes(end - (2 << 20) - 100000)
+    assert content(disk, tmp_path) == hashlib.sha256(expected).hexdigest()
+
+
 def test_ovirt_on_tcp(folder: Path) -> None:
     image = {"driver": "raw", "file": {"driver": "file", "filename": str(folder / "disk.raw")}}
     port = free_port()
@@ -199,10 +230,28 @@ def test_virtnbdbackup_remote_backup(folder: Path) -> None:
             stop(pid)
 
 
+@pytest.mark.parametrize("connections", ["1", "4"])
+def test_virtnbdbackup_restore(connections: str, folder: Path, tmp_path: Path) -> None:
+    """Into a new image, in the background, by a client that leaves when it is done."""
+    target = tmp_path / "restored.qcow2"
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", target, "1M")
+    with peers.socket_path() as path:
+        pid_file = Path(f"{path}.pid")
+        line = ["--discard=unmap", "--format=qcow2", "-x", "sda", str(target), "-k", str(path)]
+        line += ["-e", connections, "--fork", f"--pid-file={pid_file}"]
+        done = start(OURS, *line, folder=folder)
+        assert (done.returncode, done.stdout) == (0, "")
+        pid = int(pid_file.read_text())
+        copy = ["nbdcopy", "--flush", f"--connections={connections}"]
+        peers.run(*copy, folder / "disk.raw", peers.unix_uri(path, "sda"))
+        wait_until(lambda: not drop_in.alive(pid))
+    peers.run("qemu-img", "check", target)
+    assert content(target, tmp_path) == content(folder / "disk.raw", tmp_path)
+
+
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("--discard=unmap --format=qcow2 -x sda flat.qcow2", "not written yet"),
         (f"--discard=unmap -x sda --image-opts {COMPRESSED}", "'compress' is not supported"),
         (f"-r --format=qcow2 -x sda flat.qcow2 {TLS}", "TLS is not supported yet"),
     ],
@@ -257,9 +306,8 @@ def test_nbdinfo_starts_it(folder: Path) -> None:
     done = peers.run("nbdinfo", "--json", "--", *line)
     export = json.loads(done.stdout)["exports"][0]
     assert export["export-size"] == (8 << 20) + (32 << 10)
-    assert done.stderr == (
-        "pynbd-qemu-nbd: top.qcow2: served read-only: qcow2 images are not written yet\n"
-    )
+    assert not export["is_read_only"]
+    assert done.stderr == ""
 
 
 def test_nbdcopy_starts_it(folder: Path) -> None:

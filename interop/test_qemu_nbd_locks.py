@@ -48,7 +48,19 @@ def test_qcow2_for_reading(folder: Path) -> None:
     assert all(both(*pair, line, line, folder) for pair in product(PROGRAMS, PROGRAMS))
 
 
-def test_qcow2_that_qemu_nbd_writes(folder: Path) -> None:
-    """Nobody reads what may change under his feet."""
-    for second in PROGRAMS:
-        assert not both("qemu-nbd", second, "-f qcow2 flat.qcow2", "-r -f qcow2 flat.qcow2", folder)
+@pytest.mark.parametrize("first", PROGRAMS)
+@pytest.mark.parametrize("second", PROGRAMS)
+def test_qcow2_that_is_written(first: str, second: str, folder: Path) -> None:
+    """Nobody reads, or writes, what may change under his feet; nobody writes what others read."""
+    writes, reads = "-f qcow2 flat.qcow2", "-r -f qcow2 flat.qcow2"
+    for held, wanted in (writes, reads), (writes, writes), (reads, writes):
+        assert not both(first, second, held, wanted, folder)
+
+
+@pytest.mark.parametrize("first", PROGRAMS)
+@pytest.mark.parametrize("second", PROGRAMS)
+def test_a_backing_file_that_is_written(first: str, second: str, folder: Path) -> None:
+    """What is below an overlay that is served does not change."""
+    overlay, below = "-f qcow2 top.qcow2", "-f qcow2 middle.qcow2"
+    assert not both(first, second, overlay, below, folder)
+    assert not both(first, second, below, overlay, folder)
