@@ -11,18 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import struct
 from dataclasses import replace
 
 import numpy as np
 
 from pynbd.block.engine import HostFile
+from pynbd.block.qcow2 import snapshots
 from pynbd.block.qcow2.format import MAX_REFCOUNT_TABLE_BYTES
 from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.header_fields import HeaderFields
 from pynbd.block.qcow2.mending import Piece, write_all
 from pynbd.block.qcow2.references import References
 from pynbd.block.qcow2.widths import Values, encode
+from pynbd.block.window import round_up
 from pynbd.errors import ImageError
+
+# The header's snapshots_offset.
+_SNAPSHOTS_OFFSET_AT = 64
+_SNAPSHOTS_OFFSET = struct.Struct(">Q")
 
 _BYTES_AT_ONCE = 8 << 20
 
@@ -76,10 +83,14 @@ class TrueRefcounts:
         await self._file.flush()
 
     async def rebuild(self) -> Header:
-        """Write them all, with a new table: the header that names it, which is written."""
+        """Write them all, with a new table, and a new snapshot table where the old one is
+        incomplete: the header that names them, which is written.
+        """
         header, bits = self._header, self._header.refcount_bits
+        known = self._references.snapshots if self._references.incomplete else []
+        snapshot_table = snapshots.build(known)
         self._drop_old()
-        start, table_clusters, new = self._find_room()
+        start, table_clusters, new = self._find_room(-(-len(snapshot_table) // header.cluster_size))
         header = replace(
             header,
             refcount_table_offset=start << header.cluster_bits,
@@ -95,11 +106,20 @@ class TrueRefcounts:
         await write_all(self._file, [(table.tobytes(), header.refcount_table_offset)])
         for index, place in places.items():
             await write_all(self._file, [(encode(self._block(index), bits), place)])
+        if known:
+            place = (start + table_clusters + len(new)) << header.cluster_bits
+            header = replace(header, snapshots_offset=place)
+            whole = snapshot_table.ljust(round_up(len(snapshot_table), header.cluster_size), b"\0")
+            await write_all(self._file, [(whole, place)])
         await self._file.flush()
         await self.write(lowered=False)
         fields = HeaderFields(self._file, header)
         await fields.place_refcount_table(header.refcount_table_offset, table.nbytes)
         await self._file.flush()
+        if known:
+            offset = _SNAPSHOTS_OFFSET.pack(header.snapshots_offset)
+            await write_all(self._file, [(offset, _SNAPSHOTS_OFFSET_AT)])
+            await self._file.flush()
         await self.write()
         return header
 
@@ -126,16 +146,23 @@ class TrueRefcounts:
     def _drop_old(self) -> None:
         """Nobody refers to the table and the blocks that are given up."""
         references = self._references
-        old_table = self._old_table()
-        if old_table.stop <= len(references.counts):
-            references.counts[old_table] -= np.minimum(references.counts[old_table], 1)
+        given_up = [self._old_table()]
+        if references.incomplete:
+            first = self._header.snapshots_offset >> self._header.cluster_bits
+            length = snapshots.table_length(references.snapshots)
+            given_up.append(slice(first, first - (-length >> self._header.cluster_bits)))
+        for clusters in given_up:
+            if clusters.stop <= len(references.counts):
+                references.counts[clusters] -= np.minimum(references.counts[clusters], 1)
         for index in self._good:
             if index not in self._kept:
                 cluster = int(self._recorded.blocks[index]) >> self._header.cluster_bits
                 references.counts[cluster] -= np.uint32(1)
 
-    def _find_room(self) -> tuple[int, int, list[int]]:
-        """(first cluster, clusters of the new table, indexes of the new blocks behind it)."""
+    def _find_room(self, more: int) -> tuple[int, int, list[int]]:
+        """(first cluster, clusters of the new table, indexes of the new blocks behind it); ``more``
+        clusters are behind these.
+        """
         references, kept = self._references, self._kept
         start = references.clusters
         if self._file.is_device:
@@ -153,14 +180,15 @@ class TrueRefcounts:
             new = sorted({*wanted, *blocks} - kept.keys())
             length = (max(*wanted, *blocks, *kept.keys()) + 1) * 8
             clusters = -(-length >> self._header.cluster_bits)
-            if len(hit) == 0 and len(new) + clusters == total:
+            needed = len(new) + clusters + more
+            if len(hit) == 0 and needed == total:
                 break
-            total = len(new) + clusters
+            total = needed
         if clusters << self._header.cluster_bits > MAX_REFCOUNT_TABLE_BYTES:
             raise ImageError(f"{self._file.path}: its refcount table would be too large")
         if self._file.is_device and start + total > references.clusters:
             raise OSError(errno.ENOSPC, "no room for new refcounts", self._file.path)
-        more = np.zeros(max(start + total - len(references.counts), 0), np.uint32)
-        references.counts = np.concatenate((references.counts, more))
+        longer = np.zeros(max(start + total - len(references.counts), 0), np.uint32)
+        references.counts = np.concatenate((references.counts, longer))
         references.counts[start : start + total] = 1
         return start, clusters, new

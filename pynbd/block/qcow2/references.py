@@ -29,7 +29,6 @@ from pynbd.block.qcow2.format import (
     MAX_SNAPSHOT_L1_BYTES,
     MAX_SNAPSHOT_TABLE_BYTES,
     SNAPSHOT_ENTRY,
-    SNAPSHOT_EXTRA,
     Autoclear,
 )
 from pynbd.block.qcow2.header import Header
@@ -46,8 +45,6 @@ MAX_CLUSTERS = (1 << 31) - 1  # of an image file that is checked, as in QEMU
 _ENTRIES_IN_THE_LOOP = 1 << 14
 
 _MAX_SNAPSHOT_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
-# The extra data that version 3 demands: vm_state_size and disk_size.
-_SNAPSHOT_EXTRA_V3 = SNAPSHOT_EXTRA.vm_state_size.sizeof() + SNAPSHOT_EXTRA.disk_size.sizeof()
 
 
 class References:
@@ -60,8 +57,9 @@ class References:
     ``beyond``, the numbers of clusters that are named, and are past the end of the file;
     ``hidden``: there may be references that were not found, as a table or a cluster is not where an
     entry says; ``copied_wrong``, how many of the corruptions are COPIED flags of the active layer;
-    ``nameless``, whether L1 entries have bits set, but no offset. For QEMU the header is their L2
-    table, and so it is here ``as_qemu``.
+    ``snapshots``, and whether entries of their table are ``incomplete``; ``nameless``, whether L1
+    entries have bits set, but no offset. For QEMU the header is their L2 table, and so it is here
+    ``as_qemu``.
     """
 
     def __init__(
@@ -85,6 +83,8 @@ class References:
         self.hidden = False
         self.copied_wrong = 0
         self.nameless = False
+        self.snapshots: list[Snapshot] = []
+        self.incomplete = False
         self._as_qemu = as_qemu
         self._file = file
         self._header = header
@@ -247,13 +247,13 @@ class References:
         header, report = self._header, self._report
         if not header.nb_snapshots:
             return
-        at = 0
-        for number, one in enumerate(await _read_snapshots(self._file, header)):
-            at = -(-at // 8) * 8 + _entry_length(one)
+        self.snapshots = await _read_snapshots(self._file, header)
+        for number, one in enumerate(self.snapshots):
             name = f"snapshot {one.id!r}: L1 table"
-            if header.version >= 3 and len(one.extra) < _SNAPSHOT_EXTRA_V3:
+            if header.version >= 3 and len(one.extra) < snapshots.EXTRA_V3:
                 line = f"snapshot table entry {number}: it has {len(one.extra)} bytes of extra data"
-                report.corrupt(1, [f"{line}; version 3 demands {_SNAPSHOT_EXTRA_V3}"])
+                report.corrupt(1, [f"{line}; version 3 demands {snapshots.EXTRA_V3}"])
+                self.incomplete = True
             if one.l1_table_offset % header.cluster_size:
                 report.corrupt(1, [f"{name} at {one.l1_table_offset:#x}: it is not aligned"])
                 self.hidden = True
@@ -262,7 +262,8 @@ class References:
                 self.hidden = True
             else:
                 await self._count_layer(one.l1_table_offset, one.l1_size, name, active=False)
-        self._add_metadata(header.snapshots_offset, at, "the snapshot table")
+        length = snapshots.table_length(self.snapshots)
+        self._add_metadata(header.snapshots_offset, length, "the snapshot table")
 
     async def _count_bitmaps(self) -> None:
         extension = self._header.bitmaps
@@ -308,8 +309,3 @@ async def _read_snapshots(file: HostFile, header: Header) -> list[Snapshot]:
     there = max(min(length, file.size() - header.snapshots_offset), 0)
     data = await file.read_bytes(there, header.snapshots_offset)
     return snapshots.parse(data.ljust(length, b"\0"), header, name=file.path)
-
-
-def _entry_length(one: Snapshot) -> int:
-    names = (one.id + one.name).encode("utf-8", "surrogateescape")
-    return int(SNAPSHOT_ENTRY.sizeof()) + len(one.extra) + len(names)

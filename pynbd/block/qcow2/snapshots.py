@@ -18,6 +18,10 @@ from pynbd.block.qcow2.format import (
 from pynbd.block.qcow2.header import Header
 from pynbd.errors import CorruptImage, UsageError
 
+# Bytes of extra data that version 3 demands: vm_state_size and disk_size.
+EXTRA_V3 = SNAPSHOT_EXTRA.vm_state_size.sizeof() + SNAPSHOT_EXTRA.disk_size.sizeof()
+_NANOSECONDS = 10**9
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -98,6 +102,33 @@ def parse(data: bytes, header: Header, *, name: str) -> list[Snapshot]:
         )
         at = -(-name_end // 8) * 8
     return snapshots
+
+
+def build(snapshots: Sequence[Snapshot]) -> bytes:
+    """The table of ``snapshots``, with the extra data that version 3 demands of each."""
+    table = bytearray()
+    for one in snapshots:
+        extra = one.extra
+        if len(extra) < EXTRA_V3:
+            known = {"vm_state_size": one.vm_state_size, "disk_size": one.disk_size, "icount": 0}
+            extra = SNAPSHOT_EXTRA.build(known)[:EXTRA_V3]
+        identity, name = to_bytes(one.id), to_bytes(one.name)
+        date_sec, date_nsec = divmod(one.date, _NANOSECONDS)
+        fields = {
+            "l1_table_offset": one.l1_table_offset,
+            "l1_size": one.l1_size,
+            "id_size": len(identity),
+            "name_size": len(name),
+            "date_sec": date_sec,
+            "date_nsec": date_nsec,
+            "vm_clock_nsec": one.vm_clock,
+            # What does not fit is in the extra data alone: then it is none for who reads only this.
+            "vm_state_size": one.vm_state_size if one.vm_state_size < 1 << 32 else 0,
+            "extra_data_size": len(extra),
+        }
+        table += SNAPSHOT_ENTRY.build(fields) + extra + identity + name
+        table += bytes(-len(table) % 8)
+    return bytes(table)
 
 
 def table_length(snapshots: Sequence[Snapshot]) -> int:
