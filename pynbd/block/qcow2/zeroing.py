@@ -84,7 +84,7 @@ class Zeroing:
         end = offset + length
         first, last = -(-offset // self._granule), self._granules_before(end)
         start, stop = first * self._granule, min(last * self._granule, self._node.size)
-        edges = [(offset, start), (stop, end)] if first < last else [(offset, end)]
+        edges = [(offset, start), (stop, end)] if first <= last else [(offset, end)]
         edges = [edge for edge in edges if edge[0] < edge[1]]
         if fast and not await self._is_fast(first, last, edges, space):
             raise OSError(errno.EOPNOTSUPP, "zeroes would have to be written", self._node.name)
