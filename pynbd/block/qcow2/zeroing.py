@@ -217,7 +217,6 @@ class Zeroing:
             for start, stop in ((first, head * in_cluster), (tail * in_cluster, last)):
                 if start < stop:
                     await self._change_subclusters(table, start, stop, space, discard=discard)
-        self._node.resolved.forget(first * self._granule, last * self._granule)
 
     async def _change_clusters(
         self, table: Table, first: int, last: int, space: Space, *, discard: bool
@@ -262,6 +261,7 @@ class Zeroing:
         if bitmaps is not None:
             bitmaps[~untouched] = _ALL_ZERO
         self._commits.link(table, rows.start, rows.stop)
+        self._node.resolved.forget(first << self._bits, last << self._bits)
 
     async def _reserve(self, clusters: int) -> list[Run]:
         """New host clusters, with space on the host for all their bytes."""
@@ -319,6 +319,7 @@ class Zeroing:
             self._commits.free(references(entry, self._bits))
             entry = 0
         self._links.link(table, index, entry, zero << SUBCLUSTERS | allocated)
+        self._node.resolved.forget(number << self._bits, number + 1 << self._bits)
 
     def _check(self, table: Table, at: int, first: int, last: int) -> None:
         """Raise `CorruptImage` if one of clusters [first, last), from index ``at``, breaks a rule
