@@ -197,13 +197,14 @@ class Writer:
         if not self._begun or self._finished:
             return
         self._finished = True
-        if self._damage is None:
-            try:
+        try:
+            if self._damage is None:
                 await self._tracking.store()
-            except CorruptImage as error:
-                raise await self._damaged(error) from error
-        await self._commits.finish()
-        await self._refcounts.finish()
+        except CorruptImage as error:
+            raise await self._damaged(error) from error
+        finally:
+            await self._commits.finish()
+            await self._refcounts.finish()
 
     async def _begin(self) -> None:
         """Before any change: whether there may be one, and what the first one needs."""
