@@ -211,7 +211,7 @@ class CopyOnWrite:
         if layout.data_file:
             own = entry & (COPIED | L2E_OFFSET_MASK) != 0
         else:
-            own = entry & COPIED != 0 and not entry & COMPRESSED
+            own = bool(entry & COPIED and entry & L2E_OFFSET_MASK) and not entry & COMPRESSED
         inside = [(within, view) for within, view, _ in parts]
         return Cluster(
             number, table, index, entry, bitmap, own, inside, [piece for _, _, piece in parts]
