@@ -213,6 +213,10 @@ class Writer:
             raise OSError(errno.EROFS, problem, self._file.path)
         if self._finished:
             raise OSError(errno.EBADF, "the image was closed", self._file.path)
+        for file in self._node.files():
+            if file.sync_failed:
+                problem = "an earlier flush failed; data may be lost"
+                raise OSError(errno.EIO, problem, file.path)
         if self._begun:
             return
         async with self._beginning:
