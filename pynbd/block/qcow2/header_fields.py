@@ -6,6 +6,7 @@ with one call each, so that a crash leaves the old value or the new one.
 
 from __future__ import annotations
 
+import asyncio
 import struct
 
 from pynbd.block.engine import HostFile
@@ -33,11 +34,13 @@ class HeaderFields:
         self.version = header.version
         self.incompatible = header.incompatible
         self.autoclear = header.autoclear
+        self._one_at_a_time = asyncio.Lock()
 
     async def set_incompatible(self, bit: Incompatible, *, on: bool) -> None:
-        bits = self.incompatible | bit if on else self.incompatible & ~bit
-        await self._file.write(_BITS.pack(bits), INCOMPATIBLE_OFFSET)
-        self.incompatible = bits
+        async with self._one_at_a_time:
+            bits = self.incompatible | bit if on else self.incompatible & ~bit
+            await self._file.write(_BITS.pack(bits), INCOMPATIBLE_OFFSET)
+            self.incompatible = bits
 
     async def set_autoclear(self, bits: Autoclear) -> None:
         await self._file.write(_BITS.pack(bits), AUTOCLEAR_OFFSET)
