@@ -79,6 +79,8 @@ class SharedReads(Generic[T]):
         return self._kept[key]
 
     def _keep(self, key: int, result: T) -> None:
+        if key in self._kept:
+            self._weight -= self._weigh(self._kept.pop(key))
         self._kept[key] = result
         self._weight += self._weigh(result)
         while self._weight > self._limit and len(self._kept) > 1:
@@ -169,8 +171,7 @@ class TableCache(SharedReads[Table]):
         return self._alive.get(host_offset)
 
     def add(self, table: Table) -> None:
-        """A new table, which is not on disk yet."""
-        assert table.host_offset not in self._kept
+        """A new table, which is not on disk yet; what was in its place is there no more."""
         self._alive[table.host_offset] = table
         self._keep(table.host_offset, table)
 
