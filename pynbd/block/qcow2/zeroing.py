@@ -18,7 +18,7 @@ from enum import Enum
 import numpy as np
 
 from pynbd.block import file as host
-from pynbd.block.engine import HostFile
+from pynbd.block.engine import FALLOC_KEEP_SIZE, HostFile
 from pynbd.block.extent import CORRUPT
 from pynbd.block.extent import ZERO as ZERO_EXTENT
 from pynbd.block.node import BlockNode
@@ -228,8 +228,10 @@ class Zeroing:
         words = table.values[rows][:: layout.entry_words]
         runs: list[Run] = []
         if space is Space.RESERVED and not layout.data_file:
-            homeless = int(np.count_nonzero(~_own(words)))
-            runs = await self._reserve(homeless)
+            there = _own(words)
+            for host_offset, size in self._references(words[there]):
+                await self._file.fallocate(FALLOC_KEEP_SIZE, host_offset, size)
+            runs = await self._reserve(int(np.count_nonzero(~there)))
         # From here on nothing waits. What was looked up is as it was: nobody else changes it.
         guest = np.arange(first, last, dtype=np.uint64) << np.uint64(self._bits)
         zero = np.uint64(0 if layout.extended or layout.version < 3 else ZERO)
