@@ -338,7 +338,8 @@ class Refcounts:
             return
         # The new table comes behind the new blocks that count it and themselves.
         entries_in_cluster = self._cluster_size // 8
-        wanted = max(index + 1, len(self.table.values) * 3 // 2)
+        roomy = min(len(self.table.values) * 3 // 2, MAX_REFCOUNT_TABLE_BYTES // 8)
+        wanted = max(index + 1, roomy)
         clusters = -(-wanted // entries_in_cluster)
         while True:
             indexes = self._missing(clusters)
