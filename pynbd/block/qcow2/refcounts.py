@@ -24,7 +24,12 @@ from pynbd.block.engine import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, HostFile
 from pynbd.block.qcow2.cache import Table, TableCache, read_table
 from pynbd.block.qcow2.commit import Commits, HostRange
 from pynbd.block.qcow2.entries import UInt64s
-from pynbd.block.qcow2.format import MAX_OFFSET, MAX_REFCOUNT_TABLE_BYTES, REFT_OFFSET_MASK
+from pynbd.block.qcow2.format import (
+    L2E_OFFSET_MASK,
+    MAX_OFFSET,
+    MAX_REFCOUNT_TABLE_BYTES,
+    REFT_OFFSET_MASK,
+)
 from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.places import Places
 from pynbd.errors import CorruptImage
@@ -183,7 +188,7 @@ class Refcounts:
 
     def _check_room(self, first: int, count: int) -> None:
         end = first + count << self._bits
-        if end > MAX_OFFSET or (self._file.is_device and end > self._size):
+        if end > L2E_OFFSET_MASK or (self._file.is_device and end > self._size):
             raise OSError(errno.ENOSPC, "there is no room for more clusters", self._file.path)
 
     async def _make_longer(self) -> None:
