@@ -245,6 +245,7 @@ class Writer:
         results: list[OSError | None] = [None] * len(pieces)
         for indexes, step in self._steps(pieces):
             try:
+                await self._begin()  # again: damage may have been found since
                 errors = await self._cow.write(step)
                 if self._commits.much:
                     await self._commits.commit()
