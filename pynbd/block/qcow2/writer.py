@@ -53,8 +53,10 @@ from pynbd.errors import CorruptImage
 log = logging.getLogger("pynbd")
 T = TypeVar("T")
 
-# Clusters that one step of a long write looks up and links.
+# Clusters that one step of a long write, or of many, looks up and links, and their bytes, which may
+# all have to be copied.
 CLUSTERS_PER_STEP = 1 << 10
+_BYTES_PER_STEP = 64 << 20
 # L1 tables of snapshots whose L2 tables have their places known.
 _SNAPSHOT_L1_BYTES = 2 * MAX_L1_BYTES
 _KNOWN_AUTOCLEAR = Autoclear.BITMAPS | Autoclear.RAW_EXTERNAL_DATA
@@ -91,6 +93,7 @@ class Writer:
             node, node.file, header, links, refcounts, commits, in_flight, self._cow
         )
         self._bits = header.cluster_bits
+        self._per_step = min(CLUSTERS_PER_STEP, _BYTES_PER_STEP >> self._bits)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._begun = self._finished = False
         self._beginning = asyncio.Lock()
@@ -261,7 +264,7 @@ class Writer:
         """(numbers of the pieces, pieces or parts of them) for each step."""
         indexes: list[int] = []
         step: list[Piece] = []
-        room = CLUSTERS_PER_STEP
+        room = self._per_step
         for index, (offset, data) in enumerate(pieces):
             view = memoryview(data)
             while len(view):
@@ -272,7 +275,7 @@ class Writer:
                 offset, view = offset + count, view[count:]
                 if room <= 0:
                     yield indexes, step
-                    indexes, step, room = [], [], CLUSTERS_PER_STEP
+                    indexes, step, room = [], [], self._per_step
         if step:
             yield indexes, step
 
