@@ -13,6 +13,8 @@ and keeps a freed cluster no longer than the longest request.
 
 from __future__ import annotations
 
+import asyncio
+import errno
 from collections import deque
 from types import TracebackType
 
@@ -20,17 +22,20 @@ from types import TracebackType
 class _Age:
     """How many requests began between two freed clusters, and are still under way."""
 
-    __slots__ = ("number", "requests")
+    __slots__ = ("number", "over", "requests")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.requests = 0
+        self.over: asyncio.Future[None] | None = None  # somebody waits for its last request
 
     def begin(self) -> None:
         self.requests += 1
 
     def end(self) -> None:
         self.requests -= 1
+        if self.over is not None and not self.requests and not self.over.done():
+            self.over.set_result(None)
 
     def __enter__(self) -> None:
         self.begin()
@@ -49,6 +54,7 @@ class Pins:
 
     def __init__(self) -> None:
         self._ages = deque([_Age(0)])
+        self._abandoned = False
 
     def hold(self) -> _Age:
         """A context manager: whatever is mapped inside is not used again before it is left."""
@@ -66,3 +72,21 @@ class Pins:
         while len(ages) > 1 and not ages[0].requests:
             ages.popleft()
         return ages[0].number > age
+
+    async def drained(self) -> None:
+        """Until every request that has begun has ended. ``OSError`` if one never will."""
+        age = self.end_age()
+        while not self.gone(age):
+            oldest = self._ages[0]
+            if oldest.over is None:
+                oldest.over = asyncio.get_running_loop().create_future()
+            if self._abandoned:
+                raise OSError(errno.ESHUTDOWN, "a write was given up")
+            await asyncio.shield(oldest.over)
+
+    def abandon(self) -> None:
+        """A request was given up, and holds its pins for ever."""
+        self._abandoned = True
+        for age in self._ages:
+            if age.over is not None and not age.over.done():
+                age.over.set_result(None)

@@ -73,7 +73,9 @@ class Cluster:
 
 
 class CopyOnWrite:
-    """Allocating writes of one image. ``file`` holds guest clusters, ``node`` is whose they are."""
+    """Allocating writes of one image. ``file`` holds guest clusters, ``node`` is whose they are;
+    ``raw``: the file can be read without the tables of the image.
+    """
 
     def __init__(
         self,
@@ -84,6 +86,8 @@ class CopyOnWrite:
         commits: Commits,
         places: Places,
         in_flight: InFlight,
+        *,
+        raw: bool,
     ) -> None:
         self._node = node
         self._file = file
@@ -93,6 +97,7 @@ class CopyOnWrite:
         self._commits = commits
         self._places = places
         self._in_flight = in_flight
+        self._raw = raw
         self._bits = self._layout.cluster_bits
         self._size = self._layout.cluster_size
         self._subcluster = self._size // SUBCLUSTERS
@@ -107,6 +112,8 @@ class CopyOnWrite:
         view: Buffer = data
         end = offset + len(data)
         done = 0
+        if self._raw and self._in_flight.overlap(offset >> self._bits, (end - 1 >> self._bits) + 1):
+            return None  # who zeroes a raw data file is alone with it
         while offset < end:
             number = offset >> self._bits
             within = offset & self._size - 1

@@ -14,15 +14,17 @@ class InFlight:
         self._ranges: list[tuple[int, int]] = []
         self._waiting: list[asyncio.Future[None]] = []
 
+    def overlap(self, first: int, last: int) -> bool:
+        """Whether somebody changes one of clusters [first, last)."""
+        return any(first < end and start < last for start, end in self._ranges)
+
     @asynccontextmanager
     async def alone(self, ranges: Sequence[tuple[int, int]]) -> AsyncIterator[None]:
         """Nobody else changes these ranges of clusters (first, last + 1) inside the block.
 
         All are entered at once, so that no two can wait for each other.
         """
-        while any(
-            first < end and start < last for start, end in self._ranges for first, last in ranges
-        ):
+        while any(self.overlap(first, last) for first, last in ranges):
             waiter = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             await waiter

@@ -88,9 +88,18 @@ class Writer:
         self._tracking = tracking
         self._pins = pins
         in_flight = InFlight()
-        self._cow = CopyOnWrite(node, node.file, links, refcounts, commits, places, in_flight)
+        self._cow = CopyOnWrite(
+            node,
+            node.file,
+            links,
+            refcounts,
+            commits,
+            places,
+            in_flight,
+            raw=header.raw_data_file,
+        )
         self._zeroing = Zeroing(
-            node, node.file, header, links, refcounts, commits, in_flight, self._cow
+            node, node.file, header, links, refcounts, commits, in_flight, self._cow, pins
         )
         self._bits = header.cluster_bits
         self._per_step = min(CLUSTERS_PER_STEP, _BYTES_PER_STEP >> self._bits)
@@ -178,6 +187,8 @@ class Writer:
     async def write_zeroes(self, offset: int, length: int, space: Space, *, fast: bool) -> None:
         """`Zeroing.zero`."""
         await self._begin()
+        if fast and not await self._zeroing.is_fast(offset, length, space):
+            raise OSError(errno.EOPNOTSUPP, "zeroes would have to be written", self._node.name)
         self._tracking.record(offset, length)
         await self._apart(self._zeroing.zero(offset, length, space, fast=fast))
 
@@ -238,8 +249,11 @@ class Writer:
         assert self._node.file is not None
         pinned = self._pins.hold()
         pinned.begin()
-        # Not in a `with`: if this is cancelled the call goes on, and where it writes stays pinned.
-        errors = await self._node.file.write_batch(writes, fua=fua)
+        try:
+            errors = await self._node.file.write_batch(writes, fua=fua)
+        except asyncio.CancelledError:
+            self._pins.abandon()  # the call goes on: where it writes stays pinned
+            raise
         pinned.end()
         return errors
 

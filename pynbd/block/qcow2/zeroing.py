@@ -11,7 +11,6 @@ A raw external data file can be read without this image's tables: there zeroes a
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import Iterator
 from enum import Enum
 
@@ -22,6 +21,7 @@ from pynbd.block.engine import FALLOC_KEEP_SIZE, HostFile
 from pynbd.block.extent import CORRUPT
 from pynbd.block.extent import ZERO as ZERO_EXTENT
 from pynbd.block.node import BlockNode
+from pynbd.block.pins import Pins
 from pynbd.block.qcow2.cache import Table
 from pynbd.block.qcow2.commit import Commits, HostRange
 from pynbd.block.qcow2.cow import ALL, CopyOnWrite, references
@@ -63,6 +63,7 @@ class Zeroing:
         commits: Commits,
         in_flight: InFlight,
         cow: CopyOnWrite,
+        pins: Pins,
     ) -> None:
         self._node = node
         self._file = file
@@ -73,28 +74,43 @@ class Zeroing:
         self._commits = commits
         self._in_flight = in_flight
         self._cow = cow
+        self._pins = pins
         self._bits = header.cluster_bits
         self._granule = header.subcluster_size
         self._in_cluster = header.subclusters
 
+    async def is_fast(self, offset: int, length: int, space: Space) -> bool:
+        """Whether nothing but entries has to be written to make a range zero."""
+        first, last, edges = self._divided(offset, length)
+        if first < last and self._layout.version < 3 and not self._unallocates(space):
+            return False
+        if edges and space is Space.RESERVED:
+            return False
+        return all([await self._rest_is_zero(*edge) for edge in edges])
+
     async def zero(self, offset: int, length: int, space: Space, *, fast: bool) -> None:
-        """Make guest bytes read as zeroes. ``fast``: ENOTSUP, untouched, if bytes would have to be
-        written.
+        """Make guest bytes read as zeroes. ``fast``, if `is_fast` said so: ENOTSUP, untouched, if
+        the host would have to write bytes all the same.
         """
-        end = offset + length
-        first, last = -(-offset // self._granule), self._granules_before(end)
-        start, stop = first * self._granule, min(last * self._granule, self._node.size)
-        edges = [(offset, start), (stop, end)] if first <= last else [(offset, end)]
-        edges = [edge for edge in edges if edge[0] < edge[1]]
-        if fast and not await self._is_fast(first, last, edges, space):
-            raise OSError(errno.EOPNOTSUPP, "zeroes would have to be written", self._node.name)
+        first, last, edges = self._divided(offset, length)
         if first < last:
             if self._layout.version < 3 and not self._unallocates(space):
-                await self._write_zeroes(start, stop)
+                end = min(last * self._granule, self._node.size)
+                await self._write_zeroes(first * self._granule, end)
             else:
                 await self._change(first, last, space, discard=False, fast=fast)
         for edge in edges:
             await self._zero_edge(*edge, space)
+
+    def _divided(self, offset: int, length: int) -> tuple[int, int, list[tuple[int, int]]]:
+        """A range as granules [first, last), and what of it is less than one: the edges."""
+        end = offset + length
+        first, last = -(-offset // self._granule), self._granules_before(end)
+        if first > last:
+            return first, last, [(offset, end)]
+        start, stop = min(first * self._granule, end), min(last * self._granule, end)
+        edges = [(offset, start), (max(stop, start), end)]
+        return first, last, [edge for edge in edges if edge[0] < edge[1]]
 
     async def discard(self, offset: int, length: int) -> None:
         """Give back what of a guest range is whole clusters (or subclusters); that reads as zeroes
@@ -115,15 +131,6 @@ class Zeroing:
     def _unallocates(self, space: Space) -> bool:
         """Whether version 2 can make clusters zero: as unallocated ones, with nothing below."""
         return self._node.backing is None and space is Space.GIVEN_BACK
-
-    async def _is_fast(
-        self, first: int, last: int, edges: list[tuple[int, int]], space: Space
-    ) -> bool:
-        if self._layout.version < 3 and first < last and not self._unallocates(space):
-            return False
-        return space is not Space.RESERVED and all(
-            [await self._rest_is_zero(*edge) for edge in edges]
-        )
 
     # Less than a cluster or subcluster
 
@@ -178,7 +185,7 @@ class Zeroing:
             async with self._in_flight.alone([clusters]):
                 await self._zero_data_file(first, stop, space, fast=fast)
                 if not self._is_zero_already(first, stop, space):
-                    await self._change_table(first, stop, space, discard=discard)
+                    await self._change_table(first, stop, space, discard=discard, fast=fast)
             first = stop
             if self._commits.much:
                 await self._commits.commit()
@@ -197,6 +204,9 @@ class Zeroing:
     async def _zero_data_file(self, first: int, last: int, space: Space, *, fast: bool) -> None:
         if not self._layout.data_file:
             return
+        if self._header.raw_data_file:
+            # Writes in place that have begun end first: what they write later would stay there.
+            await self._pins.drained()
         start, end = first * self._granule, min(last * self._granule, self._node.size)
         unmap = space is Space.GIVEN_BACK
         if self._header.raw_data_file or space is Space.RESERVED:
@@ -204,7 +214,9 @@ class Zeroing:
         elif unmap:
             await host.discard(self._file, start, end - start)
 
-    async def _change_table(self, first: int, last: int, space: Space, *, discard: bool) -> None:
+    async def _change_table(
+        self, first: int, last: int, space: Space, *, discard: bool, fast: bool = False
+    ) -> None:
         """Change granules [first, last) of one L2 table; nobody else changes them."""
         in_cluster, layout = self._in_cluster, self._layout
         table = await self._links.table(first // in_cluster >> layout.l2_bits)
@@ -213,13 +225,13 @@ class Zeroing:
             await self._change_subclusters(table, first, last, space, discard=discard)
         else:
             if head < tail:
-                await self._change_clusters(table, head, tail, space, discard=discard)
+                await self._change_clusters(table, head, tail, space, discard=discard, fast=fast)
             for start, stop in ((first, head * in_cluster), (tail * in_cluster, last)):
                 if start < stop:
                     await self._change_subclusters(table, start, stop, space, discard=discard)
 
     async def _change_clusters(
-        self, table: Table, first: int, last: int, space: Space, *, discard: bool
+        self, table: Table, first: int, last: int, space: Space, *, discard: bool, fast: bool
     ) -> None:
         layout = self._layout
         at = first & layout.l2_entries - 1
@@ -231,7 +243,7 @@ class Zeroing:
             there = _own(words)
             for host_offset, size in self._references(words[there]):
                 await self._file.fallocate(FALLOC_KEEP_SIZE, host_offset, size)
-            runs = await self._reserve(int(np.count_nonzero(~there)))
+            runs = await self._reserve(int(np.count_nonzero(~there)), fast=fast)
         # From here on nothing waits. What was looked up is as it was: nobody else changes it.
         guest = np.arange(first, last, dtype=np.uint64) << np.uint64(self._bits)
         zero = np.uint64(0 if layout.extended or layout.version < 3 else ZERO)
@@ -265,7 +277,7 @@ class Zeroing:
         self._commits.link(table, rows.start, rows.stop)
         self._node.resolved.forget(first << self._bits, last << self._bits)
 
-    async def _reserve(self, clusters: int) -> list[Run]:
+    async def _reserve(self, clusters: int, *, fast: bool) -> list[Run]:
         """New host clusters, with space on the host for all their bytes."""
         runs = await self._refcounts.allocate(clusters) if clusters else []
         try:
@@ -275,7 +287,7 @@ class Zeroing:
                     run.host_offset,
                     run.clusters << self._bits,
                     may_unmap=False,
-                    fast=False,
+                    fast=fast,
                 )
         except OSError:
             await self._refcounts.unallocate(runs)
