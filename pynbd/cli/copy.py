@@ -63,7 +63,7 @@ def _one_bitmap(
     epilog="""\b
 Examples:
   pynbd copy disk.qcow2 disk.raw
-  pynbd copy -o compression_type=zstd disk.raw disk.qcow2
+  pynbd copy -o extended_l2=on disk.raw new.qcow2
   pynbd copy -B base.qcow2 -F qcow2 nbd://localhost/disk overlay.qcow2
   pynbd copy nbd://backup.example/disk disk.raw
   pynbd copy disk.raw 'nbd+unix:///?socket=/run/disk.sock'
