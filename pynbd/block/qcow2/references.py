@@ -135,9 +135,10 @@ class References:
         if not length:
             return
         size, bits = self._header.cluster_size, self._header.cluster_bits
-        if offset + length - self.file_size >= size:
+        missing = offset + length - self.file_size
+        self.hidden |= missing > 0
+        if missing >= size:
             self._report.corrupt(1, [self._tell_beyond(what, offset)])
-            self.hidden = True
             return
         first, last = offset >> bits, (offset + length - 1) >> bits
         self.counts[first : last + 1] += np.uint32(1)
@@ -193,7 +194,8 @@ class References:
         told(l1 & np.uint64(L1E_RESERVED_MASK) != 0, "reserved bits are set")
         misaligned = places & (self._header.cluster_size - 1) != 0
         told(misaligned, "the L2 table is not aligned to a cluster")
-        self.hidden |= bool(misaligned.any())
+        ends = places + np.uint64(self._header.cluster_size)
+        self.hidden |= bool((misaligned | (ends > self.file_size)).any())
         self._add(places.view(np.int64), self._header.cluster_size, f"{name}: the L2 table")
         if active:
             wrong = self.wrong_copied_in_l1(l1)
