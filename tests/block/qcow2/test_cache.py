@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pynbd.block.engine import Engine, HostFile
-from pynbd.block.qcow2.cache import SharedReads, TableCache, read_table
+from pynbd.block.qcow2.cache import SharedReads, Table, TableCache, read_table
 
 
 class Slow:
@@ -134,3 +135,70 @@ async def test_a_scan_stays_within_the_bound(file: HostFile) -> None:
         await tables.load(host_offset)
         assert len(tables) <= 4
     assert tables.loads == 16
+
+
+# Tables that change -------------------------------------------------------------------------------
+
+
+def test_changed_pages_are_taken_once_and_neighbours_together() -> None:
+    table = Table(0x50000, np.arange(8192, dtype=np.uint64))
+    table.changed(0, 1)
+    table.changed(511, 513)  # 512 entries of 64 bits are a page
+    table.changed(8191, 8192)
+    pieces = table.take_pages()
+    assert [(len(data), offset) for data, offset in pieces] == [
+        (8192, 0x50000),
+        (4096, 0x50000 + 15 * 4096),
+    ]
+    assert pieces[0][0][8:16] == (1).to_bytes(8, "big")
+    assert table.take_pages() == []
+
+
+def test_what_is_taken_is_the_table_as_it_was() -> None:
+    table = Table(0, np.zeros(512, np.uint64))
+    table.changed(3, 4)
+    ((data, _),) = table.take_pages()
+    table.values[3] = 7
+    assert not any(data)
+
+
+@pytest.mark.parametrize(
+    "bits, last_of_page_0", [(1, 32767), (2, 16383), (4, 8191), (16, 2047), (64, 511)]
+)
+def test_pages_of_entries_of_every_width(bits: int, last_of_page_0: int) -> None:
+    values = np.zeros(3 * (last_of_page_0 + 1), f"u{max(bits // 8, 1)}")
+    table = Table(0, values, bits)
+    assert table.length == 3 * 4096
+    table.changed(last_of_page_0, last_of_page_0 + 1)
+    assert table.pages == {0}
+    table.changed(last_of_page_0 + 1, last_of_page_0 + 2)
+    assert table.pages == {0, 1}
+    table.changed_as_a_whole()
+    assert [(len(data), offset) for data, offset in table.take_pages()] == [(3 * 4096, 0)]
+
+
+def test_a_table_that_is_shorter_than_a_page() -> None:
+    table = Table(0x200, np.full(64, 5, np.uint64))
+    table.changed_as_a_whole()
+    assert table.take_pages() == [((5).to_bytes(8, "big") * 64, 0x200)]
+
+
+async def test_a_table_that_somebody_has_is_never_read_again(file: HostFile) -> None:
+    """What one writer changed is there for the next, though the cache dropped it."""
+    tables = TableCache(file, 512, limit_bytes=1024)
+    mine = await tables.load(0)
+    mine.values[0] = 99
+    for number in range(1, 5):
+        await tables.load(number * 512)
+    assert await tables.load(0) is mine
+    assert tables.at_hand(0) is mine
+
+
+async def test_a_new_table_takes_the_place_of_one_that_is_gone(file: HostFile) -> None:
+    tables = TableCache(file, 512, limit_bytes=1024)
+    await tables.load(512)
+    new = Table(512, np.full(64, 7, np.uint64))
+    tables.add(new)
+    assert await tables.load(512) is new
+    await tables.load(0)
+    assert len(tables) == 2  # it was counted once
