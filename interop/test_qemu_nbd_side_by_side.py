@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 
-from interop import drop_in, peers
+from interop import drop_in, peers, samples
 from interop.drop_in import OURS, PROGRAMS, REAL
 
 SERVED = """
@@ -30,6 +30,12 @@ SERVED = """
 -r -f qcow2 middle.qcow2
 -r -f raw file:disk.raw
 -r top.qcow2
+top.qcow2
+-f qcow2 flat.qcow2
+-A -B b0 -B b1 -f qcow2 top.qcow2
+-o 0x10200 -f qcow2 flat.qcow2
+-e 0 --discard=unmap --detect-zeroes=unmap --cache=none --aio=native -f qcow2 top.qcow2
+--image-opts driver=qcow2,file.driver=file,file.filename=top.qcow2
 -e 0 -f raw disk.raw
 -e 2 -r -f raw disk.raw
 -e 1 -r -f qcow2 top.qcow2
@@ -65,6 +71,10 @@ SERVED = """
 --detect-zeroes=on -r -f qcow2 top.qcow2
 --detect-zeroes=off -f raw disk.raw
 -s -r -f qcow2 top.qcow2
+-s -f raw disk.raw
+-s -f raw odd.raw
+-s -A -B b0 -f qcow2 top.qcow2
+-s --discard=unmap --detect-zeroes=unmap flat.qcow2
 --image-opts -r driver=qcow2,file.driver=file,file.filename=top.qcow2
 --image-opts -r driver=qcow2,backing=,file.filename=top.qcow2
 --image-opts driver=raw,offset=64k,size=128k,file.driver=file,file.filename=disk.raw
@@ -120,6 +130,8 @@ REFUSED = """
 -k {socket} -l snapshot.id=2,snapshot.name=s1 -f qcow2 top.qcow2
 -k {socket} -l '' -f qcow2 top.qcow2
 -k {socket} -l s1 -f raw disk.raw
+-k {socket} -s -l s1 -f qcow2 top.qcow2
+-k {socket} -s -f raw missing.raw
 -k {socket} -l s1 -o 512 -f qcow2 top.qcow2
 -k {socket} -r -B nosuch -f qcow2 top.qcow2
 -k {socket} -B b0 -f raw disk.raw
@@ -153,7 +165,6 @@ REFUSED = """
 
 # What clients see otherwise than through qemu-nbd: in which part of `seen`, and why.
 SEEN_DIFFERENT = {
-    "-f qcow2 flat.qcow2": ("listing", "served read-only: qcow2 images are not written yet"),
     "-r disk.raw": ("listing", "where qemu-nbd guesses raw, it wants whole sectors asked for"),
     "disk.raw": ("listing", "the same"),
     "-B b1 -B b1 -r -f qcow2 top.qcow2": ("listing", "qemu-nbd lists a context twice"),
@@ -161,14 +172,13 @@ SEEN_DIFFERENT = {
         "maps",
         "with -o, qemu-nbd knows nothing of what lies below the top layer: hole, not zero",
     ),
+    "-s -r -A -f qcow2 top.qcow2": ("maps", "nothing is written: there is no overlay"),
+    "-s -o 66048 -f raw disk.raw": ("maps", "qemu-nbd says that it is a hole, but no zeroes"),
     "--cache=none -f raw odd.raw": ("maps", "with O_DIRECT, qemu-nbd looks at whole sectors"),
 }
 
 # What qemu-nbd takes and pynbd-qemu-nbd refuses, and why.
 DIFFERENT = {
-    "-k {socket} -s -f raw disk.raw": "not yet",
-    "-k {socket} --detect-zeroes=on -f qcow2 top.qcow2": "not yet: qcow2 images are not written",
-    "-k {socket} --discard=unmap -f qcow2 top.qcow2": "not yet: qcow2 images are not written",
     "-k {socket} --object secret,id=x,data=abc -f raw disk.raw": "not yet",
     "-k {socket} --image-opts driver=compress,file.driver=qcow2,file.file.filename=top.qcow2": (
         "not yet"
@@ -259,14 +269,14 @@ def test_different(line: str, originals: Path) -> None:
     assert one_line(ours), ours.stderr
 
 
-CHANGES = """
+FAST = "h.zero(65536, 720896, nbd.CMD_FLAG_FAST_ZERO)\n"
+ZERO = "h.zero(131072, 262144 + 512)\n"
+NO_HOLE = "h.zero(131072, 524288, nbd.CMD_FLAG_NO_HOLE)\n"
+CHANGES = f"""
 h.pwrite(b"a" * 5000, 1000)
 h.pwrite(b"b" * 65536, h.get_size() - 65536, nbd.CMD_FLAG_FUA)
 h.trim(131072, 131072)
-h.zero(131072, 262144 + 512)
-h.zero(131072, 524288, nbd.CMD_FLAG_NO_HOLE)
-h.zero(65536, 720896, nbd.CMD_FLAG_FAST_ZERO)
-h.pwrite(bytes(65536), 851968)
+{ZERO}{NO_HOLE}{FAST}h.pwrite(bytes(65536), 851968)
 h.pwrite(bytes(65536) + b"c" * 512, 7 * 65536 + 32768)
 h.flush()
 """
@@ -300,6 +310,123 @@ def written(options: str, originals: Path, tmp_path: Path) -> None:
             told = peers.run("nbdinfo", "--map", run.uri).stdout
         found[program] = (run.status, told, disk.read_bytes(), disk.stat().st_blocks)
     assert found[OURS] == found[REAL]
+
+
+@pytest.mark.parametrize(
+    "image, options",
+    [
+        ("flat", "--discard=ignore"),
+        ("flat", "--discard=unmap --detect-zeroes=unmap"),
+        ("top", "--discard=unmap"),
+        ("top", "--detect-zeroes=on --cache=none"),
+        ("subclusters", "--discard=ignore --detect-zeroes=on"),
+        ("subclusters", "--discard=unmap --detect-zeroes=unmap"),
+        ("version2", "--discard=unmap"),
+        ("version2", "--discard=unmap --detect-zeroes=on --cache=writethrough"),
+    ],
+)
+def test_written_qcow2(image: str, options: str, originals: Path, tmp_path: Path) -> None:
+    """The same changes leave the same bytes, in clusters of the same kinds, and the same bitmaps;
+    and what clients are told meanwhile is the same.
+    """
+    found = {}
+    for program in PROGRAMS:
+        folder = copy(originals, tmp_path / program)
+        file = written_qcow2(image, folder)
+        line = [*options.split(), "-A", *(["-B", "b0"] if image == "top" else [])]
+        with drop_in.running(program, *line, "-f", "qcow2", "-t", file, folder=folder) as run:
+            peers.nbdsh(changes_of_qcow2(image), run.uri)
+            told = [
+                peers.run("nbdinfo", f"--map={context}", run.uri).stdout
+                for context in ["qemu:allocation-depth", "qemu:dirty-bitmap:b0"]
+                if image == "top" or "bitmap" not in context
+            ]
+        peers.run("qemu-img", "check", folder / file)
+        raw = folder / "content.raw"
+        peers.run("qemu-img", "convert", "-O", "raw", folder / file, raw)
+        found[program] = (
+            run.status,
+            told,
+            raw.read_bytes(),
+            kinds(folder / file),
+            bitmaps(file, folder),
+        )
+    for real, ours in zip(found[REAL], found[OURS], strict=True):
+        assert ours == real
+
+
+def changes_of_qcow2(image: str) -> str:
+    """`CHANGES`, but that NO_HOLE is for what has its space already: elsewhere qemu-nbd does not
+    allocate any; and that no part of a cluster is made zero where nothing is at all: qemu-nbd makes
+    a zero cluster of it, pynbd leaves it alone. Nothing is fast without zero clusters.
+    """
+    changes = CHANGES.replace(NO_HOLE, "h.zero(65536, 65536, nbd.CMD_FLAG_NO_HOLE)\n")
+    changes = changes.replace(ZERO, "h.zero(49152, 196608 + 512)\nh.zero(131072, 262144)\n")
+    return changes.replace(FAST, "") if image == "version2" else changes
+
+
+def written_qcow2(image: str, folder: Path) -> str:
+    """The name of a file that is written to."""
+    file = f"{image}.qcow2"
+    options = {"subclusters": ["-o", "extended_l2=on"], "version2": ["-o", "compat=0.10"]}
+    if image in options:
+        line = ["-q", "-f", "qcow2", *options[image], "-b", "disk.raw", "-F", "raw"]
+        peers.run("qemu-img", "create", *line, file, cwd=folder)
+        samples.qemu_io(folder / file, "write -q -P 30 0 300k")
+    return file
+
+
+def kinds(image: Path) -> list[tuple[bool, bool, bool, int]]:
+    """Of each block of 2 KiB, a subcluster: whether it is in the chain, is known to read as zeroes
+    and nothing else, and has a place; and at which depth.
+    """
+    said = json.loads(peers.run("qemu-img", "map", "--output=json", image).stdout)
+    blocks = []
+    for row in said:
+        zero = row["zero"] and not row["data"]  # else it depends on the holes of the file
+        kind = row["present"], zero, "offset" in row, row["depth"]
+        blocks += [kind] * (row["length"] // 2048)
+    return blocks
+
+
+def bitmaps(file: str, folder: Path) -> list[str]:
+    """What qemu-nbd finds of them afterwards."""
+    if file != "top.qcow2":
+        return []
+    found = []
+    for name in ["b0", "b1"]:
+        with drop_in.running(REAL, "-r", "-B", name, "-f", "qcow2", file, folder=folder) as run:
+            context = f"--map=qemu:dirty-bitmap:{name}"
+            found.append(peers.run("nbdinfo", context, run.uri).stdout)
+    return found
+
+
+@pytest.mark.parametrize("line", ["-f raw disk.raw", "-A -f qcow2 top.qcow2", "flat.qcow2"])
+def test_snapshot(line: str, originals: Path, tmp_path: Path) -> None:
+    """What clients write they read again, and the images are as they were."""
+    found = {}
+    for program in PROGRAMS:
+        folder = copy(originals, tmp_path / program)
+        before = contents(folder)
+        with drop_in.running(program, "-s", *line.split(), "-t", folder=folder) as run:
+            peers.nbdsh(CHANGES.replace(NO_HOLE, ""), run.uri)
+            image = subprocess.run(
+                [*peers.command("nbdcopy"), run.uri, "-"],
+                check=True,
+                capture_output=True,
+                timeout=30,
+            ).stdout
+            maps = [
+                peers.run("nbdinfo", f"--map={context}", run.uri).stdout
+                for context in ["qemu:allocation-depth"] * ("-A" in line)
+            ]
+        assert contents(folder) == before
+        found[program] = (run.status, image, maps)
+    assert found[OURS] == found[REAL]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_bytes_past_the_end_of_a_raw_file(originals: Path, tmp_path: Path) -> None:
