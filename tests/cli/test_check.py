@@ -1,0 +1,238 @@
+"""``pynbd check``: texts, statuses, what is refused; that its numbers are qemu-img's is in
+interop/test_check_*.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pynbd.block.engine import Engine
+from pynbd.block.file import open_host_file
+from pynbd.block.qcow2.builder import Compressed, Data, Image, Written, poke
+from tests.cli.looking import pynbd, pynbd_here
+
+K, M = 1 << 10, 1 << 20
+CLUSTER = 4 * K
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An image of 256 clusters; the tests are beside it."""
+    monkeypatch.chdir(tmp_path)
+    return Path("disk.qcow2")
+
+
+def write(disk: Path) -> Written:
+    clusters = {0: Data(b"a"), CLUSTER: Data(b"b"), 2 * CLUSTER: Compressed(b"c" * CLUSTER)}
+    return Image(size=M, cluster_bits=12, clusters=clusters).write(disk)
+
+
+def with_a_leak(disk: Path) -> None:
+    """The header's refcount is 2."""
+    write_refcount(disk, write(disk), 0, 2)
+
+
+def with_a_corruption(disk: Path) -> None:
+    """That of the first cluster with data is 0: its COPIED flag is wrong, too."""
+    write_refcount(disk, write(disk), 2, 0)
+
+
+def write_refcount(disk: Path, written: Written, cluster: int, count: int) -> None:
+    table = written.header.refcount_table_offset
+    block = int.from_bytes(disk.read_bytes()[table : table + 8], "big")
+    poke(disk, block + 2 * cluster, count.to_bytes(2, "big"))
+
+
+def end(disk: Path) -> int:
+    return disk.stat().st_size
+
+
+def test_sound(disk: Path) -> None:
+    write(disk)
+    done = pynbd("check", disk)
+    assert done.stdout == (
+        "No errors were found on the image.\n"
+        "3/256 = 1.17% allocated, 33.33% fragmented, 33.33% compressed clusters\n"
+        f"Image end offset: {end(disk)}\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_leaks(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_a_leak(disk)
+    status, out, err = pynbd_here(monkeypatch, capsys, "check", disk)
+    assert status == 3
+    assert err == "disk.qcow2: cluster 0: the refcount is 2, with 1 references: a leak\n"
+    assert out.startswith("1 leaked clusters were found on the image: ")
+
+
+def test_corruptions(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_a_corruption(disk)
+    status, out, err = pynbd_here(monkeypatch, capsys, "check", disk)
+    assert status == 2
+    assert "disk.qcow2: cluster 2: the refcount is 0, with 1 references: a corruption\n" in err
+    assert out.startswith("2 errors were found on the image: ")
+
+
+@pytest.mark.parametrize("option", [["--json"], ["--output=json"], ["--output", "json", "--json"]])
+def test_json(
+    option: list[str],
+    disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is zero is left out, but for the check errors."""
+    with_a_leak(disk)
+    status, out, _ = pynbd_here(monkeypatch, capsys, "check", *option, disk)
+    assert status == 3
+    assert json.loads(out) == {
+        "filename": "disk.qcow2",
+        "format": "qcow2",
+        "check-errors": 0,
+        "image-end-offset": end(disk),
+        "leaks": 1,
+        "total-clusters": 256,
+        "allocated-clusters": 3,
+        "fragmented-clusters": 1,
+        "compressed-clusters": 1,
+    }
+
+
+def test_quiet(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_a_corruption(disk)
+    assert pynbd_here(monkeypatch, capsys, "check", "-q", disk) == (2, "", "")
+    with_a_leak(disk)
+    assert pynbd_here(monkeypatch, capsys, "check", "-q", "--json", disk) == (3, "", "")
+
+
+def test_repair_of_leaks(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_a_leak(disk)
+    status, out, err = pynbd_here(monkeypatch, capsys, "check", "-r", "leaks", disk)
+    assert (status, err) == (0, "")
+    assert out.startswith("Repaired: 1 leaked clusters, 0 errors.\nNo errors were found")
+    assert pynbd_here(monkeypatch, capsys, "check", "-q", disk)[0] == 0
+
+
+def test_repair_of_leaks_leaves_corruptions(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_a_corruption(disk)
+    before = disk.read_bytes()
+    assert pynbd_here(monkeypatch, capsys, "check", "-q", "-r", "leaks", disk)[0] == 2
+    assert disk.read_bytes() == before
+
+
+def test_repair_of_all(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_a_corruption(disk)
+    status, out, _ = pynbd_here(monkeypatch, capsys, "check", "--repair=all", "--json", disk)
+    assert status == 0
+    report = json.loads(out)
+    assert report["corruptions-fixed"] == 2
+    assert "corruptions" not in report
+    assert "leaks-fixed" not in report
+
+
+def test_not_all_could_be_checked(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A refcount block that is not at a cluster."""
+    written = write(disk)
+    poke(disk, written.header.refcount_table_offset, (512).to_bytes(8, "big"))
+    status, out, err = pynbd_here(monkeypatch, capsys, "check", disk)
+    assert status == 1
+    assert "times the check could not look at something" in out
+    assert err.endswith("pynbd: disk.qcow2: not all of it could be checked\n")
+
+
+@pytest.mark.parametrize("options", [[], ["-f", "raw"], ["-r", "all"], ["--json"]])
+def test_raw(
+    options: list[str],
+    disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disk.write_bytes(bytes(M))
+    said = "pynbd: disk.qcow2: its format is raw, of which there is no check\n"
+    assert pynbd_here(monkeypatch, capsys, "check", *options, disk) == (63, "", said)
+    assert disk.read_bytes() == bytes(M)
+
+
+@pytest.mark.parametrize(
+    "line, status, said",
+    [
+        (["-r", "some"], 2, "--repair: 'some' is not one of 'leaks', 'all'"),
+        (["--output=xml"], 2, "--output: 'xml' is not one of 'human', 'json'"),
+        (["-f", "vmdk"], 2, "--format: 'vmdk' is not one of 'raw', 'qcow2'"),
+        (
+            ["-U", "-r", "all"],
+            2,
+            "--repair excludes --force-share: nobody else may use the image meanwhile",
+        ),
+        (["-f", "qcow2"], 1, "disk.qcow2: it is not a qcow2 image; it looks like raw"),
+    ],
+)
+def test_refused(
+    line: list[str],
+    status: int,
+    said: str,
+    disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disk.write_bytes(bytes(M))
+    done = pynbd_here(monkeypatch, capsys, "check", *line, disk)
+    assert done == (status, "", f"pynbd: {said}\n")
+
+
+def test_nothing_there(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "pynbd: disk.qcow2: cannot be opened: No such file or directory\n"
+    assert pynbd_here(monkeypatch, capsys, "check", disk) == (1, "", said)
+
+
+def test_somebody_writes(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then only --force-share looks at it, with a warning; nobody repairs it."""
+    with_a_leak(disk)
+    engine = Engine(1)
+    writer = open_host_file(engine, str(disk), writable=True)
+    try:
+        for options in ([], ["-r", "leaks"]):
+            status, _, err = pynbd_here(monkeypatch, capsys, "check", *options, disk)
+            assert status == 1
+            assert "another process" in err
+        done = pynbd("check", "--force-share", disk)
+        assert done.returncode == 3
+        assert "another process writes this image" in done.stderr
+    finally:
+        writer.close()
+        engine.close()
+
+
+def test_somebody_reads(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_a_leak(disk)
+    engine = Engine(1)
+    reader = open_host_file(engine, str(disk), writable=False)
+    try:
+        assert pynbd_here(monkeypatch, capsys, "check", "-q", disk)[0] == 3
+        assert pynbd_here(monkeypatch, capsys, "check", "-q", "-r", "all", disk)[0] == 1
+    finally:
+        reader.close()
+        engine.close()
