@@ -103,11 +103,14 @@ def allocated(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """One call on a host file. ``ranges``: (offset, length) of each piece."""
+    """One call on a host file. ``ranges``: (offset, length) of each piece, whose bytes ``data``
+    are.
+    """
 
     name: str  # "write", "sync", "resize", "fallocate"
     file: str  # the last part of its path
     ranges: tuple[tuple[int, int], ...] = ()
+    data: tuple[Buffer, ...] = ()
 
     def touches(self, offset: int, length: int) -> bool:
         return any(at < offset + length and offset < at + count for at, count in self.ranges)
@@ -170,11 +173,12 @@ class WatchedFile(HostFile):
 
     host: Host
 
-    def _call(self, name: str, *ranges: tuple[int, int]) -> int:
-        return self.host.arrives(Call(name, os.path.basename(self.path), ranges))
+    def _call(self, name: str, *ranges: tuple[int, int], data: tuple[Buffer, ...] = ()) -> int:
+        return self.host.arrives(Call(name, os.path.basename(self.path), ranges, data))
 
     def _write_batch(self, pieces: Sequence[tuple[Buffer, int]], fua: bool) -> list[OSError | None]:
-        code = self._call("write", *((offset, len(data)) for data, offset in pieces))
+        ranges = [(offset, len(data)) for data, offset in pieces]
+        code = self._call("write", *ranges, data=tuple(data for data, _ in pieces))
         if not code:
             return super()._write_batch(pieces, fua)
         done = len(pieces) // 2  # the others not at all
