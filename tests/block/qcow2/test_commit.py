@@ -264,34 +264,32 @@ async def test_what_is_linked_while_a_commit_runs_belongs_to_the_next(tmp_path: 
     await sound(path)
 
 
-async def test_the_tables_grow_while_a_commit_runs(tmp_path: Path) -> None:
-    """At each barrier of a commit that moves the refcount table there is a write that moves it
-    again.
+@pytest.mark.parametrize("fails", [False, True])
+async def test_the_tables_grow_while_a_commit_runs(tmp_path: Path, fails: bool) -> None:
+    """At each call of a commit that moves the refcount table comes a write that moves it again;
+    then that call fails, or does not.
     """
     template, path = tmp_path / "template.qcow2", tmp_path / "x.qcow2"
     create(template, 5 * MiB, "cluster_size=512,refcount_bits=64")
     data = random.Random(3).randbytes(5 * MiB)
-    for number in range(3):
+    for number in range(5):
         shutil.copyfile(template, path)
         with watched() as host:
             async with writable(path) as node:
                 await write(node, 0, data[: 2 * MiB])
-                seen = iter(range(100))
-
-                def nth(call: Call, number: int = number, seen: object = seen) -> bool:
-                    return call.name == "sync" and next(seen) == number  # type: ignore[call-overload]
-
-                gate = host.gate(nth)
-                flush = asyncio.create_task(node.flush())
+                host.calls.clear()
+                gate = host.gate(lambda call, nth=number + 1: len(host.calls) == nth)  # type: ignore[misc]
+                flush = asyncio.create_task(flush_fails(node))
                 await gate.reached()
+                host.gates.clear()
+                held = host.calls[-1]
                 await write(node, 2 * MiB, data[2 * MiB :])
+                if fails and held.name == "write":
+                    host.trouble = lambda call, bad=held: errno.EIO * (call is bad)  # type: ignore[misc]
                 gate.opened.set()
-                await flush
-                header = await header_of(path)
+                assert await flush is (fails and held.name == "write")
                 await node.flush()
-                assert (await header_of(path)).refcount_table_clusters > (
-                    header.refcount_table_clusters
-                )
+                assert (await header_of(path)).refcount_table_clusters > 2
         await sound(path)
         assert qemu_contents(path) == data
 
