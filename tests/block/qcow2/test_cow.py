@@ -1,0 +1,290 @@
+"""Allocating writes: what is copied around the new bytes, from everything a cluster may be.
+
+Each image is also written by qemu-io in the same places; both have to read the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from interop import peers
+from interop.samples import qemu_io
+from pynbd.block.qcow2.builder import (
+    Compressed,
+    Data,
+    Image,
+    InternalSnapshot,
+    Subclusters,
+    Zero,
+)
+from pynbd.block.qcow2.format import CompressionType
+from tests.block.qcow2.writing import (
+    KiB,
+    MiB,
+    bytes_of,
+    create,
+    sound,
+    watched,
+    writable,
+    write,
+)
+from tests.block.reading import contents, qemu_contents
+
+pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
+
+
+def noise(seed: int, length: int) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+def over_raw(folder: Path, size: int, options: str = "", top: int = MiB) -> Path:
+    """An overlay of a raw image of ``size`` bytes."""
+    (folder / "base.raw").write_bytes(noise(1, size))
+    return create(folder / "x.qcow2", top, options, "-b", "base.raw", "-F", "raw")
+
+
+def compressed(folder: Path, kind: CompressionType = CompressionType.ZLIB) -> Path:
+    """Every cluster is compressed, several of them in one host cluster, some across two."""
+    clusters = {
+        number << 16: Compressed(noise(number, 20000 + 1000 * number) + b"end")
+        for number in range(16)
+    }
+    Image(size=MiB, clusters=clusters, compression_type=kind).write(folder / "x.qcow2")
+    return folder / "x.qcow2"
+
+
+def zstd(folder: Path) -> Path:
+    return compressed(folder, CompressionType.ZSTD)
+
+
+def snapshot(folder: Path) -> Path:
+    clusters = {number << 16: Data(noise(number, 65536)) for number in range(16)}
+    image = Image(size=MiB, clusters=clusters, snapshots=[InternalSnapshot("s", clusters)])
+    image.write(folder / "x.qcow2")
+    return folder / "x.qcow2"
+
+
+def preallocated(folder: Path) -> Path:
+    """Zero clusters whose host clusters hold something else."""
+    clusters = {number << 16: Zero(preallocated=number % 2 == 0) for number in range(16)}
+    Image(size=MiB, clusters=clusters).write(folder / "x.qcow2")
+    return folder / "x.qcow2"
+
+
+def subclusters(folder: Path) -> Path:
+    """Clusters in many states, above a backing file."""
+    (folder / "base.raw").write_bytes(noise(1, MiB))
+    some = 0x0F0F00FF
+    shared = {0: Subclusters(noise(3, 65536), some, 0x00F0_0000)}
+    clusters = {
+        **shared,
+        1 << 16: Subclusters(noise(4, 65536), some, ~some & 0xFFFFFFFF),
+        2 << 16: Subclusters(b"", 0, 0xFFFF),
+        3 << 16: Subclusters(noise(5, 65536), 0xFFFFFFFF),
+        4 << 16: Compressed(noise(6, 30000)),
+        5 << 16: Subclusters(noise(7, 65536), 0, 0xFFFFFFFF),
+    }
+    Image(
+        size=MiB,
+        clusters=clusters,
+        extended_l2=True,
+        snapshots=[InternalSnapshot("s", shared)],
+        backing_file="base.raw",
+        backing_format="raw",
+    ).write(folder / "x.qcow2")
+    return folder / "x.qcow2"
+
+
+IMAGES: dict[str, Callable[[Path], Path]] = {
+    "nothing": lambda folder: create(folder / "x.qcow2", MiB),
+    "v2": lambda folder: create(folder / "x.qcow2", MiB, "compat=0.10"),
+    "backing": lambda folder: over_raw(folder, MiB),
+    "short": lambda folder: over_raw(folder, 300 * KiB + 512),
+    "odd": lambda folder: over_raw(folder, 300 * KiB + 77, "cluster_size=4k"),
+    "long": lambda folder: over_raw(folder, 2 * MiB, top=MiB + 512),
+    "extended": lambda folder: over_raw(folder, 300 * KiB + 512, "extended_l2=on"),
+    "large": lambda folder: over_raw(folder, 700 * KiB, "cluster_size=2M"),
+    "zlib": compressed,
+    "zstd": zstd,
+    "snapshot": snapshot,
+    "preallocated": preallocated,
+    "subclusters": subclusters,
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+async def test_what_is_around_the_new_bytes_stays(tmp_path: Path, name: str) -> None:
+    """Head, tail, both; many in a batch; the same cluster twice; across clusters."""
+    path = IMAGES[name](tmp_path)
+    theirs = tmp_path / "theirs.qcow2"
+    shutil.copyfile(path, theirs)
+    rng = random.Random(name)
+    together = [(100, 1), (196096, 1024), (262144, 512), (393215, 1), (800 * KiB, 10)]
+    together += [(800 * KiB + 500, 10), (MiB - 3, 3)]
+    apart = [(rng.randrange(0, 900 * KiB), rng.choice([1, 512, 5000, 70000])) for _ in range(8)]
+    async with writable(path) as node:
+        disk = bytearray(await contents(node))
+        commands = []
+        for batch in (together, *([request] for request in apart)):
+            pieces = []
+            for offset, length in batch:
+                pattern = rng.randrange(1, 256)
+                disk[offset : offset + length] = data = bytes([pattern]) * length
+                pieces.append((offset, data))
+                commands.append(f"write -q -P {pattern} {offset} {length}")
+            assert not any(await node.pwrite_batch(pieces))
+        qemu_io(theirs, *commands)
+        assert await contents(node) == disk
+    await sound(path)
+    assert qemu_contents(path) == disk
+    assert qemu_contents(theirs) == disk
+    if "snapshots" in peers.run("qemu-img", "info", "--output=json", path).stdout:
+        assert qemu_contents(path, "-l", "s") == qemu_contents(theirs, "-l", "s")
+
+
+@pytest.mark.parametrize("options", ["", "extended_l2=on"])
+async def test_several_clusters_are_one_hop_and_neighbours_on_the_host(
+    tmp_path: Path, options: str
+) -> None:
+    path = over_raw(tmp_path, MiB, options)
+    with watched() as host:
+        async with writable(path) as node:
+            await write(node, 0, b"first")  # which makes the L2 table
+            host.calls.clear()
+            await write(node, 65536 + 512, b"x" * 8 * 65536)
+            (call,) = [call for call in host.calls if call.name == "write"]
+            ranges = sorted(call.ranges)
+            assert all(one[0] + one[1] == two[0] for one, two in pairwise(ranges))
+            host.calls.clear()
+            # Other clusters of one batch, and all of them in the cluster that follows.
+            batch = [((10 + number) << 16, b"y" * 512) for number in range(4)]
+            assert not any(await node.pwrite_batch(batch))
+            assert host.count("write") == 1
+    await sound(path)
+
+
+async def test_subclusters_are_all_that_is_copied(tmp_path: Path) -> None:
+    """Of a cluster of 64 KiB, 2 KiB."""
+    path = over_raw(tmp_path, MiB, "extended_l2=on")
+    with watched() as host:
+        async with writable(path) as node:
+            await write(node, 0, b"first")
+            host.calls.clear()
+            await write(node, 65536 + 3000, b"x" * 100)
+            (call,) = [call for call in host.calls if call.name == "write"]
+    assert sum(length for _, length in call.ranges) == 2048
+    await sound(path)
+
+
+async def test_nothing_is_copied_where_all_is_new(tmp_path: Path) -> None:
+    path = over_raw(tmp_path, MiB)
+    with watched() as host:
+        async with writable(path) as node:
+            host.calls.clear()
+            await write(node, 65536, b"x" * 65536)
+            (call,) = [call for call in host.calls if call.name == "write"]
+    assert [length for _, length in call.ranges] == [65536]
+
+
+# At the same time ---------------------------------------------------------------------------------
+
+
+async def test_writers_of_one_cluster_wait_others_do_not(tmp_path: Path) -> None:
+    path = over_raw(tmp_path, MiB)
+    with watched() as host:
+        async with writable(path) as node:
+            await write(node, 15 * 65536, b"first")
+            host.calls.clear()
+            gate = host.gate(lambda call: call.name == "write" and b"slow" in call.data)
+            slow = asyncio.create_task(write(node, 10, b"slow"))
+            await gate.reached()
+            same = asyncio.create_task(write(node, 40000, b"same"))
+            await write(node, 65536, b"other")
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            assert not same.done()
+            gate.opened.set()
+            await asyncio.gather(slow, same)
+            assert bytes(await node.pread(10, 4)) == b"slow"
+            assert bytes(await node.pread(40000, 4)) == b"same"
+            assert bytes(await node.pread(65536, 5)) == b"other"
+    await sound(path)
+
+
+async def test_many_at_once_in_few_clusters(tmp_path: Path) -> None:
+    """No bytes of one get lost in what another copies."""
+    path = over_raw(tmp_path, MiB)
+    rng = random.Random(5)
+    async with writable(path) as node:
+        disk = bytearray(await contents(node))
+        places = rng.sample(range(4 * 65536 // 512), 400)
+        tasks = []
+        for place in places:
+            disk[place * 512 : (place + 1) * 512] = data = rng.randbytes(512)
+            tasks.append(asyncio.create_task(write(node, place * 512, data)))
+        await asyncio.gather(*tasks)
+        assert await contents(node) == disk
+    await sound(path)
+    assert qemu_contents(path) == disk
+
+
+async def test_who_asks_may_go_away(tmp_path: Path) -> None:
+    """A request that is cancelled is done to its end, and leaves nothing behind."""
+    path = over_raw(tmp_path, MiB)
+    with watched() as host:
+        async with writable(path) as node:
+            gate = host.gate(lambda call: call.name == "write")
+            task = asyncio.create_task(write(node, 10, b"slow"))
+            await gate.reached()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            gate.opened.set()
+            await write(node, 40000, b"same")
+            assert bytes(await node.pread(10, 4)) == b"slow"
+    await sound(path)
+
+
+# The end of a disk, and data files ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [False, True])
+async def test_a_data_file(tmp_path: Path, raw: bool) -> None:
+    """It ends with the disk, whatever is written; a raw one is the disk."""
+    size = 5 * 65536 + 1536
+    name = tmp_path / "x.data"
+    path = create(
+        tmp_path / "x.qcow2", size, f"data_file={name},data_file_raw={'on' if raw else 'off'}"
+    )
+    rng = random.Random(2)
+    disk = bytearray(size)
+    longest = max(size, len(bytes_of(name)))  # qemu-img makes a raw one whole clusters
+    async with writable(path) as node:
+        for _ in range(30):
+            length = rng.choice([1, 512, 70000])
+            offset = rng.randrange(0, size - length)
+            disk[offset : offset + length] = data = rng.randbytes(length)
+            await write(node, offset, data)
+        disk[-1:] = b"!"
+        await write(node, size - 1, b"!")
+        assert await contents(node) == disk
+    await sound(path)
+    assert qemu_contents(path) == disk
+    assert len(bytes_of(name)) <= longest
+    if raw:
+        assert bytes_of(name)[:size] == disk
+
+
+async def test_the_last_cluster_of_a_disk_is_a_whole_one_in_the_image(tmp_path: Path) -> None:
+    path = create(tmp_path / "x.qcow2", 65536 + 512)
+    async with writable(path) as node:
+        await write(node, 65536 + 100, b"x" * 412)
+    await sound(path)
+    assert qemu_contents(path) == bytes(65536 + 100) + b"x" * 412
