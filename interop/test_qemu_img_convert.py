@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from interop import peers, samples
-from interop.conftest import PynbdServe
+from interop.conftest import PynbdServe, serving
 
 SIZE = 8 << 20
 
@@ -41,6 +41,40 @@ def test_onto_a_raw_export(options: str, tmp_path: Path, pynbd_serve: PynbdServe
     uri = pynbd_serve(image, "-f", "raw")
     peers.run("qemu-img", "convert", "-f", "raw", "-O", "raw", *options.split(), source, uri)
     assert filecmp.cmp(source, image, shallow=False)
+
+
+# How qemu-img makes the qcow2 image that is converted onto.
+QCOW2 = {
+    "default": "",
+    "small": "-o cluster_size=512,refcount_bits=64",
+    "subclusters": "-o extended_l2=on,cluster_size=16k",
+    "data file": "-o data_file={folder}/target.data,data_file_raw=on",
+    "overlay": "-b base -F raw",
+}
+
+
+@pytest.mark.parametrize("form", QCOW2)
+@pytest.mark.parametrize("options", ["", "-W -m 16", "-S 0", "--target-is-zero"])
+def test_onto_a_qcow2_export(form: str, options: str, tmp_path: Path) -> None:
+    """Whatever was there before, but for a target that is said to be empty."""
+    peers.require("qemu-img", "qemu-io")
+    source, image = tmp_path / "source", tmp_path / "target.qcow2"
+    samples.sparse_file(source, SIZE)
+    samples.sparse_file(tmp_path / "base", SIZE, seed=2)
+    create = ["create", "-q", "-f", "qcow2", *QCOW2[form].format(folder=tmp_path).split()]
+    peers.run("qemu-img", *create, image, str(SIZE), cwd=tmp_path)
+    empty = options == "--target-is-zero"
+    write = f"write -q -z 0 {SIZE}" if empty else f"write -q -P 0xee 1M {SIZE >> 1}"
+    samples.qemu_io(image, write)
+    with serving(image, "-f", "qcow2") as uri:
+        convert = ["convert", "-n", "-f", "raw", "-O", "raw", *options.split()]
+        peers.run("qemu-img", *convert, source, uri)
+        same(source, uri)
+    compare = ["compare", "-f", "raw", "-F", "qcow2", source, image]
+    assert peers.run("qemu-img", *compare, cwd=tmp_path).stdout == "Images are identical.\n"
+    peers.run("qemu-img", "check", image, cwd=tmp_path)
+    if form == "data file":
+        assert filecmp.cmp(source, tmp_path / "target.data", shallow=False)
 
 
 def test_sparse_stays_sparse(tmp_path: Path, pynbd_serve: PynbdServe) -> None:

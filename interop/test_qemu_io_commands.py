@@ -1,4 +1,6 @@
-"""qemu-io, command by command, on a raw export; after each the file itself is looked at."""
+"""qemu-io, command by command, on raw and qcow2 exports; after each the file itself is looked at:
+qemu-io flushes when it leaves, so that all is there.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +19,38 @@ MIB = 1 << 20
 QemuIo = Callable[..., None]
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
+@pytest.fixture(params=["raw", "qcow2"])
+def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """4 MiB of 0x11, all of it allocated."""
-    peers.require("qemu-io")
-    path = tmp_path / "a.raw"
-    path.write_bytes(b"\x11" * SIZE)
+    peers.require("qemu-img", "qemu-io")
+    path = tmp_path / f"a.{request.param}"
+    peers.run("qemu-img", "create", "-q", "-f", request.param, path, str(SIZE))
+    samples.qemu_io(path, f"write -q -P 0x11 0 {SIZE}", driver=request.param)
     return path
 
 
 @pytest.fixture
-def qemu_io(image: Path, pynbd_serve: PynbdServe) -> QemuIo:
-    uri = pynbd_serve(image, "-f", "raw")
-    return partial(samples.qemu_io, uri, driver="raw")
+def serve(pynbd_serve: PynbdServe) -> PynbdServe:
+    return lambda image, *args: pynbd_serve(image, "-f", form(image), *args)
+
+
+@pytest.fixture
+def qemu_io(image: Path, serve: PynbdServe) -> QemuIo:
+    return partial(samples.qemu_io, serve(image), driver="raw")
+
+
+def form(image: Path) -> str:
+    return image.suffix[1:]
 
 
 def content(image: Path, *pieces: tuple[int, bytes]) -> None:
-    """The file is 0x11 all over, but for the pieces."""
+    """The disk is 0x11 all over, but for the pieces."""
     expected = bytearray(b"\x11" * SIZE)
     for offset, data in pieces:
         expected[offset : offset + len(data)] = data
-    assert image.read_bytes() == expected
+    raw = image.with_suffix(".read")
+    peers.run("qemu-img", "convert", "-U", "-f", form(image), "-O", "raw", image, raw)
+    assert raw.read_bytes() == expected
 
 
 def test_write_and_read(image: Path, qemu_io: QemuIo) -> None:
@@ -82,12 +95,12 @@ def test_write_zeroes(image: Path, qemu_io: QemuIo) -> None:
     content(image, (MIB, bytes(2 * MIB)), (100, bytes(1000)), (3 * MIB, bytes(1000)))
 
 
-def test_fast_zero(image: Path, pynbd_serve: PynbdServe) -> None:
+def test_fast_zero(image: Path, serve: PynbdServe) -> None:
     """``-n``: no fallback to writing (NBD_CMD_FLAG_FAST_ZERO): at once, or nothing is touched.
 
     Every local file system makes holes; zeroes that keep their space are not for all of them.
     """
-    uri = pynbd_serve(image, "-f", "raw")
+    uri = serve(image)
     samples.qemu_io(uri, "write -q -z -n -u 1M 1M", driver="raw")
     content(image, (MIB, bytes(MIB)))
     done = peers.run("qemu-io", "-f", "raw", "-c", "write -q -z -n 2M 1M", uri, check=False)
@@ -104,12 +117,13 @@ def test_discard(image: Path, qemu_io: QemuIo) -> None:
 
 def test_discard_of_all(image: Path, qemu_io: QemuIo) -> None:
     qemu_io(f"discard -q 0 {SIZE}")
-    assert (image.read_bytes(), samples.allocated(image)) == (bytes(SIZE), 0)
+    content(image, (0, bytes(SIZE)))
+    assert samples.allocated(image) <= {"raw": 0, "qcow2": 512 << 10}[form(image)]
 
 
-def test_read_only_export(image: Path, pynbd_serve: PynbdServe) -> None:
+def test_read_only_export(image: Path, serve: PynbdServe) -> None:
     """A writer is turned away when it opens; a reader is welcome, and what it reads is right."""
-    uri = pynbd_serve(image, "-f", "raw", "-r")
+    uri = serve(image, "-r")
     said = peers.run("qemu-io", "-f", "raw", "-c", "write 0 512", uri, check=False)
     assert said.returncode == 1
     assert "Permission denied" in said.stderr
@@ -117,10 +131,9 @@ def test_read_only_export(image: Path, pynbd_serve: PynbdServe) -> None:
     content(image)
 
 
-def test_export_as_a_backing_file(image: Path, tmp_path: Path, pynbd_serve: PynbdServe) -> None:
+def test_export_as_a_backing_file(image: Path, tmp_path: Path, serve: PynbdServe) -> None:
     """An overlay of qemu's own above a read-only export."""
-    peers.require("qemu-img")
-    uri, overlay = pynbd_serve(image, "-f", "raw", "-r"), tmp_path / "overlay.qcow2"
+    uri, overlay = serve(image, "-r"), tmp_path / "overlay.qcow2"
     peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", uri, "-F", "raw", overlay)
     samples.qemu_io(overlay, "write -q -P 9 1M 1000", "read -q -P 17 2M 1M", "read -q -P 9 1M 1000")
     content(image)

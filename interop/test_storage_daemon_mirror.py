@@ -7,21 +7,45 @@ from pathlib import Path
 import pytest
 
 from interop import peers, samples, storage_daemon
-from interop.conftest import PynbdServe
+from interop.conftest import PynbdServe, serving
 
 SIZE = (8 << 20) + (32 << 10)  # of `samples.chain`
 
+# What is mirrored onto, and how qemu-img makes it.
+TARGETS = {
+    "raw": "",
+    "qcow2": "",
+    "qcow2 small": "-o cluster_size=4k,refcount_bits=1,lazy_refcounts=on",
+    "qcow2 subclusters": "-o extended_l2=on,cluster_size=128k",
+    "qcow2 overlay": "-b base.raw -F raw",
+}
 
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("mode", ["background", "write-blocking"])
-def test_mirror_onto_a_raw_export(mode: str, tmp_path: Path, pynbd_serve: PynbdServe) -> None:
+def test_mirror_onto_an_export(target: str, mode: str, tmp_path: Path) -> None:
     """A qcow2 chain is mirrored while a client writes to it; then both have the same content."""
     peers.require("qemu-img", "qemu-io", "qemu-storage-daemon", "nbdsh")
-    top, image = samples.chain(tmp_path), tmp_path / "a.raw"
-    image.write_bytes(b"\xee" * SIZE)
+    driver = target.split()[0]
+    top, image = samples.chain(tmp_path), tmp_path / f"target.{driver}"
+    create = ["create", "-q", "-f", driver, *TARGETS[target].split()]
+    peers.run("qemu-img", *create, image, str(SIZE), cwd=tmp_path)
+    samples.qemu_io(image, f"write -q -P 0xee 0 {SIZE}", driver=driver)
+    with serving(image, "-f", driver) as uri:
+        mirror(top, uri, mode)
+    peers.run("qemu-img", "compare", "-f", "qcow2", "-F", driver, top, image)
+    if driver == "qcow2":
+        peers.run("qemu-img", "check", image)
+    late = ["read -q -P 0 5M 1M", "read -q -P 0x74 1001 1"]  # the third letter of "late"
+    samples.qemu_io(image, *late, driver=driver)
+
+
+def mirror(top: Path, uri: str, mode: str) -> None:
+    """Mirror the image onto the export, and write to it before and after both are the same."""
     nodes = [
         f"driver=file,node-name=file,filename={top}",
         "driver=qcow2,node-name=source,file=file,discard=unmap",
-        storage_daemon.nbd_client(pynbd_serve(image, "-f", "raw"), "target", "discard=unmap"),
+        storage_daemon.nbd_client(uri, "target", "discard=unmap"),
     ]
     with (
         peers.socket_path() as path,
@@ -35,8 +59,6 @@ def test_mirror_onto_a_raw_export(mode: str, tmp_path: Path, pynbd_serve: PynbdS
         qmp.execute("block-job-complete", device="mirror")
         done = qmp.wait("BLOCK_JOB_COMPLETED", device="mirror")
         assert "error" not in done
-    peers.run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", top, image)
-    assert image.read_bytes()[999:4999] == b"late" * 1000
 
 
 def test_backup_onto_a_raw_export(tmp_path: Path, pynbd_serve: PynbdServe) -> None:

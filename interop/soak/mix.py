@@ -93,7 +93,7 @@ class Plan:
                 (1, max(3 * cluster, 64 << 10)),
                 (1, self._longest),
             ],
-            [20, 25, 20, 20, 14, 1],
+            [20, 25, 20, 20, 14, 1] if cluster < 1 << 20 else [30, 35, 25, 4, 5, 1],
         )[0]
         longest = min(longest, self._longest)
         length = max(rng.randrange(longest // unit + 1) * unit, min(unit, form.size))

@@ -14,7 +14,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +67,12 @@ def judge(image: Image, before: Before, content: Bytes) -> None:
 
 
 def judge_raw(image: Image, content: Bytes) -> None:
-    """What others read from a raw data file is the guest disk."""
+    """What others read from a raw data file is the guest disk, and zeroes to the cluster's end."""
     if image.data_file and image.row.choice["data_file"] == "raw":
         raw = np.fromfile(image.data_file, np.uint8)
-        assert np.array_equal(raw, content), "the raw data file is not the guest disk"
+        assert len(content) <= len(raw) < len(content) + image.row.cluster_size
+        assert np.array_equal(raw[: len(content)], content), "a raw data file differs"
+        assert not raw[len(content) :].any()
 
 
 def checked(path: Path) -> None:
@@ -87,16 +89,23 @@ def checked(path: Path) -> None:
         assert said.returncode == 0, f"{line}: {said.returncode}\n{said.stdout}{said.stderr}"
 
 
-def dirty(path: Path, names: Iterable[str]) -> list[str]:
-    """The map of each bitmap, as nbdinfo prints it."""
+def dirty(path: Path, names: Iterable[str]) -> list[set[int]]:
+    """The sectors that each bitmap calls dirty, as qemu-nbd and nbdinfo tell it."""
     options = [word for name in names for word in ("-B", name)]
     with peers.qemu_nbd(path, "-r", "-f", "qcow2", *options) as uri:
-        return [
-            peers.run("nbdinfo", f"--map=qemu:dirty-bitmap:{name}", uri).stdout for name in names
-        ]
+        context = "--map=qemu:dirty-bitmap:"
+        maps = [peers.run("nbdinfo", "--json", f"{context}{name}", uri).stdout for name in names]
+    return [set(_sectors(json.loads(text))) for text in maps]
 
 
-def judge_bitmaps(image: Image, changes: Iterable[Request]) -> int:
+def _sectors(extents: Iterable[dict[str, int]]) -> Iterator[int]:
+    for extent in extents:
+        if extent["type"]:
+            first = extent["offset"] // 512
+            yield from range(first, first - -extent["length"] // 512)
+
+
+def judge_bitmaps(image: Image, changes: Sequence[Request]) -> int:
     """Let qemu-nbd carry out the same on a twin; how many bitmaps were compared."""
     names = [name for name, _, _ in image.row.bitmaps]
     if names:
@@ -106,8 +115,17 @@ def judge_bitmaps(image: Image, changes: Iterable[Request]) -> int:
         for name, ours, theirs in zip(
             names, dirty(image.path, names), dirty(twin.path, names), strict=True
         ):
-            assert ours == theirs, f"bitmap {name}: here\n{ours}\nand of qemu-nbd\n{theirs}"
+            assert ours == theirs, f"bitmap {name}: {_difference(ours, theirs, changes)}"
     return len(names)
+
+
+def _difference(ours: set[int], theirs: set[int], changes: Sequence[Request]) -> str:
+    where = min(ours ^ theirs) * 512
+    touched = [str(c) for c in changes if c.offset < where + 512 and where < c.offset + c.length]
+    return (
+        f"{len(ours - theirs)} sectors are dirty here only, {len(theirs - ours)} by qemu-nbd only;"
+        f" the first that differs lies at {where}, and was changed by {touched or 'nobody'}"
+    )
 
 
 async def replay(uri: str, changes: Iterable[Request]) -> None:
