@@ -16,8 +16,9 @@ from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.recorded import Recorded
 from pynbd.block.qcow2.references import References
 from pynbd.block.qcow2.report import Report
+from pynbd.errors import ImageError
 
-_CLUSTERS_PER_STEP = 1 << 17
+_CLUSTERS_PER_STEP = 1 << 16
 
 
 async def check(file: HostFile, header: Header) -> Report:
@@ -35,9 +36,12 @@ async def examine(
 ) -> tuple[Report, References]:
     """As `check`, with the references and the refcounts that it was made from."""
     report = Report(total_clusters=-(-header.virtual_size >> header.cluster_bits))
-    recorded = await Recorded.load(file, header)
-    references = References(file, header, recorded, report, as_qemu=as_qemu)
-    await references.count()
+    try:
+        recorded = await Recorded.load(file, header)
+        references = References(file, header, recorded, report, as_qemu=as_qemu)
+        await references.count()
+    except MemoryError:
+        raise ImageError(f"{file.path}: it is too large to be checked in this memory") from None
     highest = 0
     for first in range(0, references.clusters, _CLUSTERS_PER_STEP):
         last = min(first + _CLUSTERS_PER_STEP, references.clusters)
@@ -52,6 +56,7 @@ def _compare(first: int, last: int, references: References, report: Report) -> i
     use, 0 if there is none.
     """
     recorded = references.recorded
+    references.tell_overflow(first, last)
     wanted = references.true_counts(first, last)
     there = recorded.counts[first:last]
     known = np.ones(last - first, np.bool_)

@@ -90,7 +90,8 @@ class TrueRefcounts:
         known = self._references.snapshots if self._references.incomplete else []
         snapshot_table = snapshots.build(known)
         self._drop_old()
-        start, table_clusters, new = self._find_room(-(-len(snapshot_table) // header.cluster_size))
+        more = -(-len(snapshot_table) // header.cluster_size)
+        start, table_clusters, new = await self._file.engine.run(self._find_room, more)
         header = replace(
             header,
             refcount_table_offset=start << header.cluster_bits,

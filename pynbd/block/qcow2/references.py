@@ -13,6 +13,7 @@ snapshot table; the bitmap directory, bitmap tables and bitmap data; refcount ta
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from pynbd.block.engine import HostFile
 from pynbd.block.extent import Int64s
@@ -40,6 +41,9 @@ from pynbd.block.window import round_up
 from pynbd.errors import ImageError
 
 MAX_CLUSTERS = (1 << 31) - 1  # of an image file that is checked, as in QEMU
+
+UInt32s = npt.NDArray[np.uint32]
+_WIDEST = (1 << 32) - 1  # no cluster has more references
 
 # So many L2 entries are looked at in the loop's own time, more of them in the pool.
 _ENTRIES_IN_THE_LOOP = 1 << 14
@@ -101,19 +105,24 @@ class References:
         self._add_metadata(header.refcount_table_offset, length, "the refcount table")
         await self._count_bitmaps()
         self._count_blocks()
-        over = np.flatnonzero(self.counts > self.most)
-        self._report.corrupt(
-            int((self.counts[over] - np.uint32(self.most & 0xFFFFFFFF)).sum(dtype=np.int64)),
-            (
-                f"cluster {cluster} has {self.counts[cluster]} references;"
-                f" a refcount of this image can be {self.most} at most"
-                for cluster in over.tolist()
-            ),
-        )
 
-    def true_counts(self, first: int, last: int) -> UInt64s:
-        """What the refcounts of clusters [first, last) have to be."""
-        return np.minimum(self.counts[first:last], np.uint64(self.most))
+    def true_counts(self, first: int, last: int) -> UInt32s:
+        """What the refcounts of clusters [first, last) have to be, or the most that they can."""
+        counts = self.counts[first:last]
+        return counts if self.most > _WIDEST else np.minimum(counts, np.uint32(self.most))
+
+    def tell_overflow(self, first: int, last: int) -> None:
+        """Tell of references to clusters [first, last) that no refcount of the image can count."""
+        if self.most > _WIDEST:
+            return
+        over = np.flatnonzero(self.counts[first:last] > self.most) + first
+        lines = (
+            f"cluster {cluster} has {self.counts[cluster]} references;"
+            f" a refcount of this image can be {self.most} at most"
+            for cluster in over.tolist()
+        )
+        total = int(self.counts[over].sum(dtype=np.int64)) - len(over) * self.most
+        self._report.corrupt(total, lines)
 
     def wrong_copied_in_l1(self, l1: UInt64s) -> Bools:
         """Of entries of the active L1 table: whose COPIED contradicts the refcount on disk."""

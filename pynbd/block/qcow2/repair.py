@@ -59,7 +59,8 @@ async def repair(file: HostFile, header: Header, *, fix: Fix) -> Report:
         await file.flush()
         left, references = await examine(file, header)
     refcounts = TrueRefcounts(file, header, references)
-    if everything and (references.incomplete or refcounts.have_no_place()):
+    no_place = await file.engine.run(refcounts.have_no_place)
+    if everything and (references.incomplete or no_place):
         header = await refcounts.rebuild()
         left, references = await examine(file, header)
     elif left.leaks or left.corruptions:
