@@ -55,6 +55,7 @@ class Plan:
 
 
 PLANS = (
+    Plan("tiny", 64 * K, 512),
     Plan("small", 256 * K, 512),
     Plan("plain", 2 * M, 4 * K),
     Plan("usual", 4 * M, 64 * K),
@@ -63,7 +64,8 @@ PLANS = (
     Plan("four-bit", 1 * M, 4 * K, refcount_bits=4, backing="qcow2"),
     Plan("eight-bit", 512 * K, 1 * K, refcount_bits=8, backing="raw", snapshot=True),
     Plan("wide", 512 * K, 1 * K, refcount_bits=32, compressed=True),
-    # A refcount table of one cluster speaks of 2 MiB here: it has to grow, and so it does soon.
+    Plan("blocks", 256 * K, 512, refcount_bits=64),
+    # A refcount table of one cluster speaks of 2 MiB here: it has to grow, and it does soon.
     Plan("growing", 2 * M + 512 * K, 512, refcount_bits=64, filled=1.3),
     Plan("growing-again", 2 * M + 512 * K, 512, refcount_bits=64, filled=0.72, snapshot=True),
     Plan("shared", 1 * M, 4 * K, snapshot=True, filled=0.7),

@@ -172,12 +172,12 @@ class SteppedEngine(Engine):
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._turns:
-            await self._pause((1, 1, 1, 2, 2, 3, 3, 8, 8, 40))
+            await self._pause((1, 2, 3, 8, 40, 300), (30, 20, 20, 20, 8, 2))
         result = call(*args, **kwargs)
         if self._turns:
-            await self._pause((0, 1, 1, 2))
+            await self._pause((0, 1, 2), (1, 2, 1))
         return result
 
-    async def _pause(self, turns: Sequence[int]) -> None:
-        for _ in range(self._rng.choice(turns)):
+    async def _pause(self, turns: Sequence[int], weights: Sequence[int]) -> None:
+        for _ in range(*self._rng.choices(turns, weights)):
             await asyncio.sleep(0)
