@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from interop import peers
 from pynbd.block.qcow2.builder import Bitmap, Compressed, Data, Image, InternalSnapshot
 from pynbd.block.qcow2.format import BitmapFlags
+from pynbd.server.server import GRACE
 from tests.conformance.asking import each_mode, refused, succeeded
 from tests.conformance.client import Cmd, CmdFlag, Errno, Mode, Peer
 from tests.conformance.local import Held, content, held_image, holding_open
@@ -233,8 +235,7 @@ def has_space(path: Path, offset: int, length: int) -> bool:
 @pytest.mark.parametrize("flags", [0, CmdFlag.NO_HOLE, CmdFlag.FUA], ids=str)
 def test_fast_zero(hold: Hold, kind: str, flags: int) -> None:
     """Whole clusters are zeroed in their entries. Where data would have to be written it is
-    ENOTSUP, and nothing was touched, not even the clusters that could have been zeroed. To have
-    space for all of a range it may have to be written.
+    ENOTSUP, and nothing was touched, not even the clusters that could have been zeroed.
     """
     held = hold(kind)
     flags |= CmdFlag.FAST_ZERO
@@ -244,12 +245,26 @@ def test_fast_zero(hold: Hold, kind: str, flags: int) -> None:
         refused(peer, Errno.ENOTSUP, Cmd.WRITE_ZEROES, at, CLUSTER + 512, flags=flags)
         matches(peer)
         assert "write" not in held.file.events
-        if kind == "version 2" or flags & CmdFlag.NO_HOLE:  # version 2 has no zero clusters
+        if kind == "version 2":  # it has no zero clusters
             refused(peer, Errno.ENOTSUP, Cmd.WRITE_ZEROES, at, CLUSTER, flags=flags)
             matches(peer)
         else:
             succeeded(peer, Cmd.WRITE_ZEROES, at, CLUSTER, flags=flags)
             matches(peer, (at, bytes(CLUSTER)))
+
+
+@row("W9")
+def test_fast_zero_without_holes_on_the_host(hold: Hold) -> None:
+    """New space is written where the host cannot allocate it."""
+    held = hold("overlay")
+    held.file.can_allocate = False
+    at, flags = 20 * CLUSTER, CmdFlag.NO_HOLE
+    with held.enter(Mode.EXTENDED) as peer:
+        fast = flags | CmdFlag.FAST_ZERO
+        refused(peer, Errno.ENOTSUP, Cmd.WRITE_ZEROES, at, CLUSTER, flags=fast)
+        matches(peer)
+        succeeded(peer, Cmd.WRITE_ZEROES, at, CLUSTER, flags=flags)
+        matches(peer, (at, bytes(CLUSTER)))
 
 
 # TRIM -----------------------------------------------------------------------------------------
@@ -389,6 +404,60 @@ def test_the_end_finishes_the_image(kind: str, tmp_path: Path, loop: str) -> Non
         succeeded(peer, Cmd.WRITE, 20 * CLUSTER + 5, payload=data)
     peers.run("qemu-img", "check", path)
     assert stored(path, 20 * CLUSTER + 5, len(data)) == data
+
+
+@row("C14")
+@each_kind
+@pytest.mark.parametrize("command", [Cmd.WRITE, Cmd.WRITE_ZEROES, Cmd.TRIM])
+def test_a_peer_that_leaves(hold: Hold, kind: str, command: Cmd) -> None:
+    """What it has asked for is finished: all of it, or nothing where the server has not begun."""
+    held = hold(kind)
+    at, length = 20 * CLUSTER + 5, 3 * CLUSTER
+    payload = b"\xaa" * length if command == Cmd.WRITE else b""
+    with held.enter(Mode.STRUCTURED) as peer:
+        held.file.released.clear()
+        peer.request(command, at, length, payload=payload)
+        if command == Cmd.WRITE:
+            assert held.file.entered.acquire(timeout=2)
+    held.file.released.set()
+    with held.enter(Mode.STRUCTURED) as other:
+        succeeded(other, Cmd.FLUSH)
+        if command == Cmd.WRITE:
+            wait_until(lambda: other.pread(at, length) == payload)
+        else:
+            end = at + length
+            read = other.pread(0, SIZE)
+            assert read[:at] == CONTENT[:at]
+            assert read[end:] == CONTENT[end:]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@row("L1")
+@pytest.mark.parametrize("kind", ["overlay", "extended"])
+def test_a_write_that_takes_too_long(kind: str, tmp_path: Path, loop: str) -> None:
+    """It is dropped unanswered; it is there as a whole or not at all, and the image is finished
+    after the last system call.
+    """
+    peers.require("qemu-img")
+    path = build(kind, tmp_path)
+    at, data = 20 * CLUSTER + 5, b"\xaa" * CLUSTER
+    with holding_open(loop, path, held_image) as held, held.enter(Mode.STRUCTURED) as peer:
+        succeeded(peer, Cmd.WRITE, 0, payload=data)
+        held.file.released.clear()
+        peer.request(Cmd.WRITE, at, payload=data)
+        held.local.call(held.local.server.stop)
+        peer.sock.settimeout(GRACE + 2)
+        peer.expect_disconnect()
+        held.file.released.set()
+    peers.run("qemu-img", "check", path)
+    assert stored(path, 0) == data
+    assert stored(path, at) in (CONTENT[at : at + CLUSTER], data)
 
 
 @row("L1")
