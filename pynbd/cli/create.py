@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from dataclasses import fields
 from typing import Any
@@ -17,6 +16,7 @@ from pynbd.block.qcow2.format import CompressionType
 from pynbd.cli.completion import file_names
 from pynbd.cli.creation_options import TYPES, backing_options, options_option, with_named_options
 from pynbd.cli.output import in_units, printable, standard_output
+from pynbd.cli.transfer import run
 from pynbd.errors import UsageError
 
 
@@ -123,7 +123,7 @@ def create(
     if not path or (":" in path.partition("/")[0] and not os.path.lexists(path)):
         raise UsageError(f"FILE: {path!r} is not the name of a file")
     options = with_named_options(texts, named)
-    new = asyncio.run(
+    new = run(
         create_image(path, format=format_name, backing_unchecked=backing_unchecked, **options)
     )
     if not quiet:

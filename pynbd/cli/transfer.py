@@ -1,4 +1,6 @@
-"""What `copy` and `compare` have in common: their options, and how they run and are interrupted."""
+"""What the commands that take long have in common: their options, and how they run and are
+interrupted.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ _ENTRIES_PER_STEP = 1 << 18
 # Smaller first clusters are kept for names; QEMU leaves the feature name table out of them, too.
 _MIN_CLUSTER_OF_FEATURE_NAMES = 8 << 10
 # Host offsets of clusters have bits 9 to 55.
-MAX_HOST_OFFSET = 1 << 56
+_MAX_HOST_END = 1 << 56
 # compression_type and the padding behind it, as QEMU always writes them.
 _PADDING = bytes(7)
 
@@ -211,7 +211,7 @@ def _planned(new: NewImage) -> tuple[Header, _Parts]:
     else:
         parts = _with_refcounts(_Parts(0, 0, l1, l2, 0 if header.has_data_file else guest), header)
         most = MAX_REFCOUNT_TABLE_BYTES >> header.cluster_bits
-        if parts.refcount_table > most or parts.total << header.cluster_bits > MAX_HOST_OFFSET:
+        if parts.refcount_table > most or parts.total << header.cluster_bits > _MAX_HOST_END:
             raise UsageError(
                 f"preallocation: {header.size} bytes are too many for it; a larger cluster_size"
                 " or fewer refcount_bits may do"
