@@ -1,7 +1,7 @@
 """A new qcow2 image (docs/interop/qcow2.rst; what goes with what is as in ``qemu-img create``).
 
-1. The header is written last, and what it names is on stable storage before: whatever a crash
-   leaves of an image that is being made is no qcow2 image.
+1. The first sector is written last, and what it names is on stable storage before: whatever a
+   crash leaves of an image that is being made is no qcow2 image.
 2. What can be known to be wrong is refused before anything is touched.
 3. Every part is one contiguous range: header, refcount table, refcount blocks, L1 table, and of a
    preallocated image L2 tables and guest clusters. Tables are made as arrays, a piece at a time.
@@ -168,20 +168,20 @@ async def create(
     """
     new.check()
     header, parts = _planned(new)
-    first_cluster = encode(header)  # names may be too long for it
+    head = encode(header).rstrip(b"\0")  # names may be too long for it
     if new.data_file is None:
         with new_file(engine, path, cache) as file:
-            await _write(file, header, parts, first_cluster, new.preallocation)
+            await _write(file, header, parts, head, new.preallocation)
         return
     with new_file(engine, path, cache) as file, new_file(engine, new.data_file, cache) as data_file:
         await empty(data_file, header.size)
         await preallocate(data_file, header.size, new.preallocation)
         await data_file.flush()
-        await _write(file, header, parts, first_cluster, Preallocation.METADATA)
+        await _write(file, header, parts, head, Preallocation.METADATA)
 
 
 async def _write(
-    file: HostFile, header: Header, parts: _Parts, first_cluster: bytes, how: Preallocation
+    file: HostFile, header: Header, parts: _Parts, head: bytes, how: Preallocation
 ) -> None:
     """Rule 1."""
     size = parts.total * header.cluster_size
@@ -189,8 +189,9 @@ async def _write(
     await file.flush()
     await preallocate(file, size, how)
     await _write_tables(file, header, parts)
+    await file.write(head[SECTOR:], SECTOR)
     await file.flush()
-    await file.write(first_cluster, 0)
+    await file.write(head[:SECTOR], 0)
     await file.flush()
 
 
