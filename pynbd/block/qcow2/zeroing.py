@@ -81,8 +81,8 @@ class Zeroing:
 
     async def is_fast(self, offset: int, length: int, space: Space) -> bool:
         """Whether nothing but entries has to be written to make a range zero."""
-        first, last, edges = self._divided(offset, length)
-        if first < last and self._layout.version < 3 and not self._unallocates(space):
+        _, _, edges = self._divided(offset, length)
+        if self._layout.version < 3 and not self._unallocates(space):
             return False
         if edges and space is Space.RESERVED:
             return False
@@ -130,14 +130,14 @@ class Zeroing:
 
     def _unallocates(self, space: Space) -> bool:
         """Whether version 2 can make clusters zero: as unallocated ones, with nothing below."""
-        return self._node.backing is None and space is Space.GIVEN_BACK
+        return self._node.backing is None and space is not Space.RESERVED
 
     # Less than a cluster or subcluster
 
     async def _zero_edge(self, offset: int, end: int, space: Space) -> None:
         """Make a part of one granule zero: the whole of it, if the rest of it is zero anyway."""
         number = offset >> self._bits
-        if space is not Space.RESERVED and self._layout.version >= 3:
+        if self._unallocates(space) or (space is not Space.RESERVED and self._layout.version >= 3):
             async with self._in_flight.alone([(number, number + 1)]):
                 if await self._rest_is_zero(offset, end):
                     if not await self._is_zero(offset, end):
@@ -256,7 +256,7 @@ class Zeroing:
             own = _own(old)
             homes = _host_offsets(runs, self._bits)
         new = np.full(len(old), zero)
-        if space is not Space.GIVEN_BACK:
+        if space is not Space.GIVEN_BACK and layout.version >= 3:
             new[own] = kept[own]
         if space is Space.RESERVED:
             new[~own] = (homes[~own] if layout.data_file else homes) | np.uint64(COPIED) | zero
