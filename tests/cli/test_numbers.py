@@ -1,0 +1,36 @@
+"""Numbers and sizes of options: what is one, and what is told of what is none."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from pynbd.cli.numbers import in_bytes, power_of_two, size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "said, meant",
+    [("512", 512), ("4096", 4096), ("4k", 4096), ("64K", 65536), ("1M", 1 << 20), ("0", 0)],
+)
+def test_powers_of_two(said: str, meant: int) -> None:
+    assert power_of_two(512, 1 << 20, or_none=True)(said) == meant
+
+
+@pytest.mark.parametrize("said", ["", "-1", "256", "1000", "3k", "2M", "4 k", "4kb", "1e3"])
+def test_what_is_none(said: str) -> None:
+    with pytest.raises(click.BadParameter) as raised:
+        power_of_two(512, 1 << 20, or_none=True)(said)
+    assert raised.value.message == f"{said!r} is not a power of two, 512 to 1m, or 0"
+    with pytest.raises(click.BadParameter, match=r"a power of two, 512 to 1m$"):
+        power_of_two(512, 1 << 20)("0")
+
+
+def test_sizes_are_printed_as_they_are_read() -> None:
+    for size in 1 << 9, 1 << 12, 1 << 18, 1 << 25:
+        assert power_of_two(512, 32 << 20)(in_bytes(size)) == size
+
+
+def test_sizes() -> None:
+    assert size_in_bytes("1.5G") == 3 << 29
+    with pytest.raises(click.BadParameter, match=r"^'-1' is not a number of bytes, 0 or more"):
+        size_in_bytes("-1")
