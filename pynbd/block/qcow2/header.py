@@ -71,6 +71,15 @@ def is_qcow2(first_bytes: bytes) -> bool:
     return first_bytes[:4] == PROBE
 
 
+def first_cluster(first_bytes: bytes) -> int:
+    """How long the first cluster is, in which the header ends, as far as ``first_bytes`` tell:
+    their length for what is no header.
+    """
+    if len(first_bytes) < HEADER_LENGTH_V2 or not is_qcow2(first_bytes):
+        return len(first_bytes)
+    return 1 << min(HEADER_V2.parse(first_bytes).cluster_bits, MAX_CLUSTER_BITS)
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """A header that obeys the rules. Names as in the specification; offsets and sizes in bytes."""

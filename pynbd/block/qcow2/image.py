@@ -29,7 +29,6 @@ from pynbd.block.qcow2.damage import DamageLog
 from pynbd.block.qcow2.entries import UInt64s, compressed_range
 from pynbd.block.qcow2.format import (
     L1E_OFFSET_MASK,
-    MAX_CLUSTER_BITS,
     MAX_SNAPSHOT_EXTRA,
     MAX_SNAPSHOT_TABLE_BYTES,
     SECTOR,
@@ -55,6 +54,8 @@ _CLUSTER_CACHE_BYTES = 16 << 20
 _WINDOW_GRANULES = 1024
 _MIN_WINDOW = 1 << 20
 _MAX_WINDOW = 1 << 26
+
+_MOST_FIRST_CLUSTERS = 1 << 16
 
 _MAX_SNAPSHOT_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
 
@@ -268,7 +269,9 @@ def _tell_missing_tables(file: HostFile, header: Header, l1_offset: int, l1: UIn
 
 async def read_header(file: HostFile) -> Header:
     """The header of the image in ``file``. Raises `ImageError`."""
-    data = await file.read_bytes(1 << MAX_CLUSTER_BITS, 0)
+    data = await file.read_bytes(_MOST_FIRST_CLUSTERS, 0)
+    if headers.first_cluster(data) > len(data) == _MOST_FIRST_CLUSTERS:
+        data = await file.read_bytes(headers.first_cluster(data), 0)
     return headers.parse(data, name=file.path, file_size=file.size())
 
 

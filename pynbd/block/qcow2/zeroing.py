@@ -282,13 +282,9 @@ class Zeroing:
         runs = await self._refcounts.allocate(clusters) if clusters else []
         try:
             for run in runs:
-                await host.write_zeroes(
-                    self._file,
-                    run.host_offset,
-                    run.clusters << self._bits,
-                    may_unmap=False,
-                    fast=fast,
-                )
+                offset, length = run.host_offset, run.clusters << self._bits
+                await host.write_zeroes(self._file, offset, length, may_unmap=False, fast=fast)
+                await self._file.fallocate(0, offset, length)  # the file reaches as far, too
         except OSError:
             await self._refcounts.unallocate(runs)
             raise
