@@ -11,7 +11,7 @@ from interop import peers
 from interop.soak.matrix import Row, rows
 from interop.soak.runs import run_row
 
-REQUESTS = 400
+REQUESTS = 480
 
 
 def few(matrix: list[Row]) -> Iterator[Row]:

@@ -11,24 +11,25 @@ import click
 
 from interop.soak import crashes, kill
 from interop.soak.matrix import FACTORS, Row, pairs, rows
-from interop.soak.runs import run_row
+from interop.soak.mix import KINDS
+from interop.soak.runs import SESSIONS, run_row
 from interop.soak.turns import CHOICES, Turns
 
 PARTS = ("mix", "turns", "crashes", "kill")
-# Every fourth image is written by libnbd, too, a quarter of its requests.
+# Every fourth image is written by libnbd, too: about a sixth of its requests.
 _LIBNBD_EVERY = 4
 
 
 def mix(requests: int, seed: int, only: str | None) -> None:
     """The requests, spread over the images of the matrix."""
     matrix = rows(seed)
-    each = -(-requests // len(matrix))
+    each = -(-requests // len(matrix) // SESSIONS) * SESSIONS
     counts, started = Counter[str](), time.monotonic()
     for number, row in enumerate(matrix):
         if only in (None, row.name):
-            by_libnbd = each // 4 if number % _LIBNBD_EVERY == 0 else 0
+            by_libnbd = each // 6 // SESSIONS * SESSIONS if number % _LIBNBD_EVERY == 0 else 0
             counts += _mixed(row, each, by_libnbd)
-    kinds = sum(counts[kind] for kind in ("write", "zeroes", "trim", "read", "flush", "status"))
+    kinds = sum(counts[kind] for kind in KINDS)
     met = len({pair for row in matrix for pair in pairs(row.choice)})
     print(
         f"mix: {kinds} requests to {counts['images']} images in {_since(started)}, in which", end=""

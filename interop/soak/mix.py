@@ -30,7 +30,8 @@ CONNECTIONS = 3
 ALLOCATION = "base:allocation"
 _ZERO = 2  # NBD_STATE_ZERO
 
-KINDS = {"write": 36, "zeroes": 12, "trim": 9, "read": 32, "status": 4, "flush": 7}
+# A blank is a write of zero bytes.
+KINDS = {"write": 34, "blank": 2, "zeroes": 12, "trim": 9, "read": 32, "status": 4, "flush": 7}
 _HOT_PLACES = 6
 
 
@@ -65,7 +66,7 @@ class Plan:
         self._form = form
         self._rng = Random(seed)
         self._hot = [self._rng.randrange(form.size) for _ in range(_HOT_PLACES)]
-        self._longest = min(form.size, 2 << 20)
+        self._longest = min(form.size, 4 << 20)
 
     def request(self, number: int) -> Request:
         rng = self._rng
@@ -215,10 +216,10 @@ class Mix:
         number, kind, offset, length, *_ = request
         if kind == "write":
             yield self.shadow.begin(offset, length, stamp(number, offset, length))
-        elif kind == "zeroes":
-            yield self.shadow.begin(offset, length)
-        else:
+        elif kind == "trim":
             yield from self._begin_trim(offset, offset + length)
+        else:
+            yield self.shadow.begin(offset, length)
 
     def _begin_trim(self, offset: int, end: int) -> Iterator[Change]:
         first, last = self._whole(offset, end, self._form.subcluster_size)
@@ -241,6 +242,8 @@ class Mix:
         number, kind, offset, length, fua, no_hole, fast_zero = request
         if kind == "write":
             await client.pwrite(offset, stamp(number, offset, length).tobytes(), fua=fua)
+        elif kind == "blank":
+            await client.pwrite(offset, bytes(length), fua=fua)
         elif kind == "zeroes":
             await client.write_zeroes(offset, length, fua=fua, no_hole=no_hole, fast_zero=fast_zero)
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -19,20 +18,19 @@ from interop.soak.mix import Form, Mix, Request
 from interop.soak.shadow import Bytes, Shadow
 
 LIBNBD_MIX = Path(__file__).with_name("libnbd_mix.py")
-Serve = Callable[[Path], AbstractContextManager[str]]
+# How often the server is ended, and the image looked at, in a run.
+SESSIONS = 3
 
 
 def form_of(row: Row) -> Form:
     return Form(row.size, row.cluster_size, row.subcluster_size, row.hides_what_is_discarded)
 
 
-def by_pynbd(path: Path) -> AbstractContextManager[str]:
-    return serving(path, "-f", "qcow2")
+def by_pynbd(path: Path, *options: str) -> AbstractContextManager[str]:
+    return serving(path, "-f", "qcow2", *options)
 
 
-def run_row(
-    row: Row, folder: Path, requests: int, *, by_libnbd: int = 0, serve: Serve = by_pynbd
-) -> Counter[str]:
+def run_row(row: Row, folder: Path, requests: int, *, by_libnbd: int = 0) -> Counter[str]:
     """Send so many requests to the image of a row, ``by_libnbd`` of them through that; what was
     answered, by kinds. Raises AssertionError, which names the row.
     """
@@ -42,11 +40,14 @@ def run_row(
         shadow = Shadow(verdict.guest_disk(image.path))
         verdict.judge_raw(image, shadow.content)
         mix = Mix(shadow, form_of(row))
-        with serve(image.path) as uri:
-            asyncio.run(_mixed(mix, uri, requests - by_libnbd, f"mix {row.seed}"))
-            if by_libnbd:
-                shadow.content = _through_libnbd(image, uri, by_libnbd, mix)
-        verdict.judge(image, before, shadow.content)
+        for session, detect in zip(range(SESSIONS), ("off", "on", "unmap"), strict=True):
+            last = session == SESSIONS - 1
+            with by_pynbd(image.path, f"--detect-zeroes={detect}") as uri:
+                count = (requests - by_libnbd) // SESSIONS
+                asyncio.run(_mixed(mix, uri, count, f"mix {row.seed} {session}"))
+                if last and by_libnbd:
+                    shadow.content = _through_libnbd(image, uri, by_libnbd, mix)
+            verdict.judge(image, before, shadow.content)
         mix.counts["bitmaps"] = verdict.judge_bitmaps(image, mix.changes)
     except Exception as error:
         error.add_note(f"{row}, {requests} requests")

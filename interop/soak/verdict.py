@@ -134,7 +134,7 @@ async def replay(uri: str, changes: Iterable[Request]) -> None:
 
     async def work(client: Client) -> None:
         for request in wanted:
-            if request.kind == "write":
+            if request.kind in ("write", "blank"):
                 await client.pwrite(request.offset, bytes(request.length))
             elif request.kind == "zeroes":
                 await client.write_zeroes(request.offset, request.length, no_hole=request.no_hole)
