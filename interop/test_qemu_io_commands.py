@@ -90,7 +90,8 @@ def test_write_zeroes(image: Path, qemu_io: QemuIo) -> None:
     assert samples.allocated(image) >= full
     qemu_io("write -q -z -u 1M 2M", "read -q -P 0 1M 2M")
     content(image, (MIB, bytes(2 * MIB)))
-    assert samples.allocated(image) <= full - 2 * MIB
+    # A page of metadata that was a hole may be there now.
+    assert samples.allocated(image) <= full - 2 * MIB + 4096
     qemu_io("write -q -z -u 100 1000", "write -q -z -f 3M 1000")
     content(image, (MIB, bytes(2 * MIB)), (100, bytes(1000)), (3 * MIB, bytes(1000)))
 
@@ -112,7 +113,8 @@ def test_discard(image: Path, qemu_io: QemuIo) -> None:
     full = samples.allocated(image)
     qemu_io("discard -q 1M 2M", "read -q -P 0 1M 2M", "flush")
     content(image, (MIB, bytes(2 * MIB)))
-    assert samples.allocated(image) <= full - 2 * MIB
+    # A page of metadata that was a hole may be there now.
+    assert samples.allocated(image) <= full - 2 * MIB + 4096
 
 
 def test_discard_of_all(image: Path, qemu_io: QemuIo) -> None:
