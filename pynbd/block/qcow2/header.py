@@ -77,7 +77,8 @@ def first_cluster(first_bytes: bytes) -> int:
     """
     if len(first_bytes) < HEADER_LENGTH_V2 or not is_qcow2(first_bytes):
         return len(first_bytes)
-    return 1 << min(HEADER_V2.parse(first_bytes).cluster_bits, MAX_CLUSTER_BITS)
+    cluster_bits: int = HEADER_V2.parse(first_bytes).cluster_bits
+    return 1 << min(cluster_bits, MAX_CLUSTER_BITS)
 
 
 @dataclass(frozen=True, slots=True)
