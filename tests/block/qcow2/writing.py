@@ -161,15 +161,20 @@ class Host:
 
     def arrives(self, call: Call) -> int:
         self.calls.append(call)
-        for gate in self.gates:
+        self.passes(call)
+        return self.trouble(call)
+
+    def passes(self, call: Call) -> None:
+        for gate in list(self.gates):
             if not gate.opened.is_set() and gate.holds(call):
                 gate.entered.set()
                 assert gate.opened.wait(20)
-        return self.trouble(call)
 
 
 class WatchedFile(HostFile):
-    """A file that tells its `Host` of each change, before it is made."""
+    """A file that tells its `Host` of each change, before it is made. Reads that come to the pool
+    only pass its gates.
+    """
 
     host: Host
 
@@ -184,6 +189,11 @@ class WatchedFile(HostFile):
         done = len(pieces) // 2  # the others not at all
         error = OSError(code, os.strerror(code), self.path)
         return [*super()._write_batch(pieces[:done], fua), *[error] * (len(pieces) - done)]
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        name = os.path.basename(self.path)
+        self.host.passes(Call("read", name, ((offset, len(view)),)))
+        return super()._read_into(view, offset)
 
     def _sync(self) -> None:
         code = self._call("sync")
