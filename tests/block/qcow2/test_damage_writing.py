@@ -1,0 +1,384 @@
+"""Damage that is found while an image is written (the ideas are those of QEMU's test 060).
+
+The request fails with EIO, the corrupt bit is set on disk, the log names both places, nothing is
+written any more, reading goes on; and of what else is in the file nothing was changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from interop import peers
+from pynbd.block.chain import open_image
+from pynbd.block.node import BlockNode
+from pynbd.block.qcow2.builder import Bitmap, Compressed, Data, Image, InternalSnapshot, poke
+from pynbd.block.qcow2.format import COMPRESSED, COPIED, BitmapFlags
+from pynbd.errors import ImageError
+from tests.block.qcow2.writing import (
+    MiB,
+    bytes_of,
+    header_of,
+    writable,
+    write,
+    zero,
+)
+
+pytestmark = pytest.mark.asyncio(loop_factories=["asyncio"])
+
+C = 65536
+TABLE_SPAN = C // 8 * C  # guest bytes of one L2 table
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the metadata of the image of these tests is, by the names that the log gives it."""
+
+    path: Path
+    by_name: dict[str, int]
+
+    def __getitem__(self, name: str) -> int:
+        return self.by_name[name]
+
+    def number(self, offset: int, length: int = 8) -> int:
+        return int.from_bytes(bytes_of(self.path)[offset : offset + length], "big")
+
+    def poke(self, offset: int, value: int, length: int = 8) -> None:
+        poke(self.path, offset, value.to_bytes(length, "big"))
+
+    def entry(self, guest_offset: int) -> int:
+        """Where the L2 entry of a guest cluster is."""
+        index, within = divmod(guest_offset, TABLE_SPAN)
+        return self[f"L2 table {index}"] + within // C * 8
+
+    def free(self, offset: int) -> None:
+        """Make the refcount of a cluster 0."""
+        self.poke(self["refcount block 0"] + 2 * (offset // C), 0, 2)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    """Two L2 tables, a snapshot with one of its own, and a bitmap that does not record."""
+    path = tmp_path / "x.qcow2"
+    Image(
+        size=2 * TABLE_SPAN,
+        clusters={
+            0: Data(b"a" * C),
+            C: Data(b"b" * C),
+            2 * C: Compressed(b"c" * 5000),
+            TABLE_SPAN: Data(b"d" * C),
+        },
+        snapshots=[InternalSnapshot("s", {0: Data(b"old" * 10)})],
+        bitmaps=[Bitmap("bits", dirty=[(0, C)], flags=BitmapFlags.NONE)],
+    ).write(path)
+    data = bytes_of(path)
+
+    def number(offset: int) -> int:
+        return int.from_bytes(data[offset : offset + 8], "big") & 0x00FFFFFFFFFFFE00
+
+    l1, table, snapshots = number(40), number(48), number(64)
+    directory = data.index(b"bits") - 24
+    bitmap = number(directory)
+    return Places(
+        path,
+        {
+            "header": 0,
+            "L1 table": l1,
+            "L2 table 0": number(l1),
+            "L2 table 1": number(l1 + 8),
+            "refcount table": table,
+            "refcount block 0": number(table),
+            "snapshot table": snapshots,
+            "L1 table of snapshot '1'": number(snapshots),
+            "L2 table of snapshot '1' 0": number(number(snapshots)),
+            "bitmap directory": directory,
+            "the table of bitmap 'bits'": bitmap,
+            "bits of bitmap 'bits', part 0": number(bitmap),
+        },
+    )
+
+
+NAMES = [
+    "header",
+    "L1 table",
+    "L2 table 0",
+    "L2 table 1",
+    "refcount table",
+    "refcount block 0",
+    "snapshot table",
+    "L1 table of snapshot '1'",
+    "L2 table of snapshot '1' 0",
+    "bitmap directory",
+    "the table of bitmap 'bits'",
+    "bits of bitmap 'bits', part 0",
+]
+
+Request = Callable[[BlockNode], Awaitable[None]]
+
+
+async def is_found(
+    places: Places,
+    caplog: pytest.LogCaptureFixture,
+    request: Request,
+    *told: str,
+) -> None:
+    """The request meets the damage, and all is as it has to be then."""
+    before = bytes_of(places.path)
+    async with writable(places.path) as node:
+        with caplog.at_level(logging.ERROR), pytest.raises(OSError, match="qcow2") as caught:
+            await request(node)
+        assert caught.value.errno == errno.EIO
+        line = next(text for text in caplog.messages if "only read from now on" in text)
+        assert all(what in line for what in told), line
+        assert (await header_of(places.path)).incompatible & 2
+        await everything_is_refused(node)
+        assert bytes(await node.pread(C, 2)) == b"bb"
+        await node.flush()
+    after = bytearray(bytes_of(places.path))
+    assert after[79] == 2
+    after[79] = 0
+    assert after == before
+    assert "corrupt: true" in peers.run("qemu-img", "info", places.path).stdout
+    with pytest.raises(ImageError, match="marked corrupt"):
+        await open_image(places.path, read_only=False)
+
+
+async def everything_is_refused(node: BlockNode) -> None:
+    for request in (
+        write(node, C, b"x"),
+        write(node, 5 * C, b"x", fua=True),
+        zero(node, 0, C),
+        node.discard(0, C),
+    ):
+        with pytest.raises(OSError, match="turned read-only") as caught:
+            await request
+        assert caught.value.errno == errno.EROFS
+
+
+def writes(offset: int) -> Request:
+    return lambda node: write(node, offset, b"new")
+
+
+# What an entry names is somebody else's -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+async def test_a_cluster_is_mapped_to_metadata(
+    places: Places, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    places.poke(places.entry(0), places[name] | COPIED)
+    await is_found(places, caplog, writes(100), "guest offset 0x0", f"{name} at {places[name]:#x}")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES[1:] if name[:8] != "L2 table"])
+async def test_an_l2_table_in_the_place_of_something_else(
+    places: Places, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    places.poke(places["L1 table"] + 8, places[name] | COPIED)
+    told = f"{name} at {places[name]:#x}"
+    await is_found(places, caplog, writes(TABLE_SPAN), told, "L2 table 1 at")
+
+
+async def test_one_table_for_two_entries(places: Places, caplog: pytest.LogCaptureFixture) -> None:
+    places.poke(places["L1 table"] + 8, places["L2 table 0"] | COPIED)
+    await is_found(places, caplog, writes(TABLE_SPAN), "L2 table 0 at", "L2 table 1 at")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("header", "refcount block 0")]
+)
+async def test_a_refcount_block_in_the_place_of_something_else(
+    places: Places, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    places.poke(places["refcount table"], places[name])
+    told = f"{name} at {places[name]:#x}"
+    await is_found(places, caplog, writes(8 * C), told, "refcount block 0 at")
+
+
+# Metadata that nobody counts ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_metadata_whose_refcount_is_0(
+    places: Places, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """It looks like a hole of the file, and is not handed out."""
+    places.free(places[name])
+    await is_found(places, caplog, writes(8 * C), f"{name} at {places[name]:#x}", "has no refcount")
+
+
+async def test_the_end_of_the_file_is_metadata(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A table that lies where the refcounts end."""
+    data = bytes_of(places.path)
+    end = -(-len(data) // C) * C
+    poke(places.path, end, data[places["L2 table 1"] :][:C])
+    places.poke(places["L1 table"] + 8, end | COPIED)
+    places.free(places["L2 table 1"])
+    full = [
+        number
+        for number in range(end // C)
+        if not places.number(places["refcount block 0"] + 2 * number, 2)
+    ]
+    for number in full:  # no holes
+        places.poke(places["refcount block 0"] + 2 * number, 1, 2)
+    await is_found(places, caplog, writes(8 * C), f"L2 table 1 at {end:#x}", "has no refcount")
+
+
+# Entries that break a rule ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["write", "zero", "discard"])
+async def test_an_l2_entry_that_is_not_aligned(
+    places: Places, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    places.poke(places.entry(0), places.number(places.entry(0)) + 512)
+    requests: dict[str, Request] = {
+        "write": writes(100),
+        "zero": lambda node: zero(node, 0, C),
+        "discard": lambda node: node.discard(0, C),
+    }
+    await is_found(places, caplog, requests[how], "guest offset 0x0", "not aligned to a cluster")
+
+
+async def test_an_l1_entry_that_is_not_aligned(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    places.poke(places["L1 table"] + 8, places["L2 table 1"] + 512 | COPIED)
+    await is_found(places, caplog, writes(TABLE_SPAN), "L1 entry", "not aligned to a cluster")
+
+
+async def test_copied_without_an_offset_is_no_damage(places: Places) -> None:
+    """The cluster reads as unallocated, and is written as such."""
+    places.poke(places.entry(3 * C), COPIED)
+    async with writable(places.path) as node:
+        await write(node, 3 * C, b"new")
+        assert bytes(await node.pread(3 * C, 5)) == b"new\0\0"
+    peers.run("qemu-img", "check", places.path)
+
+
+# Given back ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["zero", "discard", "copied"])
+@pytest.mark.parametrize("name", NAMES[1:])
+async def test_metadata_that_an_entry_names_is_not_given_back(
+    places: Places, caplog: pytest.LogCaptureFixture, name: str, how: str
+) -> None:
+    """It is neither punched nor used again; the image is read-only then."""
+    copied = 0 if how == "copied" else COPIED
+    places.poke(places.entry(0), places[name] | copied)
+    before = bytes_of(places.path)
+    async with writable(places.path) as node:
+        if how == "zero":
+            await zero(node, 0, C)
+        elif how == "discard":
+            await node.discard(0, C)
+        else:
+            await write(node, 0, b"new")
+        with caplog.at_level(logging.ERROR):
+            await node.flush()
+        assert any(f"{name} at {places[name]:#x}" in text for text in caplog.messages)
+        await everything_is_refused(node)
+    after = bytes_of(places.path)
+    assert (await header_of(places.path)).incompatible & 2
+    for other in NAMES[1:]:
+        if other not in ("L2 table 0", "refcount block 0"):  # which were changed
+            assert after[places[other] :][:C] == before[places[other] :][:C]
+    assert after[places["L2 table 0"] + 8 :][: C - 8] == before[places["L2 table 0"] + 8 :][: C - 8]
+
+
+async def test_a_compressed_cluster_in_the_place_of_metadata(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    places.poke(places.entry(2 * C), places["L1 table"] | COMPRESSED)
+    async with writable(places.path) as node:
+        await zero(node, 2 * C, C)
+        await node.flush()
+        assert any("L1 table at" in text for text in caplog.messages)
+        assert bytes(await node.pread(0, 2)) == b"aa"
+
+
+# Found by many, and at the end --------------------------------------------------------------------
+
+
+async def test_requests_that_are_under_way_end(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that met the damage fail; it is told once."""
+    places.poke(places.entry(0), places["L1 table"] | COPIED)
+    async with writable(places.path) as node:
+        results = await asyncio.gather(
+            *(node.pwrite_batch([(number, b"x")]) for number in range(10))
+        )
+        codes = {error and error.errno for (error,) in results}
+        assert codes <= {errno.EIO, errno.EROFS}
+        assert errno.EIO in codes
+    assert sum("only read from now on" in text for text in caplog.messages) == 1
+
+
+async def test_what_was_changed_before_is_kept(places: Places) -> None:
+    """Damage that is found later takes nothing along that was done."""
+    places.poke(places.entry(0), places["L1 table"] | COPIED)
+    async with writable(places.path) as node:
+        await write(node, 8 * C, b"before")
+        with pytest.raises(OSError, match="L1 table"):
+            await write(node, 0, b"x")
+    async with await open_image(places.path) as node:
+        assert bytes(await node.pread(8 * C, 6)) == b"before"
+
+
+async def test_bits_in_the_place_of_metadata(tmp_path: Path) -> None:
+    """A bitmap that records, whose bits are found to be the L1 table when they are stored."""
+    path = tmp_path / "x.qcow2"
+    Image(size=MiB, clusters={0: Data(b"a")}, bitmaps=[Bitmap("b", dirty=[(0, C)])]).write(path)
+    data = bytes_of(path)
+    directory = data.index(b"b\0\0\0\0\0\0\0", 4 * C) - 24
+    table = int.from_bytes(data[directory : directory + 8], "big")
+    l1 = int.from_bytes(data[40:48], "big")
+    poke(path, table, l1.to_bytes(8, "big"))
+    node = await open_image(path, read_only=False)
+    await write(node, 0, b"new")
+    with pytest.raises(OSError, match="L1 table at"):
+        await node.close()
+    assert (await header_of(path)).incompatible & 2
+    assert bytes_of(path)[l1 : l1 + 8] == data[l1 : l1 + 8]
+
+
+# Found when it is opened --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "victim", ["header", "refcount table", "snapshot table", "bitmap directory"]
+)
+async def test_structures_in_one_place(places: Places, victim: str) -> None:
+    """The header names the L1 table where something else is: the image is not opened to be
+    written, and can be read.
+    """
+    places.poke(40, places[victim])
+    before = bytes_of(places.path)
+    with pytest.raises(ImageError):
+        await open_image(places.path, read_only=False)
+    assert bytes_of(places.path) == before
+
+
+async def test_an_image_of_version_2_has_no_bit(tmp_path: Path) -> None:
+    path = tmp_path / "x.qcow2"
+    written = Image(size=MiB, version=2, clusters={0: Data(b"a")}).write(path)
+    poke(
+        path, written.entry_offset(0), (written.header.l1_table_offset | COPIED).to_bytes(8, "big")
+    )
+    before = bytes_of(path)
+    async with writable(path) as node:
+        with pytest.raises(OSError, match="L1 table"):
+            await write(node, 0, b"x")
+        with pytest.raises(OSError, match="turned read-only"):
+            await write(node, C, b"x")
+    assert bytes_of(path) == before
