@@ -10,12 +10,13 @@ from pathlib import Path
 import click
 
 from interop.soak import crashes, kill
+from interop.soak.far import SHAPES, run_far
 from interop.soak.matrix import FACTORS, Row, pairs, rows
 from interop.soak.mix import KINDS
 from interop.soak.runs import SESSIONS, run_row
 from interop.soak.turns import CHOICES, Turns
 
-PARTS = ("mix", "turns", "crashes", "kill")
+PARTS = ("mix", "far", "turns", "crashes", "kill")
 # Every fourth image is written by libnbd, too: about a sixth of its requests.
 _LIBNBD_EVERY = 4
 
@@ -46,6 +47,14 @@ def _mixed(row: Row, requests: int, by_libnbd: int) -> Counter[str]:
     counts["images"] += 1
     counts["by libnbd"] += by_libnbd
     return counts
+
+
+def far(requests: int, seed: int) -> None:
+    for name in SHAPES:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+            counts = run_far(name, Path(folder), requests, seed)
+        print(f"far: the disk {name!r} in {_since(started)}:\n  {told(counts)}", flush=True)
 
 
 def turns(count: int, seed: int) -> None:
@@ -86,6 +95,8 @@ def main(
     parts = part or PARTS
     if "mix" in parts:
         mix(requests, seed, image)
+    if "far" in parts:
+        far(requests // 20, seed)
     if "turns" in parts:
         turns(turns_each, seed)
     if "crashes" in parts:

@@ -51,12 +51,27 @@ class Request(NamedTuple):
 class Form:
     """What the mix has to know of a disk: lengths in bytes; whether discarded clusters read as
     zeroes.
+
+    A disk that is too large for a shadow is seen through windows of whole clusters, which begin
+    every ``stride`` bytes: ``size`` is that of all of them, and no request leaves its window.
     """
 
     size: int
     cluster_size: int
     subcluster_size: int
     zeroes_what_is_discarded: bool = True
+    window: int = 0
+    stride: int = 0
+
+    def place(self, offset: int) -> int:
+        """Where on the disk a byte is that the windows, put together, have at ``offset``."""
+        if not self.window:
+            return offset
+        return offset // self.window * self.stride + offset % self.window
+
+    def room(self, offset: int) -> int:
+        """How many bytes from there on are in one piece."""
+        return self.window - offset % self.window if self.window else self.size - offset
 
 
 class Plan:
@@ -100,7 +115,7 @@ class Plan:
         length = max(rng.randrange(longest // unit + 1) * unit, min(unit, form.size))
         start = rng.choice(self._hot) if rng.random() < 0.5 else rng.randrange(form.size)
         start = max(start - rng.randrange(length + 1), 0) // unit * unit
-        return start, min(length, form.size - start)
+        return start, min(length, form.room(start))
 
 
 class Mix:
@@ -145,9 +160,11 @@ class Mix:
     async def read_all(self, uri: str) -> None:
         """Judge the whole disk. Nothing else is in flight: the shadow is exact afterwards."""
         async with await Client.open(uri) as client:
-            for offset in range(0, self._form.size, 1 << 20):
-                length = min(1 << 20, self._form.size - offset)
+            offset = 0
+            while offset < self._form.size:
+                length = min(1 << 20, self._form.room(offset))
                 await self._read(client, Request(0, "read", offset, length))
+                offset += length
         assert not self.shadow.unsettled
 
     async def _work(self, client: Client, wanted: Iterator[Request]) -> None:
@@ -172,13 +189,14 @@ class Mix:
 
     async def _read(self, client: Client, request: Request) -> None:
         reading = self.shadow.begin_read(request.offset, request.length)
-        got = await client.pread(request.offset, request.length)
+        got = await client.pread(self._form.place(request.offset), request.length)
         self.shadow.judge(reading, np.frombuffer(got, np.uint8))
 
     async def _status(self, client: Client, request: Request) -> None:
         """What is said to read as zeroes has to."""
         reading = self.shadow.begin_read(request.offset, request.length)
-        status = (await client.block_status(request.offset, request.length))[ALLOCATION]
+        place = self._form.place(request.offset)
+        status = (await client.block_status(place, request.length))[ALLOCATION]
         offset = request.offset
         for length, flags in status:
             if flags & _ZERO:
@@ -240,11 +258,12 @@ class Mix:
 
     async def _send(self, client: Client, request: Request) -> None:
         number, kind, offset, length, fua, no_hole, fast_zero = request
+        place = self._form.place(offset)
         if kind == "write":
-            await client.pwrite(offset, stamp(number, offset, length).tobytes(), fua=fua)
+            await client.pwrite(place, stamp(number, offset, length).tobytes(), fua=fua)
         elif kind == "blank":
-            await client.pwrite(offset, bytes(length), fua=fua)
+            await client.pwrite(place, bytes(length), fua=fua)
         elif kind == "zeroes":
-            await client.write_zeroes(offset, length, fua=fua, no_hole=no_hole, fast_zero=fast_zero)
+            await client.write_zeroes(place, length, fua=fua, no_hole=no_hole, fast_zero=fast_zero)
         else:
-            await client.trim(offset, length, fua=fua)
+            await client.trim(place, length, fua=fua)
