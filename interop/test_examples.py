@@ -89,6 +89,9 @@ def test_example(example: str, tmp_path: Path) -> None:
         with closing(terminal.Terminal(tmp_path, terminal.environment() | home)) as shell:
             for line in next((lines for part, lines in BEFORE.items() if part in example), ()):
                 run(line, "nbd...\n" if line.startswith("pynbd serve") else "...")
+            *first, example = example.split(" && ")  # the last one may be a server
+            for line in first:
+                run(line)
             if not example.startswith(SERVERS):
                 run(example)
                 if "--fork" in example:
