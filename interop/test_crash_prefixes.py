@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from interop.soak.crashes import crash_run, images_of
+from interop.soak.crashes import Variant, crash_run, images_of
 from interop.soak.plans import PLANS, Plan
 
 COUNT = 16  # requests of a session
@@ -22,5 +22,5 @@ async def test_every_prefix(plan: Plan) -> None:
 
 @pytest.mark.parametrize("plan", PLANS[::7], ids=lambda plan: plan.name)
 async def test_every_prefix_with_threads(plan: Plan) -> None:
-    counts = await crash_run(plan, 2, count=COUNT, threads=True, peer_every=20)
+    counts = await crash_run(plan, 2, count=COUNT, variant=Variant.THREADS, peer_every=20)
     assert images_of(counts) > COUNT

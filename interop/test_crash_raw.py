@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from interop.soak.crashes import Crash, crash_run
+from interop.soak.crashes import Crash, Variant, crash_run
 from interop.soak.plans import RAW
 from interop.soak.recording import Change, Sync, Timeline
 from interop.soak.replay import Epoch, epochs, images
@@ -18,9 +18,9 @@ async def no_flush(file: HostFile) -> None:
     """A file that is never asked to bring anything onto stable storage."""
 
 
-@pytest.mark.parametrize("threads", [False, True])
-async def test_a_raw_file_loses_nothing(threads: bool) -> None:
-    counts = await crash_run(RAW, 1, threads=threads)
+@pytest.mark.parametrize("variant", Variant)
+async def test_a_raw_file_loses_nothing(variant: Variant) -> None:
+    counts = await crash_run(RAW, 1, variant=variant)
     assert counts["prefix"] > 50
     assert counts["subset"] > 5
     assert counts["torn"] > 5

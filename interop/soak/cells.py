@@ -12,7 +12,7 @@ that is written says which request has written it, and where.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -62,12 +62,19 @@ class Request:
     payload: Words | None = None  # zeroes
     begin: int = 0
     end: int | None = None  # it is under way, or has failed
-    may_be: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))  # left by a crash
-    kept: bool = False
 
     def __str__(self) -> str:
         where = f" {self.first * CELL:#x}-{self.last * CELL:#x}" if self.last else ""
         return f"{self.number} {self.kind}{where}{' FUA' * self.fua} ({self.begin}-{self.end})"
+
+
+@dataclass(eq=False, slots=True)
+class _Begun:
+    """A request that has begun: in which of its cells a crash may leave its value."""
+
+    request: Request
+    may_be: Bools
+    kept: bool = False
 
 
 class Cells:
@@ -76,7 +83,7 @@ class Cells:
     def __init__(self, content: bytes, requests: Iterable[Request]) -> None:
         self.first = cells_of(content)
         self._first_may_be = np.ones(len(self.first), np.bool_)
-        self._live: list[Request] = []
+        self._begun: dict[Request, _Begun] = {}
         events = [(request.begin, request, True) for request in requests]
         events += [(end, request, False) for _, request, _ in events if (end := request.end)]
         self._coming = sorted(events, key=lambda event: event[0])
@@ -89,45 +96,47 @@ class Cells:
             self._next += 1
             if request.kind == "flush":
                 if not begins:
-                    for other in list(self._live):
-                        if other.end is not None and other.end < request.begin:
+                    for other in list(self._begun.values()):
+                        if other.request.end is not None and other.request.end < request.begin:
                             self._keep(other)
             elif begins:
-                request.may_be = np.ones(request.last - request.first, np.bool_)
-                self._live.append(request)
-            elif request.fua:
-                self._keep(request)
+                cells = request.last - request.first
+                self._begun[request] = _Begun(request, np.ones(cells, np.bool_))
+            elif request.fua and request in self._begun:
+                self._keep(self._begun[request])
 
-    def _keep(self, kept: Request) -> None:
-        """``kept`` is on stable storage; what ended before it began is not there any more."""
-        if kept.kept:
+    def _keep(self, begun: _Begun) -> None:
+        """It is on stable storage; what ended before it began is not there any more."""
+        if begun.kept:
             return
-        kept.kept = True
+        begun.kept = True
+        kept = begun.request
         self._first_may_be[kept.sure_first : kept.sure_last] = False
-        for other in self._live:
-            if other.end is not None and other.end < kept.begin:
-                start = max(kept.sure_first - other.first, 0)
-                stop = max(kept.sure_last - other.first, 0)
+        for other in list(self._begun.values()):
+            end, first = other.request.end, other.request.first
+            if end is not None and end < kept.begin:
+                start, stop = max(kept.sure_first - first, 0), max(kept.sure_last - first, 0)
                 other.may_be[start:stop] = False
-        self._live = [request for request in self._live if request.may_be.any()]
+                if not other.may_be.any():
+                    del self._begun[other.request]
 
     def wrong(self, content: bytes | bytearray) -> str:
         """What is wrong with the guest's disk, "" if nothing is."""
         cells = cells_of(content)
         right = (cells == self.first).all(1) & self._first_may_be
-        for request in self._live:
-            part = slice(request.first, request.last)
-            found = cells[part]
-            alike = ~found.any(1) if request.payload is None else (found == request.payload).all(1)
-            right[part] |= alike & request.may_be
+        for begun in self._begun.values():
+            part = slice(begun.request.first, begun.request.last)
+            found, payload = cells[part], begun.request.payload
+            alike = ~found.any(1) if payload is None else (found == payload).all(1)
+            right[part] |= alike & begun.may_be
         bad = np.flatnonzero(~right)
         if not len(bad):
             return ""
         cell = int(bad[0])
         may_be = [
             str(request)
-            for request in self._live
-            if request.first <= cell < request.last and request.may_be[cell - request.first]
+            for request, begun in self._begun.items()
+            if request.first <= cell < request.last and begun.may_be[cell - request.first]
         ]
         if self._first_may_be[cell]:
             may_be.append("what was there at first")

@@ -18,13 +18,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
 from random import Random
+from unittest.mock import patch
 
 import click
 
-from interop.soak.cells import CELL, Cells, Request
+from interop.soak.cells import CELL, Request
 from interop.soak.judging import Before, Broken, Judge
 from interop.soak.plans import PLANS, RAW, Plan, build, requests
 from interop.soak.recording import SteppedEngine, Timeline, recorded
@@ -32,6 +34,7 @@ from interop.soak.replay import KINDS, epochs, images
 from pynbd.block.chain import open_image
 from pynbd.block.engine import Engine
 from pynbd.block.node import BlockNode
+from pynbd.errors import PynbdError
 
 REQUESTS = 60  # of a session, between an opening and a closing
 SESSIONS = 2
@@ -39,23 +42,54 @@ OTHERS = 3  # subsets, and torn images, of an epoch
 PEER_EVERY = 40  # one in so many images is shown to qemu-img
 
 
+class Variant(StrEnum):
+    """What is special about a run."""
+
+    PLAIN = "plain"
+    THREADS = "threads"  # calls are made in threads, as in a server: never the same way twice
+    STEPS = "steps"  # all that is bounded by a size that small images do not reach, at little ones
+    FAULTS = "faults"  # some writes fail, with a part of them written
+
+
+_LITTLE = {
+    "commit.MAX_CHANGED_PAGES": 2,
+    "commit._FEW_TABLES": 1,
+    "commit.MAX_LAZY_BLOCKS": 1,
+    "writer.CLUSTERS_PER_STEP": 3,
+    "zeroing._ENTRIES_PER_STEP": 4,
+    "zeroing._CLUSTERS_RESERVED_PER_STEP": 2,
+    "refcounts._MAX_HOLES": 4,
+    "refcounts._BLOCKS_PER_SEARCH": 1,
+    "refcounts._MIN_GROWTH": 4096,
+}
+
+
 class Crash(AssertionError):
     """An image that breaks a promise; how to build it again."""
 
 
 async def perform(
-    plan: Plan, image: Path, seed: int, count: int, engine: Engine
+    plan: Plan, image: Path, seed: int, count: int, variant: Variant
 ) -> tuple[Timeline, list[Request]]:
     """Change an image; what its files were told, and what they were told for."""
     rng = Random(seed)
     asked: list[Request] = []
-    with recorded() as timeline:
-        for _ in range(SESSIONS):
-            node = await open_image(image, format=plan.format, read_only=False, engine=engine)
-            try:
-                await _session(plan, node, rng, count, timeline, asked)
-            finally:
-                await node.close()
+    failures = (OSError, PynbdError) if variant is Variant.FAULTS else ()
+    with ExitStack() as stack:
+        timeline = stack.enter_context(recorded(Random(seed) if failures else None))
+        if variant is Variant.STEPS:
+            for name, value in _LITTLE.items():
+                stack.enter_context(patch(f"pynbd.block.qcow2.{name}", value))
+        engine = Engine() if variant is Variant.THREADS else SteppedEngine(seed)
+        stack.callback(engine.close)
+        # A session that cannot be ended well is the last one: it may have lost what it kept.
+        with suppress(*failures):
+            for _ in range(SESSIONS):
+                node = await open_image(image, format=plan.format, read_only=False, engine=engine)
+                try:
+                    await _session(plan, node, rng, count, timeline, asked, failures)
+                finally:
+                    await node.close()
     return timeline, asked
 
 
@@ -66,6 +100,7 @@ async def _session(
     count: int,
     timeline: Timeline,
     asked: list[Request],
+    failures: tuple[type[Exception], ...],
 ) -> None:
     """One group of requests after the other, up to a number of them at the same time."""
     under_way: set[asyncio.Task[None]] = set()
@@ -76,8 +111,11 @@ async def _session(
         while len(under_way) >= at_once:
             done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                task.result()
-    await asyncio.gather(*under_way)
+                with suppress(*failures):
+                    task.result()
+    for task in under_way:
+        with suppress(*failures):
+            await task
 
 
 async def timed(group: Sequence[Request], timeline: Timeline, answer: Awaitable[None]) -> None:
@@ -127,7 +165,7 @@ async def crash_run(
     seed: int,
     *,
     count: int = REQUESTS,
-    threads: bool = False,
+    variant: Variant = Variant.PLAIN,
     others: int = OTHERS,
     peer_every: int = PEER_EVERY,
     keep: Path | None = None,
@@ -135,8 +173,7 @@ async def crash_run(
     """One run with ``count`` requests a session, and all of its images; how many there were, by
     kind.
 
-    ``threads``: as in a server, and never the same way twice. ``keep``: a folder for an image that
-    breaks a promise. Raises `Crash`.
+    ``keep``: a folder for an image that breaks a promise. Raises `Crash`.
     """
     counts: Counter[str] = Counter()
     with folders() as (folder, judged):
@@ -146,27 +183,24 @@ async def crash_run(
         below = {path.name: path.read_bytes() for path in folder.glob("base.*")}
         for name, content in below.items():
             (judged / name).write_bytes(content)
-        engine = Engine() if threads else SteppedEngine(seed)
-        try:
-            timeline, asked = await perform(plan, image, seed, count, engine)
-        finally:
-            engine.close()
-        judge = Judge(plan, judged, before, Cells(before.disk, asked), inline)
+        timeline, asked = await perform(plan, image, seed, count, variant)
+        judge = Judge(plan, judged, before, asked, inline)
         rng = Random(seed)
         try:
             for epoch in epochs(timeline, before.files):
-                judge.cells.advance(epoch.end)
+                judge.advance(epoch.end)
                 for kind, crashed in images(epoch, rng, others):
                     counts[kind] += 1
                     await judge.judge(crashed, peer=counts.total() % peer_every == 0)
             kind = "closed"
-            await judge.closed({name: (folder / name).read_bytes() for name in plan.files})
+            if variant is not Variant.FAULTS:
+                await judge.closed({name: (folder / name).read_bytes() for name in plan.files})
         except Broken as problem:
             if keep:
                 shutil.copytree(judged, keep, dirs_exist_ok=True)
             raise Crash(
-                f"--plan {plan.name} --seed {seed} --count {count}: image {counts.total()}"
-                f" ({kind}) before moment {epoch.end}: {problem}"
+                f"--plan {plan.name} --seed {seed} --count {count} --variant {variant}: image"
+                f" {counts.total()} ({kind}) before moment {epoch.end}: {problem}"
             ) from problem
         for name, content in below.items():
             assert (folder / name).read_bytes() == content, f"{name} was written to"
@@ -180,8 +214,8 @@ def main(wanted: int = 20_000, seed: int = 1) -> Counter[str]:
     started = time.monotonic()
     for number in itertools.count(seed):
         for plan in (*PLANS, RAW):
-            # Every third one as in a server: what seeds do not find, time may.
-            counts += asyncio.run(crash_run(plan, number, threads=number % 3 == 2))
+            variant = list(Variant)[number % len(Variant)]
+            counts += asyncio.run(crash_run(plan, number, variant=variant))
             counts["runs"] += 1
             if images_of(counts) >= wanted:
                 took = time.monotonic() - started
@@ -207,14 +241,16 @@ def told(counts: Counter[str]) -> str:
 @click.option("--plan", "name", type=click.Choice([p.name for p in (*PLANS, RAW)]), required=True)
 @click.option("--seed", default=1, show_default=True, help="What decides about everything.")
 @click.option("--count", default=REQUESTS, show_default=True, help="Requests of a session.")
-@click.option("--threads", is_flag=True, help="Calls in threads, as in a server.")
+@click.option("--variant", type=click.Choice(list(Variant)), default="plain", show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), help="A folder for what is broken.")
-def repeat(name: str, seed: int, count: int, threads: bool, keep: Path | None) -> None:
+def repeat(name: str, seed: int, count: int, variant: str, keep: Path | None) -> None:
     """Repeat one run, and say what is wrong with the first image that breaks a promise."""
     quiet()
     (plan,) = (plan for plan in (*PLANS, RAW) if plan.name == name)
     try:
-        counts = asyncio.run(crash_run(plan, seed, count=count, threads=threads, keep=keep))
+        counts = asyncio.run(
+            crash_run(plan, seed, count=count, variant=Variant(variant), keep=keep)
+        )
     except Crash as problem:
         sys.exit(str(problem))
     print(told(counts))

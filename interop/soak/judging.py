@@ -11,14 +11,14 @@ The files are judged where nothing else is: they are written anew for each image
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from interop import peers
-from interop.soak.cells import CELL, Bools, Cells, cells_of
+from interop.soak.cells import CELL, Bools, Cells, Request, cells_of
 from interop.soak.plans import SNAPSHOT, Plan, unknown_autoclear
 from interop.soak.replay import SECTOR
 from pynbd.block.bitmap import DirtyBitmap
@@ -58,14 +58,21 @@ class Judge:
     """Judges the images of one run, in ``folder``, which has nothing but what is below them."""
 
     def __init__(
-        self, plan: Plan, folder: Path, before: Before, cells: Cells, engine: Engine
+        self, plan: Plan, folder: Path, before: Before, asked: Sequence[Request], engine: Engine
     ) -> None:
         self._plan = plan
         self._folder = folder
         self._before = before
-        self.cells = cells
+        self._disk = Cells(before.disk, asked)
+        # After a crash both hold what is allowed, and that may be two things.
+        self._raw = Cells(before.files[plan.files[-1]], asked) if plan.raw_data_file else None
         self._engine = engine
         self.image = folder / plan.files[0]
+
+    def advance(self, moment: int) -> None:
+        """Judge from now on what a crash at ``moment`` leaves."""
+        for cells in filter(None, (self._disk, self._raw)):
+            cells.advance(moment)
 
     async def judge(self, contents: Mapping[str, bytes | bytearray], *, peer: bool = False) -> None:
         """Raise `Broken` if the image breaks a promise. ``peer``: ask qemu-img, too."""
@@ -93,6 +100,9 @@ class Judge:
             async with await self._open() as node:
                 if node.inconsistent_bitmaps():
                     raise Broken("it was closed, and a bitmap is in use")
+                disk = await node.pread(0, node.size)
+            if self._raw and disk != contents[self._plan.files[-1]]:
+                raise Broken("it was closed, and the raw data file is not the disk")
 
     def _place(self, contents: Mapping[str, bytes | bytearray]) -> None:
         for name, content in contents.items():
@@ -101,13 +111,17 @@ class Judge:
     async def _reading(self) -> None:
         async with await self._open() as node:
             disk = await node.pread(0, node.size)
-            self._disk("the disk", disk)
+            _hold("the disk", disk, self._disk)
             if isinstance(node, Qcow2Node):
                 await self._bitmaps(node, disk)
                 if not self._plan.lazy:
                     await self._check(node, leaks=True)
-        if self._plan.data_file == "raw":
-            self._disk("the raw data file", (self._folder / self._plan.files[1]).read_bytes())
+        if self._raw:
+            _hold(
+                "the raw data file",
+                self._folder.joinpath(self._plan.files[-1]).read_bytes(),
+                self._raw,
+            )
         if self._before.snapshot is not None:
             async with await self._open(snapshot=SNAPSHOT) as node:
                 if await node.pread(0, node.size) != self._before.snapshot:
@@ -121,7 +135,7 @@ class Judge:
         if self._plan.lazy:
             async with await self._open() as node:
                 assert isinstance(node, Qcow2Node)
-                self._disk("the repaired disk", await node.pread(0, node.size))
+                _hold("the repaired disk", await node.pread(0, node.size), self._disk)
                 await self._check(node, leaks=False)
             if peer:
                 check_by_peer(self.image, leaks=False)
@@ -136,16 +150,12 @@ class Judge:
             cache=Cache.UNSAFE,
         )
 
-    def _disk(self, what: str, content: bytes | bytearray) -> None:
-        if wrong := self.cells.wrong(content):
-            raise Broken(f"{what}: {wrong}")
-
     async def _bitmaps(self, node: BlockNode, disk: bytearray) -> None:
         usable = {bitmap.name: bitmap for bitmap in node.bitmaps()}
         names = {*usable, *node.inconsistent_bitmaps()}
         if names != self._before.bitmaps.keys():
             raise Broken(f"the bitmaps are {sorted(names)}")
-        changed = (cells_of(disk) != self.cells.first).any(1)
+        changed = (cells_of(disk) != self._disk.first).any(1)
         for name, bitmap in usable.items():
             bits, were = await _bits(bitmap), self._before.bitmaps[name]
             if were is None:
@@ -163,6 +173,11 @@ class Judge:
         found = await check(node.metadata_file, node.header)
         if found.corruptions or found.check_errors or (found.leaks and not leaks):
             raise Broken(f"our check: {'; '.join(found.findings[:5])}")
+
+
+def _hold(what: str, content: bytes | bytearray, cells: Cells) -> None:
+    if wrong := cells.wrong(content):
+        raise Broken(f"{what}: {wrong}")
 
 
 def check_by_peer(image: Path, *, leaks: bool) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 
 from interop import peers
-from interop.soak.cells import CELL, Cells, Request
+from interop.soak.cells import CELL, Request
 from interop.soak.crashes import folders, timed
 from interop.soak.judging import Before, Judge, check_by_peer
 from interop.soak.plans import PLANS, Plan, build, requests
@@ -44,9 +44,8 @@ async def kill_rounds(plan: Plan, seed: int, rounds: int) -> int:
             timeline = Timeline()
             asked = await _round(plan, image, rng, timeline)
             answered += sum(request.end is not None for request in asked)
-            cells = Cells(before.disk, asked)
-            cells.advance(timeline.now + 1)
-            judge = Judge(plan, judged, before, cells, inline)
+            judge = Judge(plan, judged, before, asked, inline)
+            judge.advance(timeline.now + 1)
             contents = {name: (folder / name).read_bytes() for name in plan.files}
             await judge.judge(contents, peer=True)
             peers.run("qemu-io", "-f", plan.format, "-c", "write 0 512", judge.image, cwd=judged)

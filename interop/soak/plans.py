@@ -49,6 +49,10 @@ class Plan:
         return (f"{self.name}.{self.format}",) + (f"{self.name}.data",) * bool(self.data_file)
 
     @property
+    def raw_data_file(self) -> bool:
+        return self.data_file == "raw"
+
+    @property
     def granule(self) -> int:
         """What is discarded as a whole."""
         return self.cluster if self.format == "qcow2" else 4 * K

@@ -12,6 +12,7 @@ after a random number of turns, so that requests meet in every way and the same 
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from pynbd.block.engine import (
     Engine,
     HostFile,
 )
+
+FAULTS = 0.03  # the part of the writes that fail, if any do
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,6 +74,7 @@ class Timeline:
     changes: list[Change] = field(default_factory=list)
     syncs: list[Sync] = field(default_factory=list)
     now: int = 0
+    faults: Random | None = None  # some calls fail, by this
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tick(self) -> int:
@@ -78,6 +82,11 @@ class Timeline:
         with self._lock:
             self.now += 1
             return self.now
+
+    def fails(self) -> bool:
+        """Whether the host has no room for this call."""
+        with self._lock:
+            return self.faults is not None and self.faults.random() < FAULTS
 
     def begin(self, change: Change) -> Change:
         with self._lock:
@@ -112,10 +121,15 @@ def recording_file(timeline: Timeline) -> type[HostFile]:
             errors: list[OSError | None] = []
             for data, offset in pieces:
                 copy = bytes(data)
+                fails = timeline.fails()
+                if fails:  # with a part of it written
+                    copy = copy[: len(copy) // 1024 * 512]
                 change = Change(self._known_as, 0, offset, len(copy), data=copy)
                 timeline.begin(change)
-                errors += super()._write_batch([(copy, offset)], False)
+                (error,) = super()._write_batch([(copy, offset)], False)
+                assert not error
                 change.end = timeline.tick()
+                errors.append(OSError(errno.ENOSPC, "there is no room") if fails else None)
             if fua and not all(errors):
                 self._sync()
             return errors
@@ -128,6 +142,8 @@ def recording_file(timeline: Timeline) -> type[HostFile]:
             timeline.synced(self._known_as, begin)
 
         def _fallocate_errno(self, mode: int, offset: int, length: int) -> int:
+            if timeline.fails():
+                return errno.ENOSPC
             if mode == FALLOC_KEEP_SIZE:  # space, and nothing that a reader could see
                 return super()._fallocate_errno(mode, offset, length)
             if mode & (FALLOC_PUNCH_HOLE | FALLOC_ZERO_RANGE):
@@ -153,9 +169,11 @@ def recording_file(timeline: Timeline) -> type[HostFile]:
 
 
 @contextmanager
-def recorded() -> Iterator[Timeline]:
-    """Files of images that are opened meanwhile are recorded."""
-    timeline = Timeline()
+def recorded(faults: Random | None = None) -> Iterator[Timeline]:
+    """Files of images that are opened meanwhile are recorded; and some of their writes fail, by
+    ``faults``.
+    """
+    timeline = Timeline(faults=faults)
     with patch("pynbd.block.file.HostFile", recording_file(timeline)):
         yield timeline
 
