@@ -241,7 +241,9 @@ def told(counts: Counter[str]) -> str:
 @click.option("--plan", "name", type=click.Choice([p.name for p in (*PLANS, RAW)]), required=True)
 @click.option("--seed", default=1, show_default=True, help="What decides about everything.")
 @click.option("--count", default=REQUESTS, show_default=True, help="Requests of a session.")
-@click.option("--variant", type=click.Choice(list(Variant)), default="plain", show_default=True)
+@click.option(
+    "--variant", type=click.Choice([*map(str, Variant)]), default="plain", show_default=True
+)
 @click.option("--keep", type=click.Path(path_type=Path), help="A folder for what is broken.")
 def repeat(name: str, seed: int, count: int, variant: str, keep: Path | None) -> None:
     """Repeat one run, and say what is wrong with the first image that breaks a promise."""
