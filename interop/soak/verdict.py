@@ -14,6 +14,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -30,12 +31,10 @@ _REPLAYED_AT_ONCE = 16
 
 def guest_disk(path: Path, *snapshot: str) -> Bytes:
     """What a guest reads, or read when the snapshot was made, as qemu-img tells it."""
-    raw = path.with_name("guest.raw")
-    peers.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", *snapshot, path, raw)
-    try:
+    with tempfile.TemporaryDirectory(prefix="guest-") as folder:
+        raw = Path(folder) / "raw"
+        peers.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", *snapshot, path, raw)
         return np.fromfile(raw, np.uint8)
-    finally:
-        raw.unlink()
 
 
 def digest(content: Bytes) -> str:
