@@ -317,6 +317,7 @@ def written(options: str, originals: Path, tmp_path: Path) -> None:
     [
         ("flat", "--discard=ignore"),
         ("flat", "--discard=unmap --detect-zeroes=unmap"),
+        ("flat", "--discard=unmap --offset=65536"),
         ("top", "--discard=unmap"),
         ("top", "--detect-zeroes=on --cache=none"),
         ("subclusters", "--discard=ignore --detect-zeroes=on"),
