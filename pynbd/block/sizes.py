@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-_SIZE = re.compile(r"\+?(0[xX][0-9a-fA-F]+|\d+(?:\.\d+)?)([bBkKmMgGtTpPeE]?)")
+# No more digits than a size may have, and a few zeroes before and behind.
+_SIZE = re.compile(
+    r"\+?(0[xX][0-9a-fA-F]{1,99}|[0-9]{1,99}(?:\.[0-9]{1,99})?)([bBkKmMgGtTpPeE]?)"
+)
 _UNITS = "bkmgtpe"
 
 

@@ -27,6 +27,10 @@ from pynbd.block.sizes import parse_size
         ("1kB", None),
         ("1e3", None),
         (".5M", None),
+        ("9" * 400 + ".0", None),
+        ("9" * 5000, None),
+        ("0x" + "f" * 5000, None),
+        ("\u0661", None),
     ],
 )
 def test_sizes(text: str, size: int | None) -> None:
