@@ -330,6 +330,9 @@ class BlockNode(ABC):
             for node in self.chain():
                 if not node.read_only:
                     await node.finish()
+        except OSError as error:
+            reason = f"it could not be finished: {error.strerror or error}"
+            raise OSError(error.errno, reason, self.name) from error
         finally:
             if self.own_engine is not None:
                 self.own_engine.close()
