@@ -86,7 +86,7 @@ class Links:
         return table
 
     async def _new_table(self, l1_index: int, shared: Table | None) -> Table:
-        (run,) = await self._refcounts.allocate(1)
+        run = await self._refcounts.allocate_table()
         if shared is None:
             values = np.zeros(self.layout.cluster_size // 8, np.uint64)
         else:

@@ -127,6 +127,19 @@ class Refcounts:
                 raise
             return runs
 
+    async def allocate_table(self) -> Run:
+        """A cluster for a table, with space on the host: a commit that writes it will find it."""
+        (run,) = await self.allocate(1)
+        try:
+            await self._have_space(run.host_offset >> self._bits, 1)
+        except OSError:
+            await self.unallocate([run])
+            raise
+        return run
+
+    async def _have_space(self, first: int, count: int) -> None:
+        await self._file.fallocate(0, first << self._bits, count << self._bits)
+
     async def unallocate(self, runs: Sequence[Run]) -> None:
         """Give back clusters that nothing ever referred to."""
         async with self._lock:
@@ -339,6 +352,7 @@ class Refcounts:
         table for it.
         """
         if index < len(self.table.values):
+            await self._have_space(self._end, 1)
             self._place_blocks([index], self._end)
             return
         # The new table comes behind the new blocks that count it and themselves.
@@ -356,11 +370,12 @@ class Refcounts:
         if length > MAX_REFCOUNT_TABLE_BYTES:
             problem = f"the refcount table would exceed {MAX_REFCOUNT_TABLE_BYTES} bytes"
             raise OSError(errno.ENOSPC, problem, self._file.path)
+        self._check_place(self._end, len(indexes) + clusters)
+        await self._have_space(self._end, len(indexes) + clusters)
         # From here on nothing waits: a commit sees all of it or nothing.
         old, start = self.table, self._end + len(indexes)
         values = np.zeros(length // 8, np.uint64)
         values[: len(old.values)] = old.values
-        self._check_place(self._end, len(indexes) + clusters)
         self.table = Table(start << self._bits, values)
         self._commits.move_refcount_table(self.table)
         blocks = self._place_blocks(indexes, self._end)
