@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ from pynbd.block.qcow2.format import (
 from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.places import Places
 from pynbd.errors import CorruptImage
+
+log = logging.getLogger("pynbd")
 
 REFCOUNT_TABLE = "refcount table"
 
@@ -78,6 +81,7 @@ class Refcounts:
         self.table = table
         self._blocks = TableCache(file, header.cluster_size, BLOCK_CACHE_BYTES, self._width)
         self._lock = asyncio.Lock()
+        self._told = False  # that the host takes nothing back
         self._holes: list[_Clusters] = []  # each inside what one block speaks of
         self._searched = 0  # holes before this cluster are known
         self._end = 0  # of what is in use
@@ -293,7 +297,12 @@ class Refcounts:
     async def _punch(self, first: int, count: int) -> None:
         host_offset, length = first << self._bits, count << self._bits
         mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
-        await self._file.fallocate(mode, host_offset, length)
+        try:
+            await self._file.fallocate(mode, host_offset, length)
+        except OSError as error:  # the host keeps the space, and we use it again
+            if not self._told:
+                log.warning("%s: freed clusters keep their space: %s", self._file.path, error)
+            self._told = True
 
     # Blocks
 
