@@ -88,7 +88,7 @@ class Target(Disk):
         self.block = block
         self.reads_zero = reads_zero and not allocated
         self._sparse = 0 if allocated else max(sparse, block) if sparse else 0
-        self._may_unmap = not allocated
+        self._allocated = allocated
         self._edges = asyncio.Lock()
 
     async def write(self, offset: int, view: memoryview) -> None:
@@ -142,7 +142,13 @@ class Target(Disk):
     async def _zero_blocks(self, offset: int, length: int) -> None:
         if length and not self.reads_zero:
             with named(WriteError, self.name, "zero", offset, length):
-                await self.node.write_zeroes(offset, length, may_unmap=self._may_unmap, fast=False)
+                await self.node.write_zeroes(
+                    offset,
+                    length,
+                    may_unmap=not self._allocated,
+                    no_hole=self._allocated,
+                    fast=False,
+                )
 
     async def flush(self) -> None:
         """All that was written onto stable storage."""

@@ -40,6 +40,7 @@ class MemoryNode(BlockNode):
         self.read: list[tuple[int, int]] = []
         self.written: list[tuple[int, int]] = []
         self.zeroed: list[tuple[int, int]] = []
+        self.kept: list[tuple[int, int]] = []  # of these, what has to be allocated
         self.flushes = 0
         self.in_flight = self.most_in_flight = 0
 
@@ -86,6 +87,8 @@ class MemoryNode(BlockNode):
     ) -> None:
         await self._change(offset, bytes(length))
         self.zeroed.append((offset, offset + length))
+        if no_hole and not may_unmap:
+            self.kept.append((offset, offset + length))
 
     async def _change(self, offset: int, data: bytes) -> None:
         end = offset + len(data)

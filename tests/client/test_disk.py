@@ -61,6 +61,7 @@ async def test_zeroes_are_not_written_where_they_are() -> None:
     await target.zero(0, 4096)
     await target.write(4096, memoryview(bytes(4096)))
     assert (node.written[1:], node.zeroed) == ([(4096, 8192)], [(0, 4096)])
+    assert node.kept == [(0, 4096)]
 
 
 async def test_an_overlay_gets_what_differs() -> None:
