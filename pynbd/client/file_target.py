@@ -172,12 +172,13 @@ async def _raw(file: HostFile, source: Disk, how: Writing, *, anew: bool) -> Tar
 async def _new_qcow2_target(path: str, source: Disk, how: Writing) -> AsyncIterator[Target]:
     new = await create_image(path, size=source.size, **how.creation)
     async with _writable(path) as node:
-        if new.backing_file is None:
-            yield how.target(node, Target, blank=True)
-        else:
-            overlay = how.target(node, OverlayTarget)
+        target = how.target(node, Target, blank=True)
+        if new.backing_file is not None:
+            target = overlay = how.target(node, OverlayTarget)
             overlay.granule = new.granule
-            yield overlay
+            await overlay.zero(source.size, node.size - source.size)
+        target.size = source.size  # the rest of the last sector is zeroes
+        yield target
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,25 @@ def test_an_overlay_has_whole_granules(source: Path, tmp_path: Path) -> None:
 
     assert asyncio.run(granule(cluster_size=4096)) == 4096
     assert asyncio.run(granule(cluster_size=65536, extended_l2=True)) == 2048
+
+
+def test_the_last_sector_of_an_overlay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An image has whole sectors; past the end of the source nothing of what is below shows."""
+    odd = tmp_path / "odd"
+    odd.write_bytes(CONTENT[: M - 100])
+    (tmp_path / "base").write_bytes(CONTENT)
+    copied(odd, tmp_path / "new.qcow2", creation={"backing_file": "base", "backing_fmt": "raw"})
+    assert content(tmp_path / "new.qcow2") == CONTENT[: M - 100] + bytes(100)
+    assert not caplog.messages
+
+
+def test_allocated_zeroes_have_their_places(source: Path, tmp_path: Path) -> None:
+    source.write_bytes(b"")
+    os.truncate(source, M)
+    for name, creation in (("new", {}), ("extended", {"extended_l2": True})):
+        copied(source, tmp_path / name, format="qcow2", allocated=True, creation=creation)
+        assert content(tmp_path / name) == bytes(M)
+        assert (tmp_path / name).stat().st_blocks * 512 >= M
 
 
 @pytest.mark.parametrize("failure", [ReadError("bad"), KeyError("defect"), KeyboardInterrupt()])
