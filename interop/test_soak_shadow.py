@@ -117,6 +117,20 @@ def test_one_that_was_refused_has_not_happened(shadow: Shadow) -> None:
     reads(shadow, 0, 9, 9)
 
 
+def test_what_was_abandoned_has_happened_or_not(shadow: Shadow) -> None:
+    shadow.begin(0, 2, of(1, 2))
+    shadow.begin_read(0, 8)
+    left = of(9, SIZE)
+    left[1] = 1
+    shadow.abandoned(left)
+    refuses(shadow, 0, 1)
+    reads(shadow, 0, 9, 1)
+    shadow.begin(4, 2)
+    left[4:6] = 2
+    with pytest.raises(Mismatch):
+        shadow.abandoned(left)
+
+
 def test_the_complaint_names_who_wrote(shadow: Shadow) -> None:
     shadow.completed(shadow.begin(0, 64, stamp(77, 0, 64)))
     foreign = np.concatenate([stamp(77, 0, 16), stamp(5, 800, 8), stamp(77, 24, 40)])

@@ -35,6 +35,10 @@ KINDS = {"write": 34, "blank": 2, "zeroes": 12, "trim": 9, "read": 32, "status":
 _HOT_PLACES = 6
 
 
+class _Left(Exception):
+    """The last request was asked, and others are in flight."""
+
+
 class Request(NamedTuple):
     """One request; ``number`` is what `stamp` writes. A trim or zeroes of ``length`` bytes."""
 
@@ -141,8 +145,12 @@ class Mix:
         *,
         connections: int = CONNECTIONS,
         in_flight: int = IN_FLIGHT,
+        leave: bool = False,
     ) -> None:
-        """Ask ``requests`` of them; raises `Mismatch`, and what the server should not answer."""
+        """Ask ``requests`` of them; raises `Mismatch`, and what the server should not answer.
+
+        ``leave``: the clients do not wait for the last answers.
+        """
         plan = Plan(self._form, seed)
         wanted = (plan.request(next(self._numbers)) for _ in range(requests))
         async with AsyncExitStack() as stack:
@@ -153,9 +161,13 @@ class Mix:
             try:
                 async with asyncio.TaskGroup() as group:
                     for number in range(in_flight):
-                        group.create_task(self._work(clients[number % connections], wanted))
+                        client = clients[number % connections]
+                        group.create_task(self._work(client, wanted, leave=leave))
             except BaseExceptionGroup as failures:
-                raise failures.exceptions[0] from None
+                _, others = failures.split(_Left)
+                if others:
+                    raise others.exceptions[0] from None
+                self.counts["left"] += 1
 
     async def read_all(self, uri: str) -> None:
         """Judge the whole disk. Nothing else is in flight: the shadow is exact afterwards."""
@@ -167,7 +179,7 @@ class Mix:
                 offset += length
         assert not self.shadow.unsettled
 
-    async def _work(self, client: Client, wanted: Iterator[Request]) -> None:
+    async def _work(self, client: Client, wanted: Iterator[Request], *, leave: bool) -> None:
         for request in wanted:
             try:
                 await self._ask(client, request)
@@ -175,6 +187,8 @@ class Mix:
                 error.add_note(f"{request}")
                 raise
             self.counts[request.kind] += 1
+        if leave:
+            raise _Left
 
     async def _ask(self, client: Client, request: Request) -> None:
         match request.kind:

@@ -20,6 +20,8 @@ from interop.soak.shadow import Bytes, Shadow
 LIBNBD_MIX = Path(__file__).with_name("libnbd_mix.py")
 # How often the server is ended, and the image looked at, in a run.
 SESSIONS = 3
+# Requests before the clients leave in the middle of a session.
+LAST = 60
 
 
 def form_of(row: Row) -> Form:
@@ -47,6 +49,9 @@ def run_row(row: Row, folder: Path, requests: int, *, by_libnbd: int = 0) -> Cou
                 asyncio.run(_mixed(mix, uri, count, f"mix {row.seed} {session}"))
                 if last and by_libnbd:
                     shadow.content = _through_libnbd(image, uri, by_libnbd, mix)
+                elif not last and not row.bitmaps:  # else what they are to hold would be open
+                    asyncio.run(mix.run(uri, LAST, f"left {row.seed} {session}", leave=True))
+            shadow.abandoned(verdict.guest_disk(image.path))
             verdict.judge(image, before, shadow.content)
         mix.counts["bitmaps"] = verdict.judge_bitmaps(image, mix.changes)
     except Exception as error:

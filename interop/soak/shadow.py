@@ -207,6 +207,15 @@ class Shadow:
         """The read gave nothing."""
         self._readings.remove(reading)
 
+    def abandoned(self, content: Bytes) -> None:
+        """Nobody waits for an answer any more and the server has ended: what was in flight has
+        happened or not, and this is left of it. Raises `Mismatch`.
+        """
+        self._readings.clear()
+        for change in list(self._changes):
+            self.failed(change)
+        self.judge(self.begin_read(0, len(content)), content)
+
     def _ended(self, change: Change) -> None:
         self._changes.remove(change)
         change.ended = next(self._ticks)
