@@ -24,6 +24,7 @@ from interop.soak.replay import SECTOR
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.chain import open_image
 from pynbd.block.engine import Cache, Engine
+from pynbd.block.extent import DATA, ZERO
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.check import check
 from pynbd.block.qcow2.image import Qcow2Node
@@ -79,7 +80,7 @@ class Judge:
         self._place(contents)
         self._autoclear(contents)
         try:
-            await self._reading()
+            await self._reading(contents if not peer else None)
             if self._plan.format == "qcow2":
                 await self._writing(peer=peer)
         except (PynbdError, OSError) as error:
@@ -108,23 +109,23 @@ class Judge:
         for name, content in contents.items():
             (self._folder / name).write_bytes(content)
 
-    async def _reading(self) -> None:
+    async def _reading(self, contents: Mapping[str, bytes | bytearray] | None = None) -> None:
+        """``contents``: of the files, to be looked at where the image maps them; without them
+        everything is read, which takes longer.
+        """
         async with await self._open() as node:
-            disk = await node.pread(0, node.size)
+            disk = await _disk(node, contents)
             _hold("the disk", disk, self._disk)
             if isinstance(node, Qcow2Node):
                 await self._bitmaps(node, disk)
                 if not self._plan.lazy:
                     await self._check(node, leaks=True)
         if self._raw:
-            _hold(
-                "the raw data file",
-                self._folder.joinpath(self._plan.files[-1]).read_bytes(),
-                self._raw,
-            )
+            raw = self._folder.joinpath(self._plan.files[-1]).read_bytes()
+            _hold("the raw data file", raw, self._raw)
         if self._before.snapshot is not None:
             async with await self._open(snapshot=SNAPSHOT) as node:
-                if await node.pread(0, node.size) != self._before.snapshot:
+                if await _disk(node, contents) != self._before.snapshot:
                     raise Broken("the internal snapshot has changed")
 
     async def _writing(self, *, peer: bool) -> None:
@@ -173,6 +174,30 @@ class Judge:
         found = await check(node.metadata_file, node.header)
         if found.corruptions or found.check_errors or (found.leaks and not leaks):
             raise Broken(f"our check: {'; '.join(found.findings[:5])}")
+
+
+async def _disk(node: BlockNode, contents: Mapping[str, bytes | bytearray] | None) -> bytearray:
+    """All guest bytes of a node."""
+    if contents is None or node.file is None:
+        return await node.pread(0, node.size)
+    content = contents[Path(node.file.path).name]
+    sectors = np.zeros((-(-len(content) // SECTOR) + 1, SECTOR), np.uint8)  # the last is zero
+    sectors.reshape(-1)[: len(content)] = np.frombuffer(content, np.uint8)
+    disk = np.zeros((node.size // SECTOR, SECTOR), np.uint8)
+    at = 0
+    while at < node.size:
+        runs = await node.lookup(at, node.size - at)
+        plain = (runs.kind == DATA) & (runs.depth == 1)
+        first, count = runs.starts[plain] // SECTOR, runs.lengths[plain] // SECTOR
+        shift = np.repeat(runs.host[plain] // SECTOR - first, count)
+        places = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
+        disk[places] = sectors[np.minimum(places + shift, len(sectors) - 1)]
+        for row in np.flatnonzero(~plain & (runs.kind != ZERO)).tolist():
+            start, end = int(runs.starts[row]), int(runs.ends[row])
+            part = np.frombuffer(await node.pread(start, end - start), np.uint8)
+            disk[start // SECTOR : end // SECTOR] = part.reshape(-1, SECTOR)
+        at = runs.end
+    return bytearray(disk.data.cast("B"))
 
 
 def _hold(what: str, content: bytes | bytearray, cells: Cells) -> None:

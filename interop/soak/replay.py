@@ -77,20 +77,22 @@ def images(epoch: Epoch, rng: Random, others: int) -> Iterator[tuple[str, Conten
     for change in [None, *epoch.pending]:
         if change:
             apply(change, contents[change.file])
-        if _is_new(contents, seen):
+        if _is_new(epoch, contents, seen):
             yield "prefix", contents
     for _ in range(min(others, len(epoch.pending) - 1)):
         for kind in "subset", "torn":
             contents = _some(epoch, rng, torn=kind == "torn")
-            if _is_new(contents, seen):
+            if _is_new(epoch, contents, seen):
                 yield kind, contents
 
 
-def _is_new(contents: Contents, seen: set[bytes]) -> bool:
+def _is_new(epoch: Epoch, contents: Contents, seen: set[bytes]) -> bool:
+    """Whether no image of the epoch was like this one: they differ in what is pending only."""
     digest = blake2b(digest_size=16)
     for content in contents.values():
         digest.update(len(content).to_bytes(8, "big"))
-        digest.update(content)
+    for change in epoch.pending:
+        digest.update(contents[change.file][change.offset : change.offset + change.length])
     new = digest.digest() not in seen
     seen.add(digest.digest())
     return new
