@@ -201,7 +201,7 @@ async def _writable(path: str) -> AsyncIterator[BlockNode]:
     try:
         await node.close()
     except OSError as error:
-        raise WriteError(f"{path}: cannot finish the image: {reason(error)}") from error
+        raise WriteError(f"{path}: {reason(error)}") from error
 
 
 async def _locked(path: str) -> BlockNode:

@@ -168,7 +168,7 @@ def test_an_image_that_cannot_be_finished(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Qcow2Node, "finish", finish)
-    said = f"{path}: cannot finish the image: No space left on device"
+    said = f"{path}: it could not be finished: No space left on device"
     with pytest.raises(WriteError) as raised:
         copied(source, path, format="qcow2", existing=not is_new)
     assert str(raised.value) == said + ("" if is_new else f"; {path} is incomplete now")
