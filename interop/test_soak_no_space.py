@@ -84,7 +84,7 @@ def fill(image: Image, under: Sequence[str], make_room: Callable[[str], None] | 
             writer = Mix(shadow, form_of(image.row))
             asyncio.run(run(writer, uri, "room"))
             assert not any("ENOSPC" in kind for kind in writer.counts)
-    verdict.judge(image, before, shadow.content)
+    verdict.judge(image, before, shadow)
 
 
 async def run(mix: Mix, uri: str, seed: str) -> None:

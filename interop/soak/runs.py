@@ -51,8 +51,7 @@ def run_row(row: Row, folder: Path, requests: int, *, by_libnbd: int = 0) -> Cou
                     shadow.content = _through_libnbd(image, uri, by_libnbd, mix)
                 elif not last and not row.bitmaps:  # else what they are to hold would be open
                     asyncio.run(mix.run(uri, LAST, f"left {row.seed} {session}", leave=True))
-            shadow.abandoned(verdict.guest_disk(image.path))
-            verdict.judge(image, before, shadow.content)
+            verdict.judge(image, before, shadow)
         mix.counts["bitmaps"] = verdict.judge_bitmaps(image, mix.changes)
     except Exception as error:
         error.add_note(f"{row}, {requests} requests")

@@ -82,7 +82,7 @@ class Turns:
             turn = self._rng.choice(others) if number % 2 else self._by_pynbd
             try:
                 turn(requests)
-                verdict.judge(self.image, self.before, self._mix.shadow.content)
+                verdict.judge(self.image, self.before, self._mix.shadow)
             except Exception as error:
                 error.add_note(f"turn {number}, {turn.__name__}: {self.row}")
                 raise
