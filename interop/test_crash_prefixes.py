@@ -11,7 +11,7 @@ import pytest
 from interop.soak.crashes import Variant, crash_run, images_of
 from interop.soak.plans import PLANS, Plan
 
-COUNT = 16  # requests of a session
+COUNT = 12  # requests of a session
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)

@@ -213,8 +213,11 @@ def main(wanted: int = 20_000, seed: int = 1) -> Counter[str]:
     counts: Counter[str] = Counter()
     started = time.monotonic()
     for number in itertools.count(seed):
+        variant = list(Variant)[number % len(Variant)]
+        print(
+            f"  {images_of(counts)} images so far; runs with seed {number}: {variant}", flush=True
+        )
         for plan in (*PLANS, RAW):
-            variant = list(Variant)[number % len(Variant)]
             counts += asyncio.run(crash_run(plan, number, variant=variant))
             counts["runs"] += 1
             if images_of(counts) >= wanted:

@@ -18,11 +18,13 @@ from interop.soak.cells import CELL, Request, stamped
 SNAPSHOT = "before"
 AUTOCLEAR = 88  # where the header has its autoclear features, 64 bits
 K, M = 1 << 10, 1 << 20
+FULL = 2_021_376  # with clusters of 512 bytes: the tables, and a few clusters less than 2 MiB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An image. ``filled``: the part of the guest that is written before the run begins.
+    """An image. ``filled``: the part of the guest that is written before the run begins, in runs of
+    clusters; or ``full``, so many bytes of it from the beginning.
 
     ``bitmaps``: the granularities of enabled ones; beside them there is a disabled one.
     ``autoclear``: a feature that nobody knows is there, and must not be once something changes.
@@ -41,6 +43,7 @@ class Plan:
     bitmaps: tuple[int, ...] = ()
     autoclear: bool = False
     filled: float = 0.3
+    full: int = 0
     format: str = "qcow2"
 
     @property
@@ -70,8 +73,8 @@ PLANS = (
     Plan("wide", 512 * K, 1 * K, refcount_bits=32, compressed=True),
     Plan("blocks", 256 * K, 512, refcount_bits=64),
     # A refcount table of one cluster speaks of 2 MiB here: it has to grow, and it does soon.
-    Plan("growing", 2 * M + 512 * K, 512, refcount_bits=64, filled=1.3),
-    Plan("growing-again", 2 * M + 512 * K, 512, refcount_bits=64, filled=0.72, snapshot=True),
+    Plan("growing", 2 * M + 512 * K, 512, refcount_bits=64, full=FULL),
+    Plan("growing-again", 2 * M + 512 * K, 512, refcount_bits=64, full=FULL, snapshot=True),
     Plan("shared", 1 * M, 4 * K, snapshot=True, filled=0.7),
     Plan("packed", 1 * M, 4 * K, compressed=True, snapshot=True, filled=0.7),
     Plan("overlay", 1 * M, 64 * K, backing="qcow2", filled=0.1),
@@ -111,7 +114,8 @@ def build(plan: Plan, folder: Path) -> Path:
     _write(plan, image, rng, plan.filled, compressed=plan.compressed)
     if plan.snapshot:
         peers.run("qemu-img", "snapshot", "-c", SNAPSHOT, image.name, cwd=folder)
-        _write(plan, image, rng, plan.filled / 4)
+        if not plan.full:
+            _write(plan, image, rng, plan.filled / 4)
     for granularity in plan.bitmaps:
         add = ["bitmap", "--add", "-g", str(granularity), image.name, f"b{granularity}"]
         peers.run("qemu-img", *add, cwd=folder)
@@ -145,6 +149,13 @@ def _backing(plan: Plan, folder: Path, rng: Random) -> list[str]:
 
 def _write(plan: Plan, image: Path, rng: Random, part: float, *, compressed: bool = False) -> None:
     """Runs of clusters of noise, and some of zeroes, over ``part`` of the guest."""
+    if plan.full:
+        noise = image.with_name("noise")
+        noise.write_bytes(rng.randbytes(plan.full))
+        write = f"write -q -s {noise.name} 0 {plan.full}"
+        peers.run("qemu-io", "-f", "qcow2", "-c", write, image.name, cwd=image.parent)
+        noise.unlink()
+        return
     clusters = plan.size // plan.cluster
     left = max(int(clusters * part), 1)
     commands: list[str] = []
@@ -174,7 +185,9 @@ def requests(plan: Plan, rng: Random, count: int, first_number: int) -> Iterator
     """``count`` requests, in groups that are asked in one call (adjacent writes)."""
     cells = plan.size // CELL
     granule = plan.granule // CELL
-    hot = rng.randrange(cells)  # where requests meet, and clusters are freed and used again
+    hot = plan.full // CELL or rng.randrange(
+        cells
+    )  # where requests meet, and clusters are freed and used again
     number = first_number
     while number < first_number + count:
         kind = rng.choices(("write", "zeroes", "discard", "flush"), (58, 14, 16, 12))[0]
