@@ -192,16 +192,17 @@ class BlockNode(ABC):
         """Look up and remember the window from guest offset ``start``."""
         resolved = self.resolved
         stop = min(start + resolved.span, self.size)
-        while True:
-            changes = resolved.changes
-            runs = await self.lookup(start, stop - start)
-            while runs.end < stop:  # a short answer
-                more = await self.lookup(runs.end, stop - runs.end)
-                runs = concatenate([runs, more])
-            if resolved.changes == changes:  # else the mapping changed while it was looked up
-                window = Window(runs)
-                resolved.keep(window)
-                return window
+        changes = resolved.changes
+        runs = await self.lookup(start, stop - start)
+        while runs.end < stop:  # a short answer
+            more = await self.lookup(runs.end, stop - runs.end)
+            runs = concatenate([runs, more])
+        window = Window(runs)
+        # If the mapping changed meanwhile, this is good for the one who asks, whose pins hold all
+        # that was there when he began; and looking again might never end.
+        if resolved.changes == changes:
+            resolved.keep(window)
+        return window
 
     async def fetch(self, extent: Extent, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the guest bytes from ``offset``, all of them inside ``extent``.

@@ -51,7 +51,7 @@ async def test_a_shared_table_is_copied_before_its_first_change(tmp_path: Path) 
     """As a whole, though one entry changes; the snapshot keeps the old one."""
     path = tmp_path / "x.qcow2"
     clusters = {number * C: Data(bytes([number + 1]) * C) for number in range(4)}
-    Image(size=2 * SPAN, clusters=clusters, snapshots=[InternalSnapshot("s", clusters)]).write(path)
+    Image(size=16 * MiB, clusters=clusters, snapshots=[InternalSnapshot("s", clusters)]).write(path)
     (before, *_) = await entries(path)
     # QEMU shares the table too, when a snapshot is made: the active L1 names that of the snapshot.
     header = await header_of(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pynbd.block.extent import Runs
 from pynbd.block.qcow2.builder import Bitmap, Image, poke
 from pynbd.block.qcow2.format import AUTOCLEAR_OFFSET, Autoclear, Compatible
 from tests.block.qcow2.writing import (
@@ -103,6 +104,28 @@ async def test_copy_on_write_does_not_wait_for_a_write_in_place(tmp_path: Path) 
             gate.opened.set()
             await slow
             assert bytes(await node.pread(10, 4)) == b"slow"
+    await sound(path)
+
+
+async def test_a_read_does_not_look_again_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's clusters are allocated whenever it has looked something up."""
+    path = create(tmp_path / "x.qcow2", 64 * MiB)
+    async with writable(path) as node:
+        await write(node, 0, b"a" * CLUSTER)
+        lookup, others = node.lookup, iter(range(1, 100))
+
+        async def busy(offset: int, length: int) -> Runs:
+            runs = await lookup(offset, length)
+            await write(node, next(others) * CLUSTER, b"x")
+            return runs
+
+        monkeypatch.setattr(node, "lookup", busy)
+        assert await node.pread(0, 10) == b"a" * 10
+        assert next(others) <= 4
+        monkeypatch.undo()
+        assert bytes(await node.pread(CLUSTER, 2)) == b"x\0"
     await sound(path)
 
 
