@@ -48,7 +48,7 @@ def new_file(
 
 def open_to_write(engine: Engine, path: str, cache: CacheMode = Cache.WRITEBACK.mode) -> HostFile:
     """Open and lock a file or block device. Raises `ImageError`, `ImageLocked`."""
-    if not os.access(path, os.W_OK):
+    if os.path.exists(path) and not os.access(path, os.W_OK):
         raise ImageError(f"{path}: it may not be written")
     try:
         return open_host_file(engine, path, writable=True, cache=cache)

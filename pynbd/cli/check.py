@@ -7,7 +7,6 @@ standard error, a line for each place.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from contextlib import ExitStack, closing
 
@@ -16,6 +15,7 @@ import click
 from pynbd.block.chain import FORMATS
 from pynbd.block.engine import Engine
 from pynbd.block.file import open_host_file
+from pynbd.block.new_file import open_to_write
 from pynbd.block.probe import PROBE_LENGTH, probe_format
 from pynbd.block.qcow2.check import check as check_image
 from pynbd.block.qcow2.image import read_header
@@ -25,7 +25,9 @@ from pynbd.cli.complaints import complain
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import configure
 from pynbd.cli.output import printable, standard_output
+from pynbd.cli.transfer import run
 from pynbd.errors import ImageError, UsageError
+from pynbd.protocol.uri import is_uri
 
 _NOT_CHECKED, _CORRUPT, _LEAKS, _NO_CHECK = 1, 2, 3, 63
 
@@ -112,12 +114,14 @@ def check(
     Images below it are not looked at. Nobody else may write it meanwhile; for a repair, nobody may
     use it.
     """
+    if not image or is_uri(image):
+        raise UsageError(f"IMAGE: {image!r} is not the name of a file")
     if fix and force_share:
         raise UsageError("--repair excludes --force-share: nobody else may use the image meanwhile")
     wanted = Fix(fix) if fix else None
     configure(verbose=False, trace=False, log_format="text")
     try:
-        report = asyncio.run(_check(image, format_name, wanted, force_share=force_share))
+        report = run(_check(image, format_name, wanted, force_share=force_share))
     except _NoCheck as error:
         complain("pynbd", str(error), _NO_CHECK)
     if not quiet:
@@ -137,11 +141,12 @@ async def _check(
 ) -> Report:
     with ExitStack() as open_ones:
         engine = open_ones.enter_context(closing(Engine()))
-        file = open_ones.enter_context(
-            closing(
-                open_host_file(engine, image, writable=fix is not None, force_share=force_share)
-            )
+        file = (
+            open_host_file(engine, image, writable=False, force_share=force_share)
+            if fix is None
+            else open_to_write(engine, image)
         )
+        open_ones.enter_context(closing(file))
         looks_like = probe_format(await file.read_bytes(PROBE_LENGTH, 0))
         if (format_name or looks_like) != "qcow2":
             name = format_name or looks_like

@@ -4,13 +4,21 @@ interop/test_check_*.py.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pynbd.block.creation import create_image
 from pynbd.block.engine import Engine
 from pynbd.block.file import open_host_file
+from pynbd.block.new_file import Preallocation
 from pynbd.block.qcow2.builder import Compressed, Data, Image, Written, poke
 from tests.cli.looking import pynbd, pynbd_here
 
@@ -197,11 +205,47 @@ def test_refused(
     assert done == (status, "", f"pynbd: {said}\n")
 
 
+@pytest.mark.parametrize("options", [[], ["-r", "all"]])
 def test_nothing_there(
-    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     said = "pynbd: disk.qcow2: cannot be opened: No such file or directory\n"
-    assert pynbd_here(monkeypatch, capsys, "check", disk) == (1, "", said)
+    assert pynbd_here(monkeypatch, capsys, "check", *options, disk) == (1, "", said)
+
+
+@pytest.mark.parametrize("name", ["", "nbd://localhost"])
+def test_names_of_no_files(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = f"pynbd: IMAGE: {name!r} is not the name of a file\n"
+    assert pynbd_here(monkeypatch, capsys, "check", name) == (2, "", said)
+
+
+def test_interrupted(disk: Path) -> None:
+    """In one line, with the status of a signal."""
+    line = [sys.executable, "-m", "pynbd", "check", str(disk)]
+    # Long enough to be met: 2^23 clusters, in a sparse file.
+    asyncio.run(create_image(str(disk), size=1 << 39, preallocation=Preallocation.METADATA))
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        while not any(
+            os.path.realpath(link) == str(disk.resolve())
+            for link in Path(f"/proc/{process.pid}/fd").iterdir()
+        ):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate()[1] == "pynbd: interrupted\n"
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_closed_standard_descriptors(disk: Path) -> None:
+    """What it opens does not become its standard error, or anything else that is written to."""
+    with_a_leak(disk)
+    line = f'exec "{sys.executable}" -m pynbd check -r all "{disk}" <&- >&- 2>&-'
+    assert subprocess.run(["/bin/sh", "-c", line], check=False, timeout=30).returncode == 0
+    assert pynbd("check", disk).returncode == 0
 
 
 def test_somebody_writes(
@@ -232,7 +276,9 @@ def test_somebody_reads(
     reader = open_host_file(engine, str(disk), writable=False)
     try:
         assert pynbd_here(monkeypatch, capsys, "check", "-q", disk)[0] == 3
-        assert pynbd_here(monkeypatch, capsys, "check", "-q", "-r", "all", disk)[0] == 1
+        # No hint at -r: here it is another option than that of `pynbd serve`.
+        said = "pynbd: disk.qcow2: another process uses it\n"
+        assert pynbd_here(monkeypatch, capsys, "check", "-r", "all", disk) == (1, "", said)
     finally:
         reader.close()
         engine.close()
