@@ -316,6 +316,7 @@ class HostFile:
         """Write one buffer."""
         (error,) = await self.write_batch([(data, offset)], fua=fua)
         if error:
+            error.filename = self.path
             raise error
 
     async def flush(self) -> None:

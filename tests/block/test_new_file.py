@@ -11,6 +11,7 @@ import pytest
 from pynbd.block.engine import Engine
 from pynbd.block.file import open_host_file
 from pynbd.block.new_file import Preallocation, empty, make_file, new_file, preallocate, remove_made
+from pynbd.block.qcow2.mending import write_all
 from pynbd.errors import ImageError, ImageLocked
 from tests.block.devices import loop_device
 from tests.block.test_engine import largest_file
@@ -77,6 +78,15 @@ async def test_a_size_that_it_cannot_have(engine: Engine, tmp_path: Path) -> Non
         await empty(file, M)
     assert path.read_bytes() == bytes(M)
     assert path.stat().st_blocks == 0
+
+
+async def test_no_space_is_told_with_the_name(engine: Engine, tmp_path: Path) -> None:
+    path = str(tmp_path / "file")
+    with new_file(engine, path) as file, largest_file(M):
+        for write in (file.write(b"x", M), write_all(file, [(b"x", M)])):
+            with pytest.raises(OSError, match="File too large") as raised:
+                await write
+            assert raised.value.filename == path
 
 
 @pytest.mark.parametrize("how", Preallocation)

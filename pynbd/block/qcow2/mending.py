@@ -37,6 +37,7 @@ async def write_all(file: HostFile, pieces: Sequence[Piece]) -> None:
     """Write all ``pieces``. Raises the first ``OSError``."""
     for error in await file.write_batch(pieces) if pieces else ():
         if error:
+            error.filename = file.path
             raise error
 
 
