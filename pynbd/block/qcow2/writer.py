@@ -269,7 +269,10 @@ class Writer:
             except CorruptImage as damage:
                 errors = [await self._damaged(damage)] * len(step)
             except OSError as error:
-                errors = [error] * len(step)
+                if len(step) == 1:
+                    errors = [error]
+                else:  # nothing was linked; which of them it was is found out one by one
+                    errors = [each for one in step for each in await self._allocating([one])]
             for index, failed in zip(indexes, errors, strict=True):
                 results[index] = results[index] or failed
         return results
