@@ -346,3 +346,18 @@ async def test_half_of_a_batch(tmp_path: Path) -> None:
             assert await node.pread(8 * C, C) == b"c" * C
             assert not any(await node.pread(12 * C, C))
     await sound(path)
+
+
+async def test_one_of_a_batch_has_no_space(tmp_path: Path) -> None:
+    """It needs a new table; the others are written."""
+    path = create(tmp_path / "x.qcow2", 2048 * MiB)
+    with watched() as host:
+        async with writable(path) as node:
+            await write(node, 0, b"a")
+            host.trouble = lambda call: errno.ENOSPC * (call.name == "fallocate")
+            errors = await node.pwrite_batch([(C, b"b"), (1024 * MiB, b"c"), (2 * C, b"d")])
+            assert [error and error.errno for error in errors] == [None, errno.ENOSPC, None]
+            host.trouble = lambda call: 0
+            assert bytes(await node.pread(C, 1) + await node.pread(2 * C, 1)) == b"bd"
+            assert not any(await node.pread(1024 * MiB, C))
+    await sound(path)
