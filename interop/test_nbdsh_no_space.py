@@ -75,7 +75,6 @@ def test_a_full_host(options: str, tmp_path: Path) -> None:
     assert raw.read_bytes() == b"".join(expected)
 
 
-@pytest.mark.xfail(reason="a bitmap's table names a cluster of bits that could not be written")
 def test_an_end_that_fails(tmp_path: Path) -> None:
     """There is no space for the bits of a bitmap: that is told, and what was flushed is there."""
     peers.require("nbdsh", "qemu-img", "qemu-io")

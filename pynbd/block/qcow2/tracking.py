@@ -29,6 +29,9 @@ from pynbd.errors import CorruptImage
 
 _FLAGS = struct.Struct(">I")
 
+# Of bits that are written in one go.
+_BYTES_PER_STEP = 4 << 20
+
 
 @dataclass(slots=True)
 class _Tracked:
@@ -107,8 +110,7 @@ class Tracking:
             return
         for tracked in self._tracked:
             await self._write_bits(tracked)
-        await self._commits.commit()
-        await self._commits.barrier(Rule.STORED)
+        await self._commits.commit()  # Rule.STORED: it ends with a barrier
         await self._set_flags(BitmapFlags.NONE)
         await self._file.flush()
         self._in_use = False
@@ -122,28 +124,40 @@ class Tracking:
             raise error
 
     async def _write_bits(self, tracked: _Tracked) -> None:
+        entries = len(tracked.table.values)
+        step = max(_BYTES_PER_STEP // self._header.cluster_size, 1)
+        for first in range(0, entries, step):
+            await self._write_step(tracked, first, min(first + step, entries))
+
+    async def _write_step(self, tracked: _Tracked, first: int, last: int) -> None:
+        """Write the bits of entries [first, last) of a bitmap table, and then link them."""
         size, table = self._header.cluster_size, tracked.table
-        pieces: list[tuple[Buffer, int]] = []
         with memoryview(tracked.bitmap.bits) as bits:
-            for index, entry in enumerate(table.values.tolist()):
-                part = bytes(bits[index * size : (index + 1) * size])
-                host_offset = entry & BITMAP_TABLE_OFFSET_MASK
-                if not any(part):
-                    self._commits.free([(host_offset, size)] if host_offset else [])
-                    host_offset = 0
-                elif host_offset:
-                    self._check(host_offset)
-                else:
-                    (run,) = await self._refcounts.allocate(1)
-                    host_offset = run.host_offset
-                    self._places.mark(host_offset)
-                if host_offset != entry:
-                    table.values[index] = host_offset
-                    self._commits.link(table, index, index + 1)
-                if host_offset:
-                    pieces.append((part.ljust(size, b"\0"), host_offset))
-        for error in filter(None, await self._file.write_batch(pieces)):
+            data = bytes(bits[first * size : last * size]).ljust((last - first) * size, b"\0")
+        used = [part.any() for part in np.frombuffer(data, np.uint8).reshape(-1, size)]
+        old = (table.values[first:last] & np.uint64(BITMAP_TABLE_OFFSET_MASK)).tolist()
+        for host_offset, wanted in zip(old, used, strict=True):
+            if host_offset and wanted:
+                self._check(host_offset)
+        homeless = [index for index, at in enumerate(old) if used[index] and not at]
+        runs = await self._refcounts.allocate(len(homeless)) if homeless else []
+        places = [run.host_offset + at * size for run in runs for at in range(run.clusters)]
+        new = [at if wanted else 0 for at, wanted in zip(old, used, strict=True)]
+        for index, place in zip(homeless, places, strict=True):
+            new[index] = place
+        pieces = [
+            (data[index * size : (index + 1) * size], at) for index, at in enumerate(new) if at
+        ]
+        for error in filter(None, await self._file.write_batch(pieces) if pieces else ()):
+            await self._refcounts.unallocate(runs)
             raise error
+        for place in places:
+            self._places.mark(place)
+        self._commits.free(
+            [(at, size) for at, left in zip(old, new, strict=True) if at != left and at]
+        )
+        table.values[first:last] = new
+        self._commits.link(table, first, last)
 
     def _check(self, host_offset: int) -> None:
         there = self._places.names(host_offset)
