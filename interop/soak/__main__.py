@@ -13,7 +13,7 @@ from interop.soak import crashes, kill
 from interop.soak.far import SHAPES, run_far
 from interop.soak.matrix import FACTORS, Row, pairs, rows
 from interop.soak.mix import KINDS
-from interop.soak.runs import SESSIONS, run_row
+from interop.soak.runs import run_row
 from interop.soak.turns import CHOICES, Turns
 
 PARTS = ("mix", "far", "turns", "crashes", "kill")
@@ -24,12 +24,12 @@ _LIBNBD_EVERY = 4
 def mix(requests: int, seed: int, only: str | None) -> None:
     """The requests, spread over the images of the matrix."""
     matrix = rows(seed)
-    each = -(-requests // len(matrix) // SESSIONS) * SESSIONS
+    each = -(-requests // len(matrix))
     counts, started = Counter[str](), time.monotonic()
     for number, row in enumerate(matrix):
         if only in (None, row.name):
-            by_libnbd = each // 6 // SESSIONS * SESSIONS if number % _LIBNBD_EVERY == 0 else 0
-            counts += _mixed(row, each, by_libnbd)
+            by_libnbd = each // 6 if number % _LIBNBD_EVERY == 0 else 0
+            counts += _mixed(row, each - by_libnbd, by_libnbd)
     kinds = sum(counts[kind] for kind in KINDS)
     met = len({pair for row in matrix for pair in pairs(row.choice)})
     print(

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from contextlib import AbstractContextManager
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from interop.soak.mix import Form, Mix, Request
 from interop.soak.shadow import Bytes, Shadow
 
 LIBNBD_MIX = Path(__file__).with_name("libnbd_mix.py")
-# How often the server is ended, and the image looked at, in a run.
-SESSIONS = 3
+# Requests of the first and the last session of an image with bitmaps: few enough that they do not
+# mark all of it.
+FEW = 24
 # Requests before the clients leave in the middle of a session.
 LAST = 60
 
@@ -32,27 +34,36 @@ def by_pynbd(path: Path, *options: str) -> AbstractContextManager[str]:
     return serving(path, "-f", "qcow2", *options)
 
 
+def sessions(row: Row, requests: int) -> list[int]:
+    """After so many requests each the server is ended, and the image looked at."""
+    few = [FEW] if row.bitmaps else []
+    most = requests - 2 * sum(few)
+    return [*few, most - most // 2, most // 2, *few]
+
+
 def run_row(row: Row, folder: Path, requests: int, *, by_libnbd: int = 0) -> Counter[str]:
-    """Send so many requests to the image of a row, ``by_libnbd`` of them through that; what was
+    """Send so many requests to the image of a row, and ``by_libnbd`` others through that; what was
     answered, by kinds. Raises AssertionError, which names the row.
     """
     try:
         image = build(row, folder / "image")
+        twin = verdict.Twin(image, folder / "twin") if row.bitmaps else None
         before = verdict.Before(image)
         shadow = Shadow(verdict.guest_disk(image.path))
         verdict.judge_raw(image, shadow.content)
         mix = Mix(shadow, form_of(row))
-        for session, detect in zip(range(SESSIONS), ("off", "on", "unmap"), strict=True):
-            last = session == SESSIONS - 1
-            with by_pynbd(image.path, f"--detect-zeroes={detect}") as uri:
-                count = (requests - by_libnbd) // SESSIONS
+        detecting = cycle(("off", "on", "unmap"))
+        for session, count in enumerate(sessions(row, requests)):
+            with by_pynbd(image.path, f"--detect-zeroes={next(detecting)}") as uri:
                 asyncio.run(_mixed(mix, uri, count, f"mix {row.seed} {session}"))
-                if last and by_libnbd:
+                if session == 1 and by_libnbd:
                     shadow.content = _through_libnbd(image, uri, by_libnbd, mix)
-                elif not last and not row.bitmaps:  # else what they are to hold would be open
+                elif twin is None:  # else what the bitmaps are to hold would be open
                     asyncio.run(mix.run(uri, LAST, f"left {row.seed} {session}", leave=True))
             verdict.judge(image, before, shadow)
-        mix.counts["bitmaps"] = verdict.judge_bitmaps(image, mix.changes)
+            if twin:
+                mix.counts["bitmaps"] += twin.judge_bitmaps(mix.changes)
+                mix.changes.clear()
     except Exception as error:
         error.add_note(f"{row}, {requests} requests")
         raise

@@ -105,18 +105,28 @@ def _sectors(extents: Iterable[dict[str, int]]) -> Iterator[int]:
             yield from range(first, first - -extent["length"] // 512)
 
 
-def judge_bitmaps(image: Image, changes: Sequence[Request]) -> int:
-    """Let qemu-nbd carry out the same on a twin; how many bitmaps were compared."""
-    names = [name for name, _, _ in image.row.bitmaps]
-    if names:
-        twin = build(image.row, image.path.parent.with_name("twin"))
-        with peers.qemu_nbd(twin.path, "-f", "qcow2", "--discard=unmap") as uri:
+class Twin:
+    """A second image of a row, to which qemu-nbd does what was done to the first."""
+
+    def __init__(self, image: Image, folder: Path) -> None:
+        self._image = image
+        self._twin = build(image.row, folder)
+        self._names = [name for name, _, _ in image.row.bitmaps]
+
+    def judge_bitmaps(self, changes: Sequence[Request]) -> int:
+        """Hold them against each other after these changes, and let those that record begin anew;
+        how many there are.
+        """
+        with peers.qemu_nbd(self._twin.path, "-f", "qcow2", "--discard=unmap") as uri:
             asyncio.run(replay(uri, changes))
-        for name, ours, theirs in zip(
-            names, dirty(image.path, names), dirty(twin.path, names), strict=True
-        ):
+        both = [dirty(image.path, self._names) for image in (self._image, self._twin)]
+        for name, ours, theirs in zip(self._names, *both, strict=True):
             assert ours == theirs, f"bitmap {name}: {_difference(ours, theirs, changes)}"
-    return len(names)
+        for image in self._image, self._twin:
+            for name, _, enabled in image.row.bitmaps:
+                if enabled:
+                    peers.run("qemu-img", "bitmap", "--clear", image.path, name)
+        return len(self._names)
 
 
 def _difference(ours: set[int], theirs: set[int], changes: Sequence[Request]) -> str:
