@@ -15,10 +15,10 @@ import numpy as np
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.engine import HostFile
 from pynbd.block.node import BlockNode
-from pynbd.block.qcow2 import bitmaps
+from pynbd.block.qcow2 import bitmaps, snapshots
 from pynbd.block.qcow2.bitmaps import BitmapEntry
 from pynbd.block.qcow2.format import BitmapFlags, Compatible, Incompatible
-from pynbd.block.qcow2.image import Qcow2Node, read_snapshots
+from pynbd.block.qcow2.image import Qcow2Node
 from pynbd.block.qcow2.snapshots import Snapshot
 from pynbd.block.window import round_up
 
@@ -70,7 +70,7 @@ async def _qcow2_info(node: Qcow2Node) -> Info:
         "dirty-flag": Incompatible.DIRTY in header.incompatible,
         "format-specific": {"type": "qcow2", "data": await _specific(node)},
     }
-    if known := await read_snapshots(file, header):
+    if known := await snapshots.load(file, header):
         info["snapshots"] = [_snapshot_info(snapshot) for snapshot in known]
     if header.backing_file is not None:
         info["backing-filename"] = header.backing_file

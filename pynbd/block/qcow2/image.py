@@ -29,10 +29,7 @@ from pynbd.block.qcow2.damage import DamageLog
 from pynbd.block.qcow2.entries import UInt64s, compressed_range
 from pynbd.block.qcow2.format import (
     L1E_OFFSET_MASK,
-    MAX_SNAPSHOT_EXTRA,
-    MAX_SNAPSHOT_TABLE_BYTES,
     SECTOR,
-    SNAPSHOT_ENTRY,
     Incompatible,
 )
 from pynbd.block.qcow2.header import Header
@@ -56,8 +53,6 @@ _MIN_WINDOW = 1 << 20
 _MAX_WINDOW = 1 << 26
 
 _MOST_FIRST_CLUSTERS = 1 << 16
-
-_MAX_SNAPSHOT_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
 
 
 class Qcow2Node(BlockNode):
@@ -122,7 +117,7 @@ class Qcow2Node(BlockNode):
             log.warning("%s: the image is marked corrupt; it is only read", file.path)
         table, entries, size = header.l1_table_offset, header.l1_size, header.virtual_size
         persistent = PersistentBitmaps()
-        known = await read_snapshots(file, header)
+        known = await snapshots.load(file, header)
         if snapshot is None:
             persistent = await bitmaps.load(file, header)
         else:
@@ -273,16 +268,6 @@ async def read_header(file: HostFile) -> Header:
     if headers.first_cluster(data) > len(data) == _MOST_FIRST_CLUSTERS:
         data = await file.read_bytes(headers.first_cluster(data), 0)
     return headers.parse(data, name=file.path, file_size=file.size())
-
-
-async def read_snapshots(file: HostFile, header: Header) -> list[Snapshot]:
-    """The internal snapshots of the image in ``file``. Raises `CorruptImage`."""
-    if not header.nb_snapshots:
-        return []
-    length = min(header.nb_snapshots * _MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_BYTES)
-    length = max(min(length, file.size() - header.snapshots_offset), 0)
-    data = await file.read_bytes(length, header.snapshots_offset)
-    return snapshots.parse(data, header, name=file.path)
 
 
 def _find_snapshot(known: Sequence[Snapshot], wanted: str, path: str) -> Snapshot:

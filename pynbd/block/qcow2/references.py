@@ -26,10 +26,7 @@ from pynbd.block.qcow2.format import (
     L1E_OFFSET_MASK,
     L1E_RESERVED_MASK,
     L1E_SIZE,
-    MAX_SNAPSHOT_EXTRA,
     MAX_SNAPSHOT_L1_BYTES,
-    MAX_SNAPSHOT_TABLE_BYTES,
-    SNAPSHOT_ENTRY,
     Autoclear,
 )
 from pynbd.block.qcow2.header import Header
@@ -47,8 +44,6 @@ _WIDEST = (1 << 32) - 1  # no cluster has more references
 
 # So many L2 entries are looked at in the loop's own time, more of them in the pool.
 _ENTRIES_IN_THE_LOOP = 1 << 14
-
-_MAX_SNAPSHOT_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
 
 
 class References:
@@ -258,7 +253,7 @@ class References:
         header, report = self._header, self._report
         if not header.nb_snapshots:
             return
-        self.snapshots = await _read_snapshots(self._file, header)
+        self.snapshots = await snapshots.load(self._file, header, padded=True)
         for number, one in enumerate(self.snapshots):
             name = f"snapshot {one.id!r}: L1 table"
             if header.version >= 3 and len(one.extra) < snapshots.EXTRA_V3:
@@ -312,11 +307,3 @@ class References:
                 for index in rows
             ),
         )
-
-
-async def _read_snapshots(file: HostFile, header: Header) -> list[Snapshot]:
-    """As far as the table is past the end of the file, its entries read as zeroes."""
-    length = min(header.nb_snapshots * _MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_BYTES)
-    there = max(min(length, file.size() - header.snapshots_offset), 0)
-    data = await file.read_bytes(there, header.snapshots_offset)
-    return snapshots.parse(data.ljust(length, b"\0"), header, name=file.path)

@@ -1,10 +1,11 @@
-"""The internal snapshot table (docs/interop/qcow2.rst, "Snapshots"; pure)."""
+"""The internal snapshot table (docs/interop/qcow2.rst, "Snapshots")."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pynbd.block.engine import HostFile
 from pynbd.block.qcow2.extensions import to_bytes
 from pynbd.block.qcow2.format import (
     L1E_SIZE,
@@ -20,6 +21,7 @@ from pynbd.errors import CorruptImage, UsageError
 
 # Bytes of extra data that version 3 demands: vm_state_size and disk_size.
 EXTRA_V3 = SNAPSHOT_EXTRA.vm_state_size.sizeof() + SNAPSHOT_EXTRA.disk_size.sizeof()
+_MAX_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
 _NANOSECONDS = 10**9
 
 
@@ -55,6 +57,18 @@ class Snapshot:
         else:
             return
         raise CorruptImage(f"{name}: the L1 table of the snapshot {self.id!r} {problem}")
+
+
+async def load(file: HostFile, header: Header, *, padded: bool = False) -> list[Snapshot]:
+    """The internal snapshots of the image in ``file``. ``padded``: as far as the table is past the
+    end of the file, it reads as zeroes. Raises `CorruptImage`.
+    """
+    if not header.nb_snapshots:
+        return []
+    length = min(header.nb_snapshots * _MAX_ENTRY, MAX_SNAPSHOT_TABLE_BYTES)
+    there = max(min(length, file.size() - header.snapshots_offset), 0)
+    data = await file.read_bytes(there, header.snapshots_offset)
+    return parse(data.ljust(length * padded, b"\0"), header, name=file.path)
 
 
 def parse(data: bytes, header: Header, *, name: str) -> list[Snapshot]:
