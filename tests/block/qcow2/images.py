@@ -10,6 +10,7 @@ from pathlib import Path
 
 from interop.samples import qemu_io
 from pynbd.block.qcow2.builder import (
+    Cluster,
     Compressed,
     Data,
     Image,
@@ -64,7 +65,7 @@ def subclusters(folder: Path) -> Path:
     (folder / "base.raw").write_bytes(noise(1, MiB))
     some = 0x0F0F00FF
     shared = {0: Subclusters(noise(3, 65536), some, 0x00F0_0000)}
-    clusters = {
+    clusters: dict[int, Cluster] = {
         **shared,
         1 << 16: Subclusters(noise(4, 65536), some, ~some & 0xFFFFFFFF),
         2 << 16: Subclusters(b"", 0, 0xFFFF),
