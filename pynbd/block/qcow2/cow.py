@@ -123,8 +123,10 @@ class CopyOnWrite:
                 return None
             entry, bitmap = self._links.entry(table, number & self._layout.l2_entries - 1)
             host_offset = self._own(number, entry, bitmap, within, count)
-            if host_offset is None or self._places.hold(host_offset, count):
+            if host_offset is None:
                 return None
+            if not self._layout.data_file and self._places.hold(host_offset, count):
+                return None  # damage, which the slow way tells
             if count < len(data):
                 view = memoryview(data)[done : done + count]
             writes.append((view, host_offset + within))
