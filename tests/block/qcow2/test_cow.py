@@ -191,6 +191,22 @@ async def test_a_data_file(tmp_path: Path, raw: bool) -> None:
         assert bytes_of(name)[:size] == disk
 
 
+async def test_a_data_file_has_no_metadata_in_the_way(tmp_path: Path) -> None:
+    """Where the image has its header, the disk has its first cluster, which is written in place."""
+    path = create(tmp_path / "x.qcow2", MiB, f"data_file={tmp_path}/x.data")
+    with watched() as host:
+        async with writable(path) as node:
+            await write(node, 0, b"a" * MiB)
+            gate = host.gate(lambda call: b"slow" in call.data)
+            slow = asyncio.create_task(write(node, 0, b"slow"))
+            await gate.reached()
+            async with asyncio.timeout(5):
+                await write(node, 100, b"quick")  # no in-place write waits for another
+            gate.opened.set()
+            await slow
+    await sound(path)
+
+
 async def test_the_last_cluster_of_a_disk_is_a_whole_one_in_the_image(tmp_path: Path) -> None:
     path = create(tmp_path / "x.qcow2", 65536 + 512)
     async with writable(path) as node:
