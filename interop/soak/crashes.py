@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -28,7 +28,7 @@ import click
 
 from interop.soak.cells import CELL, Request
 from interop.soak.judging import Before, Broken, Judge
-from interop.soak.plans import PLANS, RAW, Plan, build, requests
+from interop.soak.plans import PLANS, RAW, Files, Plan, build, is_dirty, requests
 from interop.soak.recording import SteppedEngine, Timeline, recorded
 from interop.soak.replay import KINDS, epochs, images
 from pynbd.block.chain import open_image
@@ -39,6 +39,7 @@ from pynbd.errors import PynbdError
 REQUESTS = 60  # of a session, between an opening and a closing
 SESSIONS = 2
 OTHERS = 3  # subsets, and torn images, of an epoch
+REPAIRS = 3  # images of a run that are repaired under record
 PEER_EVERY = 40  # one in so many images is shown to qemu-img
 
 
@@ -166,45 +167,69 @@ async def crash_run(
     *,
     count: int = REQUESTS,
     variant: Variant = Variant.PLAIN,
-    others: int = OTHERS,
     peer_every: int = PEER_EVERY,
     keep: Path | None = None,
 ) -> Counter[str]:
     """One run with ``count`` requests a session, and all of its images; how many there were, by
-    kind.
+    kind. Of those that are marked dirty some are repaired, and that may crash, too.
 
     ``keep``: a folder for an image that breaks a promise. Raises `Crash`.
     """
     counts: Counter[str] = Counter()
     with folders() as (folder, judged):
         image = build(plan, folder)
-        inline = SteppedEngine(0, turns=False)
-        before = await Before.of(plan, image, inline)
+        before = await Before.of(plan, image)
         below = {path.name: path.read_bytes() for path in folder.glob("base.*")}
         for name, content in below.items():
             (judged / name).write_bytes(content)
         timeline, asked = await perform(plan, image, seed, count, variant)
-        judge = Judge(plan, judged, before, asked, inline)
-        rng = Random(seed)
+        judge = Judge(plan, judged, before, asked)
+        dirty: list[Files] = []
         try:
-            for epoch in epochs(timeline, before.files):
-                judge.advance(epoch.end)
-                for kind, crashed in images(epoch, rng, others):
-                    counts[kind] += 1
-                    await judge.judge(crashed, peer=counts.total() % peer_every == 0)
-            kind = "closed"
+            async for left in _judged(judge, timeline, before.files, seed, counts, peer_every):
+                if plan.lazy and len(dirty) < REPAIRS and counts.total() % 16 == 0:
+                    dirty += [left] * is_dirty(left[image.name])
             if variant is not Variant.FAULTS:
                 await judge.closed({name: (folder / name).read_bytes() for name in plan.files})
+            for left in dirty:
+                for name, content in left.items():
+                    (folder / name).write_bytes(content)
+                before = await Before.of(plan, image)
+                timeline, _ = await perform(plan, image, seed, 0, variant)
+                judge = Judge(plan, judged, before, [])
+                async for _ in _judged(judge, timeline, left, seed, counts, peer_every):
+                    counts["crashes of a repair"] += 1
         except Broken as problem:
             if keep:
                 shutil.copytree(judged, keep, dirs_exist_ok=True)
             raise Crash(
                 f"--plan {plan.name} --seed {seed} --count {count} --variant {variant}: image"
-                f" {counts.total()} ({kind}) before moment {epoch.end}: {problem}"
+                f" {images_of(counts)}: {problem}"
             ) from problem
         for name, content in below.items():
             assert (folder / name).read_bytes() == content, f"{name} was written to"
     return counts
+
+
+async def _judged(
+    judge: Judge,
+    timeline: Timeline,
+    files: Files,
+    seed: int,
+    counts: Counter[str],
+    peer_every: int,
+) -> AsyncIterator[Files]:
+    """Every image that a crash can leave, after it was judged. Raises `Broken`."""
+    rng = Random(seed)
+    for epoch in epochs(timeline, files):
+        judge.advance(epoch.end)
+        for kind, left in images(epoch, rng, OTHERS):
+            counts[kind] += 1
+            try:
+                await judge.judge(left, peer=images_of(counts) % peer_every == 0)
+            except Broken as problem:
+                raise Broken(f"{kind} before moment {epoch.end}: {problem}") from problem
+            yield {name: bytes(content) for name, content in left.items()}
 
 
 def main(wanted: int = 20_000, seed: int = 1) -> Counter[str]:

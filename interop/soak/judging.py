@@ -19,11 +19,12 @@ import numpy as np
 
 from interop import peers
 from interop.soak.cells import CELL, Bools, Cells, Request, cells_of
-from interop.soak.plans import SNAPSHOT, Plan, unknown_autoclear
+from interop.soak.plans import SNAPSHOT, Files, Plan, unknown_autoclear
+from interop.soak.recording import SteppedEngine
 from interop.soak.replay import SECTOR
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.chain import open_image
-from pynbd.block.engine import Cache, Engine
+from pynbd.block.engine import Cache
 from pynbd.block.extent import DATA, ZERO
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.check import check
@@ -39,16 +40,17 @@ class Broken(Exception):
 class Before:
     """What there was before the run: the files, and what qemu-img reads in them."""
 
-    files: Mapping[str, bytes]
+    files: Files
     disk: bytes
     snapshot: bytes | None
     bitmaps: Mapping[str, Bools | None]  # by granules; None if it cannot be used
 
     @classmethod
-    async def of(cls, plan: Plan, image: Path, engine: Engine) -> Before:
+    async def of(cls, plan: Plan, image: Path) -> Before:
         files = {name: image.with_name(name).read_bytes() for name in plan.files}
         disk = _converted(plan, image)
         snapshot = _converted(plan, image, "-l", SNAPSHOT) if plan.snapshot else None
+        engine = SteppedEngine(0, turns=False)
         async with await open_image(image, format=plan.format, engine=engine) as node:
             bitmaps: dict[str, Bools | None] = dict.fromkeys(node.inconsistent_bitmaps())
             bitmaps |= {bitmap.name: await _bits(bitmap) for bitmap in node.bitmaps()}
@@ -58,16 +60,14 @@ class Before:
 class Judge:
     """Judges the images of one run, in ``folder``, which has nothing but what is below them."""
 
-    def __init__(
-        self, plan: Plan, folder: Path, before: Before, asked: Sequence[Request], engine: Engine
-    ) -> None:
+    def __init__(self, plan: Plan, folder: Path, before: Before, asked: Sequence[Request]) -> None:
         self._plan = plan
         self._folder = folder
         self._before = before
         self._disk = Cells(before.disk, asked)
         # After a crash both hold what is allowed, and that may be two things.
         self._raw = Cells(before.files[plan.files[-1]], asked) if plan.raw_data_file else None
-        self._engine = engine
+        self._engine = SteppedEngine(0, turns=False)
         self.image = folder / plan.files[0]
 
     def advance(self, moment: int) -> None:

@@ -20,7 +20,7 @@ from interop.soak.cells import CELL, Request
 from interop.soak.crashes import folders, timed
 from interop.soak.judging import Before, Judge, check_by_peer
 from interop.soak.plans import PLANS, Plan, build, requests
-from interop.soak.recording import SteppedEngine, Timeline
+from interop.soak.recording import Timeline
 from pynbd.client.connection import Client
 
 ROUNDS = 50
@@ -36,22 +36,21 @@ async def kill_rounds(plan: Plan, seed: int, rounds: int) -> int:
     answered = 0
     with folders() as (folder, judged):
         image = build(plan, folder)
-        inline = SteppedEngine(0, turns=False)
         for path in folder.glob("base.*"):
             (judged / path.name).write_bytes(path.read_bytes())
-        before = await Before.of(plan, image, inline)
+        before = await Before.of(plan, image)
         for _ in range(rounds):
             timeline = Timeline()
             asked = await _round(plan, image, rng, timeline)
             answered += sum(request.end is not None for request in asked)
-            judge = Judge(plan, judged, before, asked, inline)
+            judge = Judge(plan, judged, before, asked)
             judge.advance(timeline.now + 1)
             contents = {name: (folder / name).read_bytes() for name in plan.files}
             await judge.judge(contents, peer=True)
             peers.run("qemu-io", "-f", plan.format, "-c", "write 0 512", judge.image, cwd=judged)
             if plan.format == "qcow2":
                 check_by_peer(judge.image, leaks=True)
-            before = await Before.of(plan, image, inline)
+            before = await Before.of(plan, image)
     return answered
 
 

@@ -18,7 +18,7 @@ from random import Random
 from unittest.mock import patch
 
 from interop.soak.crashes import Crash, crash_run, folders, quiet
-from interop.soak.plans import PLANS, build
+from interop.soak.plans import PLANS, build, is_corrupt
 from interop.soak.recording import SteppedEngine, recorded
 from interop.soak.replay import epochs, images
 from pynbd.block.bitmap import DirtyBitmap
@@ -37,7 +37,6 @@ from pynbd.block.qcow2.writer import Writer
 Patch = AbstractContextManager[object]
 
 PLAN = {plan.name: plan for plan in PLANS}
-INCOMPATIBLE = 79  # the byte of the header that has the incompatible features from 0 to 7
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ async def damage_run(seed: int) -> None:
             told = timeline.tick()
     for epoch in epochs(timeline, {image.name: bytes(content)}):
         for kind, left in images(epoch, Random(seed), 3):
-            if epoch.end > told and not left[image.name][INCOMPATIBLE] & Incompatible.CORRUPT:
+            if epoch.end > told and not is_corrupt(left[image.name]):
                 raise Crash(f"a write has failed, and an image ({kind}) is not marked corrupt")
 
 

@@ -7,7 +7,7 @@ files, snapshots and compressed clusters. qemu-img and qemu-io make them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -16,7 +16,9 @@ from interop import peers
 from interop.soak.cells import CELL, Request, stamped
 
 SNAPSHOT = "before"
+INCOMPATIBLE = 79  # the byte of the header that has the incompatible features 0 to 7
 AUTOCLEAR = 88  # where the header has its autoclear features, 64 bits
+Files = Mapping[str, bytes]  # by name
 K, M = 1 << 10, 1 << 20
 FULL = 2_021_376  # with clusters of 512 bytes: the tables, and a few clusters less than 2 MiB
 
@@ -127,6 +129,16 @@ def build(plan: Plan, folder: Path) -> Path:
             file.seek(AUTOCLEAR)
             file.write(b"\x40")
     return image
+
+
+def is_dirty(image: bytes) -> bool:
+    """Whether the dirty bit is set, incompatible feature 0."""
+    return image[INCOMPATIBLE] & 1 != 0
+
+
+def is_corrupt(image: bytes | bytearray) -> bool:
+    """Whether the corrupt bit is set, incompatible feature 1."""
+    return image[INCOMPATIBLE] & 2 != 0
 
 
 def unknown_autoclear(image: bytes | bytearray) -> int:
