@@ -36,7 +36,8 @@ def one_of(allowed: Iterable[str], meaning: Callable[[str], Any] = str) -> Calla
     return convert
 
 
-_SWITCH = one_of(("on", "off"), "on".__eq__)
+_SWITCHES = {"on": True, "off": False, "yes": True, "no": False, "true": True, "false": False}
+_SWITCH = one_of(_SWITCHES, _SWITCHES.__getitem__)
 
 # By the names of -o, which are those of `NewImage`; each as the type of an option.
 TYPES: dict[str, Callable[[str], Any]] = {

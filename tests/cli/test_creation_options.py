@@ -39,6 +39,8 @@ def test_there_is_one_for_each_field() -> None:
         (["backing_file=a,,b=c,backing_fmt=raw"], {"backing_file": "a,b=c", "backing_fmt": "raw"}),
         (["data_file=,,"], {"data_file": ","}),
         (["extended_l2=on,lazy_refcounts=off"], {"extended_l2": True, "lazy_refcounts": False}),
+        (["extended_l2=yes,lazy_refcounts=no"], {"extended_l2": True, "lazy_refcounts": False}),
+        (["extended_l2=true,data_file_raw=false"], {"extended_l2": True, "data_file_raw": False}),
         (["compat=v2"], {"compat": "0.10"}),
         (["compat=v3"], {"compat": "1.1"}),
         (["compression_type=zstd"], {"compression_type": CompressionType.ZSTD}),
@@ -56,7 +58,7 @@ def test_what_is_meant(texts: list[str], meant: dict[str, Any]) -> None:
         ("size", "^-o size: a value is expected, size=VALUE$"),
         ("size=x", "^-o size: 'x' is not a number of bytes"),
         ("backing_fmt=vmdk", "^-o backing_fmt: 'vmdk' is not one of raw, qcow2$"),
-        ("data_file_raw=1", "^-o data_file_raw: '1' is not one of on, off$"),
+        ("data_file_raw=1", "^-o data_file_raw: '1' is not one of on, off, yes, no, true, false$"),
     ],
 )
 def test_what_is_refused(text: str, said: str) -> None:

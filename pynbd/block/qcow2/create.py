@@ -113,6 +113,7 @@ class NewImage:
                 ("data_file", self.data_file is not None),
             ):
                 yield not wanted, f"{option}: with compat=0.10 only the default is allowed"
+        yield self.data_file != "", "data_file: the name of a file is expected"
         yield not self.data_file_raw or self.data_file is not None, "data_file_raw: needs data_file"
         if self.backing_file is not None:
             length = len(os.fsencode(self.backing_file))

@@ -122,6 +122,7 @@ BACKED = {"backing_file": "b", "backing_fmt": "raw"}
         ({"compat": "0.10", "lazy_refcounts": True}, "lazy_refcounts: "),
         ({"compat": "0.10", "compression_type": CompressionType.ZSTD}, "compression_type: "),
         ({"compat": "0.10", "data_file": "d"}, "data_file: "),
+        ({"data_file": ""}, "data_file: the name of a file"),
         ({"data_file_raw": True}, "data_file_raw: needs data_file"),
         ({"backing_file": "b"}, "backing_fmt: needed"),
         ({"backing_fmt": "raw"}, "backing_fmt: needs backing_file"),
