@@ -29,8 +29,8 @@ async def open_with_overlay(
     """Open ``image`` for reading, with ``options`` as `open_image` takes them, and an overlay on
     top of it, for writing; close both with `BlockNode.close`.
 
-    The overlay is in the directory that TMPDIR names, else in /var/tmp. Raises what `open_image`
-    raises, and `ImageError` if the overlay cannot be made.
+    The overlay is in the directory that TMPDIR names; in /var/tmp, if that is /tmp or none. Raises
+    what `open_image` raises, and `ImageError` if the overlay cannot be made.
     """
     used = engine or Engine()
     try:
