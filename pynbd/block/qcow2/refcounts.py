@@ -361,6 +361,7 @@ class Refcounts:
         table for it.
         """
         if index < len(self.table.values):
+            self._check_place(self._end, 1)
             await self._have_space(self._end, 1)
             self._place_blocks([index], self._end)
             return
@@ -414,7 +415,6 @@ class Refcounts:
 
     def _place_blocks(self, indexes: Sequence[int], first: int) -> dict[int, Table]:
         """New blocks in the clusters from ``first``, all of which they count."""
-        self._check_place(first, len(indexes))
         blocks: dict[int, Table] = {}
         for number, index in enumerate(indexes, first):
             values = np.zeros(self._in_block, f"u{max(self._width // 8, 1)}")
