@@ -18,6 +18,7 @@ import pytest
 from interop import peers
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
+from pynbd.block.qcow2 import writer
 from pynbd.block.qcow2.builder import Bitmap, Compressed, Data, Image, InternalSnapshot, poke
 from pynbd.block.qcow2.format import COMPRESSED, COPIED, BitmapFlags
 from pynbd.errors import ImageError
@@ -322,6 +323,20 @@ async def test_requests_that_are_under_way_end(
         assert codes <= {errno.EIO, errno.EROFS}
         assert errno.EIO in codes
     assert sum("only read from now on" in text for text in caplog.messages) == 1
+
+
+async def test_a_long_write_ends_where_the_damage_is(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its earlier steps wrote is there; of the later ones there is nothing."""
+    monkeypatch.setattr(writer, "CLUSTERS_PER_STEP", 2)
+    places.poke(places.entry(6 * C), places["L1 table"] | COPIED)
+    async with writable(places.path) as node:
+        (error,) = await node.pwrite_batch([(4 * C, b"n" * 8 * C)])
+        assert error is not None
+        assert error.errno == errno.EIO
+        assert await node.pread(4 * C, 2 * C) == b"n" * 2 * C
+        assert not any(await node.pread(8 * C, 4 * C))
 
 
 async def test_what_was_changed_before_is_kept(places: Places) -> None:

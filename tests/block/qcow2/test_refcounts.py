@@ -236,6 +236,21 @@ async def test_the_refcount_table_has_a_longest_length(
         assert (await header_of(path)).refcount_table_clusters == clusters
 
 
+async def test_no_cluster_is_beyond_what_an_entry_can_name(tmp_path: Path) -> None:
+    """Bits 9 to 55 of an L2 entry are the host offset."""
+    path = create(tmp_path / "x.qcow2", 16 * MiB, "cluster_size=2M,refcount_bits=1")
+    async with writable(path) as node:
+        parts = node._writer._refcounts  # type: ignore[union-attr]
+        end, parts._end = parts._end, (1 << 56 - 21) - 1
+        parts._searched = parts._end
+        (error,) = await node.pwrite_batch([(0, b"x")])
+        assert error is not None
+        assert error.errno == errno.ENOSPC
+        parts._end = end
+        await write(node, 0, b"x")
+    await sound(path)
+
+
 async def test_the_end_of_a_device(tmp_path: Path) -> None:
     path = create(tmp_path / "x.qcow2", 8 * MiB)
     with path.open("r+b") as file:
