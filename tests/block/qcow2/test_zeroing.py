@@ -226,6 +226,33 @@ async def test_a_raw_data_file_without_fallocate(tmp_path: Path) -> None:
             assert not any(await node.pread(131072, 131072))
 
 
+@pytest.mark.parametrize("discard", [False, True])
+async def test_zeroes_of_a_raw_data_file_come_after_writes_that_have_begun(
+    tmp_path: Path, discard: bool
+) -> None:
+    """What such a write brings late would stay in the file, where others read it."""
+    path = IMAGES["raw-data-file"](tmp_path)
+    with watched() as host:
+        async with writable(path) as node:
+            gate = host.gate(lambda call: b"slow" in call.data)
+            slow = asyncio.create_task(write(node, 100, b"slow"))
+            await gate.reached()
+            change = node.discard(0, 65536) if discard else given_back(node, 0, 65536)
+            zeroing = asyncio.ensure_future(change)
+            later = asyncio.create_task(write(node, 200, b"later"))
+            await write(node, 2 * 65536, b"elsewhere")  # waits for nobody
+            for _ in range(10):
+                await asyncio.sleep(0.001)
+            assert not zeroing.done()
+            gate.opened.set()
+            await asyncio.gather(slow, zeroing, later)
+            disk = await contents(node)
+    assert not any(disk[:200])
+    assert disk[200:205] == b"later"
+    assert bytes_of(tmp_path / "x.data")[: len(disk)] == disk
+    await sound(path)
+
+
 # What is given back -------------------------------------------------------------------------------
 
 
