@@ -203,7 +203,7 @@ MUTATIONS = (
     Mutation(Rule.COUNTED, "no barrier", partial(without_barrier, Rule.COUNTED), "blocks", 4),
     Mutation(Rule.FREED, "no barrier", partial(without_barrier, Rule.FREED), "plain"),
     Mutation(Rule.FREED, "given back before the commit", reuse_at_once, "tiny"),
-    Mutation(Rule.DIRTY, "no barrier", dirty_without_barrier, "lazy", 2),
+    Mutation(Rule.DIRTY, "no barrier", dirty_without_barrier, "lazy", 4),
     Mutation(Rule.DIRTY, "never set", never_dirty, "lazy"),
     Mutation(Rule.CLEAN, "cleared before the last commit", clean_before_refcounts, "lazy"),
     Mutation(Rule.IN_USE, "no barrier", partial(without_barrier, Rule.IN_USE), "bitmaps", 3),
@@ -214,7 +214,7 @@ MUTATIONS = (
     Mutation("pins", "taken too late", late_pins, "tiny", 7),
     Mutation("copy on write", "nothing is copied", no_copy, "overlay"),
     Mutation("copy on write", "shared L2 tables are changed", shared_tables_in_place, "two-bit"),
-    Mutation("overlapping changes wait", "they do not", nobody_waits, "usual"),
+    Mutation("overlapping changes wait", "they do not", nobody_waits, "tiny"),
 )
 
 
