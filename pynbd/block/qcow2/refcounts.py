@@ -414,7 +414,7 @@ class Refcounts:
             self._overlap(host_offset, length)
 
     def _place_blocks(self, indexes: Sequence[int], first: int) -> dict[int, Table]:
-        """New blocks in the clusters from ``first``, all of which they count."""
+        """New blocks in clusters from ``first``, which are free, and all of which they count."""
         blocks: dict[int, Table] = {}
         for number, index in enumerate(indexes, first):
             values = np.zeros(self._in_block, f"u{max(self._width // 8, 1)}")
