@@ -32,10 +32,12 @@ async def copy(
     """
 
     async def worker(following: Next) -> None:
-        buffer = memoryview(bytearray(request_size))
+        buffer = memoryview(b"")
         while piece := await following():
             length = piece.end - piece.offset
             if piece.kind:
+                if not buffer:  # most workers of a small copy never need one
+                    buffer = memoryview(bytearray(request_size))
                 view = buffer[:length]
                 await source.read(piece.offset, view)
                 await target.write(piece.offset, view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -32,6 +33,18 @@ async def test_requests_in_flight() -> None:
     await copy(Disk(source), Target(MemoryNode(NOISE)), requests=5, request_size=4096)
     assert source.most_in_flight == 5
     assert max(end - start for start, end in source.read) == 4096
+
+
+async def test_workers_without_work_hold_nothing() -> None:
+    """A thousand requests of 32 MiB at a time are 32 GiB, if there are as many."""
+    source, node = MemoryNode(NOISE), MemoryNode(bytes(len(NOISE)))
+    tracemalloc.start()
+    try:
+        await copy(Disk(source), Target(node), requests=1024, request_size=32 * K * K)
+        assert tracemalloc.get_traced_memory()[1] < 64 * K * K
+    finally:
+        tracemalloc.stop()
+    assert node.content == source.content
 
 
 async def test_the_first_failure_ends_the_others() -> None:
