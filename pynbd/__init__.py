@@ -43,6 +43,7 @@ from pynbd.errors import (
 if TYPE_CHECKING:
     from pynbd.block.bitmap import DirtyBitmap
     from pynbd.block.chain import open_image
+    from pynbd.block.creation import create_image
     from pynbd.block.engine import Cache
     from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, UNALLOCATED, ZERO, Runs
     from pynbd.block.node import BlockNode
@@ -88,6 +89,7 @@ __all__ = [
     "UsageError",
     "WriteError",
     "connect",
+    "create_image",
     "list_exports",
     "listen_tcp",
     "listen_unix",
@@ -115,6 +117,7 @@ _HOMES = {
     "State": "pynbd.protocol.values",
     "StatusMethod": "pynbd.server.disk",
     "connect": "pynbd.client.connecting",
+    "create_image": "pynbd.block.creation",
     "list_exports": "pynbd.client.connecting",
     "listen_tcp": "pynbd.server.listening",
     "listen_unix": "pynbd.server.listening",

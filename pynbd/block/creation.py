@@ -10,22 +10,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from pynbd.block.chain import open_image
+from pynbd.block.chain import FORMATS, open_image
 from pynbd.block.engine import Engine
 from pynbd.block.new_file import Preallocation, empty, new_file, preallocate
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.create import NewImage, create
+from pynbd.block.qcow2.format import CompressionType
 from pynbd.block.window import round_up
 from pynbd.errors import ImageError, UsageError
 
+_NAMES = {field.name for field in fields(NewImage)} - {"size"}
+
 
 async def create_image(
-    path: str,
+    path: str | os.PathLike[str],
     *,
     format: str = "qcow2",  # noqa: A002 (the word of the command lines)
     size: int | None = None,
@@ -35,10 +38,14 @@ async def create_image(
     """Make the image ``path``, over whatever is there; what was made.
 
     ``format``: "raw" or "qcow2". ``size`` in bytes; ``options``: the other fields of `NewImage`, of
-    which raw has ``preallocation`` alone, and of that not METADATA. Raises `UsageError` for what is
-    not allowed, `ImageError` or ``OSError`` for what cannot be done; a file that was made goes away
-    again then.
+    which raw has ``preallocation`` alone, and of that not "metadata". Raises `UsageError` for what
+    is not allowed, `ImageError` or ``OSError`` for what cannot be done; a file that was made goes
+    away again then.
     """
+    path = os.fspath(path)
+    if format not in FORMATS:
+        raise UsageError(f"format: {format!r} is not one of {', '.join(FORMATS)}")
+    options = {name: _meant(name, value) for name, value in options.items()}
     new = NewImage(size=size or 0, **options)
     if format == "raw":
         _check_raw(options)
@@ -70,6 +77,24 @@ async def create_image(
         else:
             await create(path, new, engine=engine)
     return new
+
+
+_WORDS: Mapping[str, Iterable[Any]] = {
+    "preallocation": Preallocation,
+    "compression_type": CompressionType,
+}
+
+
+def _meant(name: str, value: object) -> object:
+    """The value of an option; those that are one of a few words may be given as such."""
+    if name not in _NAMES:
+        raise UsageError(f"{name}: no option of a new image; {', '.join(sorted(_NAMES))} are")
+    words = {str(word): word for word in _WORDS.get(name, ())}
+    if not words:
+        return value
+    if str(value) not in words:
+        raise UsageError(f"{name}: {value!r} is not one of {', '.join(words)}")
+    return words[str(value)]
 
 
 def _check_raw(options: dict[str, Any]) -> None:

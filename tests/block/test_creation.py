@@ -11,6 +11,7 @@ from pynbd.block.chain import open_image
 from pynbd.block.creation import create_image
 from pynbd.block.new_file import Preallocation
 from pynbd.block.qcow2.builder import Data, Image
+from pynbd.block.qcow2.format import CompressionType
 from pynbd.errors import ImageError, UsageError
 
 M = 1 << 20
@@ -87,6 +88,30 @@ async def test_a_backing_file_that_is_not_looked_at(tmp_path: Path) -> None:
     assert (await create_image(str(path), size=M, **backing)).backing_file == "gone"
     with pytest.raises(ImageError, match="gone: cannot be opened"):
         await open_image(path)
+
+
+async def test_words(tmp_path: Path) -> None:
+    """Who calls it from a program of his own has words for what is one of a few things."""
+    path = tmp_path / "new"
+    new = await create_image(path, size=M, preallocation="full", compression_type="zstd")
+    assert new.preallocation is Preallocation.FULL
+    assert new.compression_type is CompressionType.ZSTD
+    assert path.stat().st_blocks * 512 >= M
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"preallocation": "some"}, "preallocation: 'some' is not one of off, metadata, falloc,"),
+        ({"compression_type": "lzo"}, "compression_type: 'lzo' is not one of zlib, zstd$"),
+        ({"format": "vmdk"}, "format: 'vmdk' is not one of raw, qcow2$"),
+        ({"clustersize": 512}, "clustersize: no option of a new image; backing_file, "),
+    ],
+)
+async def test_words_that_mean_nothing(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"^{said}"):
+        await create_image(tmp_path / "new", size=M, **options)
+    assert not (tmp_path / "new").exists()
 
 
 async def test_raw(tmp_path: Path) -> None:
