@@ -40,7 +40,6 @@ HostRange = tuple[int, int]  # host offset and length, in bytes, of whole cluste
 
 # Changed tables in memory: a commit copies their pages in one step of the loop.
 MAX_CHANGED_PAGES = (4 << 20) // PAGE
-_FEW_TABLES = 64
 # With lazy refcounts, blocks that wait for the end.
 MAX_LAZY_BLOCKS = 64
 
@@ -97,6 +96,8 @@ class Commits:
         self._fields = fields
         self._pins = pins
         self._lazy = lazy_refcounts
+        # So many tables are never too much, and need not be counted.
+        self._few_tables = (MAX_CHANGED_PAGES * PAGE >> fields.cluster_bits) - 1
         # Changed tables, by what names them and what they name.
         self._new_tables: dict[Table, None] = {}
         self._new_blocks: dict[Table, None] = {}
@@ -150,10 +151,10 @@ class Commits:
     @property
     def much(self) -> bool:
         """Whether a commit is due, because so much has gathered."""
-        tables = len(self._links) + len(self._new_tables)
-        return tables > _FEW_TABLES and (
-            sum(len(table.pages) for table in (*self._links, *self._new_tables)) > MAX_CHANGED_PAGES
-        )
+        if len(self._links) + len(self._new_tables) <= self._few_tables:
+            return False
+        pages = sum(len(table.pages) for table in (*self._links, *self._new_tables))
+        return pages > MAX_CHANGED_PAGES
 
     @property
     def pending(self) -> bool:
@@ -236,7 +237,8 @@ class Commits:
                 for table in changed.keys() & new.keys():
                     del changed[table]
             if stable and moved:
-                self._refcount_table[moved] = self._blocks.pop(moved)
+                self._blocks.pop(moved, None)
+                self._refcount_table[moved] = None
             blocks.give_back(self._blocks)
             refcount_table.give_back(self._refcount_table)
             links.give_back(self._links)

@@ -294,6 +294,27 @@ async def test_the_tables_grow_while_a_commit_runs(tmp_path: Path, fails: bool) 
         assert qemu_contents(path) == data
 
 
+@pytest.mark.parametrize("times", [1, 3])
+async def test_the_header_cannot_name_the_new_refcount_table(tmp_path: Path, times: int) -> None:
+    """However often that fails, nothing is lost, and the commit that can does it."""
+    path = create(tmp_path / "x.qcow2", 5 * MiB, "cluster_size=512,refcount_bits=64")
+    data = random.Random(3).randbytes(5 * MiB)
+    fields = (48, 12)  # refcount_table_offset, refcount_table_clusters
+    with watched() as host:
+        async with writable(path) as node:
+            for step in range(times):
+                await write(node, step * MiB, data[step * MiB : 3 * MiB])
+                host.trouble = lambda call: (
+                    errno.EIO * (call.name == "write" and call.touches(*fields))
+                )
+                assert await flush_fails(node)
+            host.trouble = lambda call: 0
+            await write(node, 3 * MiB, data[3 * MiB :])
+            await node.flush()
+    await sound(path)
+    assert qemu_contents(path) == data
+
+
 # Lazy refcounts -----------------------------------------------------------------------------------
 
 
