@@ -8,7 +8,9 @@ qemu-io opens it for writing; the next round goes on with it.
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
+import tempfile
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +19,7 @@ from random import Random
 
 from interop import peers
 from interop.soak.cells import CELL, Request
-from interop.soak.crashes import folders, timed
+from interop.soak.crashes import folders, quiet, timed
 from interop.soak.judging import Before, Judge, check_by_peer
 from interop.soak.plans import PLANS, Plan, build, requests
 from interop.soak.recording import Timeline
@@ -57,9 +59,11 @@ async def kill_rounds(plan: Plan, seed: int, rounds: int) -> int:
 async def _round(plan: Plan, image: Path, rng: Random, timeline: Timeline) -> list[Request]:
     """Serve, ask, and kill; what was asked."""
     asked: list[Request] = []
-    with peers.socket_path() as socket:
+    with peers.socket_path() as socket, tempfile.TemporaryFile() as says:
         line = [sys.executable, "-m", "pynbd", "serve", "-k", str(socket), str(image)]
-        server = await asyncio.create_subprocess_exec(*line, stdin=DEVNULL, stdout=PIPE)
+        server = await asyncio.create_subprocess_exec(
+            *line, stdin=DEVNULL, stdout=PIPE, stderr=says
+        )
         assert server.stdout is not None
         clients: list[Client] = []
         guests: list[asyncio.Task[None]] = []
@@ -78,6 +82,8 @@ async def _round(plan: Plan, image: Path, rng: Random, timeline: Timeline) -> li
         await asyncio.gather(*guests)
         for client in clients:
             await client.close()
+        says.seek(0)
+        assert server.returncode == -signal.SIGKILL, says.read().decode()
     return asked
 
 
@@ -111,6 +117,7 @@ async def _ask(client: Client, group: Sequence[Request]) -> None:
 
 def main(rounds: int = ROUNDS, seed: int = 1) -> int:
     """Rounds on each of some images; prints what was done. How many requests were answered."""
+    quiet()
     answered = 0
     for plan in (plan for plan in PLANS if plan.name in MAIN_PLANS):
         answered += asyncio.run(kill_rounds(plan, seed, rounds))
