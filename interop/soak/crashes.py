@@ -40,7 +40,7 @@ REQUESTS = 60  # of a session, between an opening and a closing
 SESSIONS = 2
 OTHERS = 3  # subsets, and torn images, of an epoch
 REPAIRS = 3  # images of a run that are repaired under record
-PEER_EVERY = 40  # one in so many images is shown to qemu-img
+PEER_EVERY = 30  # one in so many images is shown to qemu-img
 
 
 class Variant(StrEnum):
@@ -225,8 +225,10 @@ async def _judged(
         judge.advance(epoch.end)
         for kind, left in images(epoch, rng, OTHERS):
             counts[kind] += 1
+            peer = images_of(counts) % peer_every == 0
+            counts["shown to qemu-img"] += peer
             try:
-                await judge.judge(left, peer=images_of(counts) % peer_every == 0)
+                await judge.judge(left, peer=peer)
             except Broken as problem:
                 raise Broken(f"{kind} before moment {epoch.end}: {problem}") from problem
             yield {name: bytes(content) for name, content in left.items()}
