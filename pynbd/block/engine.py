@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from enum import StrEnum
 from functools import wraps
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from pynbd.block.direct import Calls, DirectAccess, alignment_of
 
@@ -117,7 +117,13 @@ class Engine:
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``call(*args)`` in the pool. Keyword arguments are not taken."""
         assert not kwargs
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+        return await self.start(call, *args)
+
+    def start(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """``call(*args)`` in the pool. The future is done when it has returned, unless it is
+        cancelled.
+        """
+        return asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
 
     def close(self) -> None:
         """Wait for the system calls under way, then end the threads."""
@@ -310,7 +316,13 @@ class HostFile:
         """Write each (buffer, offset) in one hop; what went wrong with each. ``fua``: on stable
         storage.
         """
-        return await self.engine.run(self._write_batch, pieces, fua)
+        return await self.start_write_batch(pieces, fua=fua)
+
+    def start_write_batch(
+        self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
+    ) -> asyncio.Future[list[OSError | None]]:
+        """`write_batch`, for who has to know when it ends although he does not wait for it."""
+        return self.engine.start(self._write_batch, pieces, fua)
 
     async def write(self, data: Buffer, offset: int, *, fua: bool = False) -> None:
         """Write one buffer."""

@@ -14,7 +14,6 @@ and keeps a freed cluster no longer than the longest request.
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections import deque
 from types import TracebackType
 
@@ -54,7 +53,6 @@ class Pins:
 
     def __init__(self) -> None:
         self._ages = deque([_Age(0)])
-        self._abandoned = False
 
     def hold(self) -> _Age:
         """A context manager: whatever is mapped inside is not used again before it is left."""
@@ -74,19 +72,10 @@ class Pins:
         return ages[0].number > age
 
     async def drained(self) -> None:
-        """Until every request that has begun has ended. ``OSError`` if one never will."""
+        """Until every request that has begun has ended."""
         age = self.end_age()
         while not self.gone(age):
             oldest = self._ages[0]
             if oldest.over is None:
                 oldest.over = asyncio.get_running_loop().create_future()
-            if self._abandoned:
-                raise OSError(errno.ESHUTDOWN, "a write was given up")
             await asyncio.shield(oldest.over)
-
-    def abandon(self) -> None:
-        """A request was given up, and holds its pins for ever."""
-        self._abandoned = True
-        for age in self._ages:
-            if age.over is not None and not age.over.done():
-                age.over.set_result(None)

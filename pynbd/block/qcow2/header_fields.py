@@ -30,7 +30,7 @@ class HeaderFields:
 
     def __init__(self, file: HostFile, header: Header) -> None:
         self._file = file
-        self._cluster_bits = header.cluster_bits
+        self.cluster_bits = header.cluster_bits
         self.version = header.version
         self.incompatible = header.incompatible
         self.autoclear = header.autoclear
@@ -51,7 +51,7 @@ class HeaderFields:
         fields = REFCOUNT_TABLE_FIELDS.build(
             {
                 "refcount_table_offset": host_offset,
-                "refcount_table_clusters": length >> self._cluster_bits,
+                "refcount_table_clusters": length >> self.cluster_bits,
             }
         )
         await self._file.write(fields, REFCOUNT_TABLE_FIELDS_OFFSET)

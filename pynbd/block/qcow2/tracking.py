@@ -62,7 +62,7 @@ class Tracking:
         self._tracked = [
             _Tracked(each, each.bitmap) for each in stored if each.bitmap and each.bitmap.enabled
         ]
-        self._in_use = False
+        self.in_use = False  # at least one of them may be marked so
 
     @classmethod
     async def open(
@@ -100,20 +100,20 @@ class Tracking:
         for tracked in self._tracked:
             await tracked.bitmap.load()
         if self._tracked:
+            self.in_use = True
             await self._set_flags(BitmapFlags.IN_USE)
             await self._commits.barrier(Rule.IN_USE)
-            self._in_use = True
 
     async def store(self) -> None:
         """Bring the bits onto stable storage, and then tell so."""
-        if not self._in_use:
+        if not self.in_use:
             return
         for tracked in self._tracked:
             await self._write_bits(tracked)
         await self._commits.commit()  # Rule.STORED: it ends with a barrier
         await self._set_flags(BitmapFlags.NONE)
         await self._file.flush()
-        self._in_use = False
+        self.in_use = False
 
     async def _set_flags(self, in_use: BitmapFlags) -> None:
         pieces: list[tuple[Buffer, int]] = []

@@ -106,7 +106,7 @@ class Writer:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._begun = self._finished = False
         self._beginning = asyncio.Lock()
-        self._damage: CorruptImage | None = None
+        self._marking: asyncio.Task[None] | None = None  # once damage was found
         commits.release = self._release
 
     @classmethod
@@ -208,11 +208,11 @@ class Writer:
         """
         while self._tasks:
             await asyncio.wait(self._tasks)
-        if not self._begun or self._finished:
+        if self._finished or not (self._begun or self._tracking.in_use):
             return
         self._finished = True
         try:
-            if self._damage is None:
+            if self._marking is None:
                 await self._tracking.store()
         except CorruptImage as error:
             raise await self._damaged(error) from error
@@ -222,7 +222,8 @@ class Writer:
 
     async def _begin(self) -> None:
         """Before any change: whether there may be one, and what the first one needs."""
-        if self._damage is not None:
+        if self._marking is not None:
+            await asyncio.shield(self._marking)
             problem = "the image turned read-only when damage was found in it"
             raise OSError(errno.EROFS, problem, self._file.path)
         if self._finished:
@@ -249,13 +250,10 @@ class Writer:
         assert self._node.file is not None
         pinned = self._pins.hold()
         pinned.begin()
-        try:
-            errors = await self._node.file.write_batch(writes, fua=fua)
-        except asyncio.CancelledError:
-            self._pins.abandon()  # the call goes on: where it writes stays pinned
-            raise
-        pinned.end()
-        return errors
+        writing = self._node.file.start_write_batch(writes, fua=fua)
+        # The call outlives a request that is cancelled, and where it writes stays pinned so long.
+        writing.add_done_callback(lambda _: pinned.end())
+        return await asyncio.shield(writing)
 
     async def _allocating(self, pieces: Sequence[Piece]) -> list[OSError | None]:
         """Write pieces that may need new clusters, so many clusters at a time."""
@@ -328,16 +326,19 @@ class Writer:
 
     async def _damaged(self, damage: CorruptImage) -> OSError:
         """The image contradicts itself: it is not written any more, and says so."""
-        if self._damage is None:
-            self._damage = damage
+        if self._marking is None:
             log.error("%s; the image is only read from now on (pynbd check tells more)", damage)
-            try:
-                if self._fields.version >= 3:
-                    await self._fields.set_incompatible(Incompatible.CORRUPT, on=True)
-                    await self._commits.barrier(Rule.CORRUPT)
-            except OSError as error:
-                log.error("%s: it could not be marked corrupt: %s", self._file.path, error)
+            self._marking = asyncio.get_running_loop().create_task(self._mark_corrupt())
+        await asyncio.shield(self._marking)
         return OSError(errno.EIO, str(damage), self._file.path)
+
+    async def _mark_corrupt(self) -> None:
+        try:
+            if self._fields.version >= 3:
+                await self._fields.set_incompatible(Incompatible.CORRUPT, on=True)
+                await self._commits.barrier(Rule.CORRUPT)
+        except OSError as error:
+            log.error("%s: it could not be marked corrupt: %s", self._file.path, error)
 
 
 async def _add_snapshots(

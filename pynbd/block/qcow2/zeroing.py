@@ -18,6 +18,7 @@ import numpy as np
 
 from pynbd.block import file as host
 from pynbd.block.engine import FALLOC_KEEP_SIZE, HostFile
+from pynbd.block.extent import COMPRESSED as COMPRESSED_EXTENT
 from pynbd.block.extent import CORRUPT
 from pynbd.block.extent import ZERO as ZERO_EXTENT
 from pynbd.block.node import BlockNode
@@ -81,12 +82,27 @@ class Zeroing:
 
     async def is_fast(self, offset: int, length: int, space: Space) -> bool:
         """Whether nothing but entries has to be written to make a range zero."""
-        _, _, edges = self._divided(offset, length)
+        first, last, edges = self._divided(offset, length)
         if self._layout.version < 3 and not self._unallocates(space):
             return False
         if edges and space is Space.RESERVED:
             return False
+        if self._layout.extended and await self._has_compressed(first, last):
+            return False
         return all([await self._rest_is_zero(*edge) for edge in edges])
+
+    async def _has_compressed(self, first: int, last: int) -> bool:
+        """Whether granules at either end of [first, last) are parts of a compressed cluster, whose
+        other parts would have to be written.
+        """
+        ends = {first} if first % self._in_cluster else set()
+        ends |= {last - 1} if last % self._in_cluster else set()
+        for granule in ends if first < last else ():
+            start = granule * self._granule
+            (extent, *_) = await self._node.resolve(start, start + 1)
+            if extent.kind == COMPRESSED_EXTENT and extent.depth == 1:
+                return True
+        return False
 
     async def zero(self, offset: int, length: int, space: Space, *, fast: bool) -> None:
         """Make guest bytes read as zeroes. ``fast``, if `is_fast` said so: ENOTSUP, untouched, if

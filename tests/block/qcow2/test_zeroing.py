@@ -343,7 +343,6 @@ async def test_much_that_gathers_is_committed_in_between(
 ) -> None:
     """What was changed does not pile up in memory."""
     monkeypatch.setattr(commit, "MAX_CHANGED_PAGES", 8)
-    monkeypatch.setattr(commit, "_FEW_TABLES", 8)
     path = create(tmp_path / "x.qcow2", 64 * MiB, "preallocation=metadata,cluster_size=4k")
     with watched() as host:
         async with writable(path) as node:
