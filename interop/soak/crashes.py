@@ -54,7 +54,6 @@ class Variant(StrEnum):
 
 _LITTLE = {
     "commit.MAX_CHANGED_PAGES": 2,
-    "commit._FEW_TABLES": 1,
     "commit.MAX_LAZY_BLOCKS": 1,
     "writer.CLUSTERS_PER_STEP": 3,
     "zeroing._ENTRIES_PER_STEP": 4,
