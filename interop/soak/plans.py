@@ -35,6 +35,7 @@ class Plan:
     name: str
     size: int
     cluster: int = 4 * K
+    compat: str = "1.1"
     refcount_bits: int = 16
     extended_l2: bool = False
     lazy: bool = False
@@ -87,6 +88,8 @@ PLANS = (
     Plan("apart-subclusters", 1 * M, 16 * K, extended_l2=True, data_file="raw"),
     Plan("bitmaps", 512 * K, 1 * K, bitmaps=(512, 64 * K), snapshot=True),
     Plan("bitmaps-apart", 1 * M, 64 * K, bitmaps=(4 * K,), data_file="plain"),
+    Plan("old", 512 * K, 1 * K, compat="0.10", snapshot=True),
+    Plan("old-overlay", 512 * K, 4 * K, compat="0.10", backing="raw", compressed=True),
     Plan("unknown", 512 * K, 4 * K, autoclear=True),
     Plan("lazy", 512 * K, 1 * K, lazy=True, backing="qcow2"),
     Plan("lazy-shared", 1 * M, 4 * K, lazy=True, snapshot=True, bitmaps=(4 * K,)),
@@ -103,6 +106,7 @@ def build(plan: Plan, folder: Path) -> Path:
         return image
     options = [
         f"cluster_size={plan.cluster}",
+        f"compat={plan.compat}",
         f"refcount_bits={plan.refcount_bits}",
         f"extended_l2={'on' if plan.extended_l2 else 'off'}",
         f"lazy_refcounts={'on' if plan.lazy else 'off'}",
@@ -224,7 +228,9 @@ def requests(plan: Plan, rng: Random, count: int, first_number: int) -> Iterator
 def _request(plan: Plan, number: int, kind: str, first: int, last: int) -> Request:
     payload = stamped(number, first, last) if kind == "write" else None
     sure = first, last
-    if kind == "discard":
+    if kind == "discard" and plan.compat == "0.10" and plan.backing:
+        sure = first, first  # there are no zero clusters, and nothing else hides what is below
+    elif kind == "discard":
         # What it does to a cluster, or subcluster, in part, is open; of whole ones it is sure.
         granule = plan.granule // CELL
         whole = -(-first // granule) * granule, last // granule * granule
