@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 # No more digits than a size may have, and a few zeroes before and behind.
-_SIZE = re.compile(
-    r"\+?(0[xX][0-9a-fA-F]{1,99}|[0-9]{1,99}(?:\.[0-9]{1,99})?)([bBkKmMgGtTpPeE]?)"
-)
+_SIZE = re.compile(r"\+?(0[xX][0-9a-fA-F]{1,99}|[0-9]{1,99}(?:\.[0-9]{1,99})?)([bBkKmMgGtTpPeE]?)")
 _UNITS = "bkmgtpe"
 
 
