@@ -74,18 +74,12 @@ class Links:
             if host_offset:
                 table = await self._mapping.tables.load(host_offset)
                 if entry & COPIED:
-                    return self._checked(table)
+                    self._places.check(table, self._file.path)
+                    return table
             return await self._new_table(l1_index, table)
 
-    def _checked(self, table: Table) -> Table:
-        if not table.checked:
-            there = self._places.names(table.host_offset)
-            if len(there) > 1:
-                raise CorruptImage(f"{self._file.path}: {' and '.join(there)} are in one cluster")
-            table.checked = True
-        return table
-
     async def _new_table(self, l1_index: int, shared: Table | None) -> Table:
+        self._places.check(self._l1, self._file.path)
         run = await self._refcounts.allocate_table()
         if shared is None:
             values = np.zeros(self.layout.cluster_size // 8, np.uint64)

@@ -6,7 +6,9 @@ would damage the image further. QEMU has the same check (``qcow2_check_metadata_
 fewer structures by default.
 
 Whether a cluster is among them costs one bisect through what was there at the beginning and one
-look into the set of what came later. Whose it is is looked for only after a hit.
+look into the set of what came later. Whose it is is looked for only after a hit. What shares its
+place with something else did so at the beginning, as nothing new is put where metadata is: those
+clusters are known as well.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
+from pynbd.block.qcow2.cache import Table
 from pynbd.block.qcow2.entries import UInt64s
+from pynbd.errors import CorruptImage
 
 # So many clusters that came later are put in order with the others.
 _LATER_MAX = 1 << 16
@@ -33,17 +38,23 @@ class Places:
         self._regions: list[tuple[int, int, str]] = []  # first cluster and last + 1, whose
         # Many tables, named by an array that lives: whose, and the host offsets it has now.
         self._tables: list[tuple[str, Callable[[], UInt64s]]] = []
-        # Disjoint ranges of clusters in ascending order.
+        # Others, named by an array that nobody changes: whose, the indexes that are not 0, offsets.
+        self._unchanging: list[tuple[str, npt.NDArray[np.uint32], UInt64s]] = []
+        # In ascending order, once it is sealed: where regions begin, where they and those before
+        # them end, the clusters of tables, and those that are not alone in their place.
         self._firsts: Sequence[int] = ()
-        self._lasts: Sequence[int] = ()
-        self._later: set[int] = set()
+        self._ends: Sequence[int] = ()
+        self._singles: Sequence[int] = ()
+        self._shared: Sequence[int] = ()
+        self._later: set[int] | None = None  # not before it is sealed
 
     def add(self, host_offset: int, length: int, what: str) -> None:
         """``length`` bytes of ``what``, with the rest of their last cluster."""
         if length:
             first, end = self._clusters(host_offset, length)
             self._regions.append((first, end, what))
-            self._later.update(range(first, end))
+            if self._later is not None:
+                self._later.update(range(first, end))
 
     def remove(self, what: str) -> None:
         """``what`` is not there any more."""
@@ -56,20 +67,37 @@ class Places:
         """
         self._tables.append((what, host_offsets))
 
+    def add_unchanging(self, what: str, host_offsets: UInt64s) -> None:
+        """Tables of one cluster each, which stay where they are; 0 is none."""
+        indexes = np.flatnonzero(host_offsets)
+        if len(indexes):
+            named = indexes.astype(np.uint32), host_offsets[indexes]
+            self._unchanging.append((what, *named))
+
     def seal(self) -> None:
-        """Put everything in order."""
-        bits = np.uint64(self._bits)
-        regions = np.array([region[:2] for region in self._regions], np.uint64).reshape(-1, 2)
-        numbers = [host_offsets() >> bits for _, host_offsets in self._tables]
-        single = np.unique(np.concatenate([*numbers, np.zeros(1, np.uint64)]))[1:]
-        firsts = np.concatenate((regions[:, 0], single))
-        ends = np.concatenate((regions[:, 1], single + np.uint64(1)))
-        order = np.argsort(firsts, kind="stable")
-        firsts, ends = firsts[order], np.maximum.accumulate(ends[order])
-        apart = np.append(True, firsts[1:] > ends[:-1])
-        self._firsts = np.ascontiguousarray(firsts[apart]).data
-        self._lasts = np.ascontiguousarray(ends[np.append(apart[1:], True)]).data
-        self._later.clear()
+        """Put everything in order. What comes later is told apart from it."""
+        regions = np.array(sorted(region[:2] for region in self._regions), np.uint64)
+        firsts, ends = regions.reshape(-1, 2).T
+        ends = np.maximum.accumulate(ends)
+        self._firsts, self._ends = firsts.copy().data, ends.data
+        singles = self._all_tables()
+        first = np.searchsorted(singles, firsts)
+        last = np.searchsorted(singles, ends)
+        shared = [singles[:-1][singles[1:] == singles[:-1]]]
+        shared += [singles[first[row] : last[row]] for row in np.flatnonzero(first < last)]
+        self._shared = np.unique(np.concatenate(shared)).data
+        self._singles = singles.data
+        self._later = set()
+
+    def _all_tables(self) -> UInt64s:
+        """The clusters of all tables, in ascending order."""
+        living = [host_offsets() for _, host_offsets in self._tables]
+        named = [host_offsets[host_offsets != 0] for host_offsets in living]
+        named += [host_offsets for _, _, host_offsets in self._unchanging]
+        tables = np.concatenate([np.zeros(0, np.uint64), *named])
+        tables >>= np.uint64(self._bits)
+        tables.sort()
+        return tables
 
     def overlaps(self) -> Iterator[str]:
         """Regions that are in one place, two at a time."""
@@ -83,18 +111,43 @@ class Places:
 
     def mark(self, host_offset: int) -> None:
         """A new table is in this cluster."""
+        assert self._later is not None
         self._later.add(host_offset >> self._bits)
         if len(self._later) > _LATER_MAX:
-            self.seal()
+            later = np.fromiter(self._later, np.uint64, len(self._later))
+            singles = np.concatenate((self._singles, np.sort(later)))
+            singles.sort(kind="stable")  # which is fast for what is in order already
+            self._singles = singles.data
+            self._later.clear()
 
     def hold(self, host_offset: int, length: int) -> bool:
         """Whether a range of one byte or more touches metadata."""
+        assert self._later is not None
         first, end = self._clusters(host_offset, length)
-        index = bisect_left(self._firsts, end)
-        old = index > 0 and self._lasts[index - 1] > first
-        if not old and (self._later.isdisjoint(range(first, end)) or not self._later):
-            return False
-        return any(self._names(first, end))  # it may be what was removed
+        region = bisect_left(self._firsts, end)
+        if (
+            (region and self._ends[region - 1] > first)
+            or _has(self._singles, first, end)
+            or (self._later and not self._later.isdisjoint(range(first, end)))
+        ):
+            return any(self._names(first, end))  # it may be what was removed
+        return False
+
+    def check(self, table: Table, path: str) -> None:
+        """Raise `CorruptImage` if ``table`` of the image in ``path`` shares its place with other
+        metadata; to be asked before it is changed.
+        """
+        if not table.checked:
+            self.check_range(table.host_offset, table.length, path)
+            table.checked = True
+
+    def check_range(self, host_offset: int, length: int, path: str) -> None:
+        """`check` for what is not a `Table`."""
+        first, end = self._clusters(host_offset, length)
+        if _has(self._shared, first, end):
+            there = self.names(host_offset, length)
+            if len(there) > 1:
+                raise CorruptImage(f"{path}: {' and '.join(there)} are in one cluster")
 
     def names(self, host_offset: int, length: int = 1) -> list[str]:
         """What is in the clusters of a range, and where."""
@@ -113,3 +166,16 @@ class Places:
             inside = (numbers >= max(first, 1)) & (numbers < last)
             for index in np.flatnonzero(inside).tolist():
                 yield f"{what} {index} at {int(offsets[index]):#x}"
+        for what, indexes, offsets in self._unchanging:
+            numbers = offsets >> np.uint64(self._bits)
+            inside = (numbers >= first) & (numbers < last)
+            for index, offset in zip(
+                indexes[inside].tolist(), offsets[inside].tolist(), strict=True
+            ):
+                yield f"{what} {index} at {offset:#x}"
+
+
+def _has(numbers: Sequence[int], first: int, end: int) -> bool:
+    """Whether one of ``numbers``, in ascending order, is in [first, end)."""
+    index = bisect_left(numbers, first)
+    return index < len(numbers) and numbers[index] < end

@@ -340,11 +340,7 @@ class Refcounts:
         if not int(self.table.values[index]) & REFT_OFFSET_MASK:
             return None
         block = await self._load(index)
-        if not block.checked:
-            there = self._places.names(block.host_offset)
-            if len(there) > 1:
-                raise CorruptImage(f"{self._file.path}: {' and '.join(there)} are in one cluster")
-            block.checked = True
+        self._places.check(block, self._file.path)
         return block
 
     async def _load(self, index: int) -> Table:
@@ -360,6 +356,7 @@ class Refcounts:
         """A new refcount block, the first of the clusters that it counts; perhaps with a new
         table for it.
         """
+        self._places.check(self.table, self._file.path)
         if index < len(self.table.values):
             self._check_place(self._end, 1)
             await self._have_space(self._end, 1)
@@ -387,6 +384,7 @@ class Refcounts:
         values = np.zeros(length // 8, np.uint64)
         values[: len(old.values)] = old.values
         self.table = Table(start << self._bits, values)
+        self.table.checked = True
         self._commits.move_refcount_table(self.table)
         blocks = self._place_blocks(indexes, self._end)
         for number in range(start, start + clusters):

@@ -9,9 +9,11 @@ storage. Disabled bitmaps, and those that were in use already, are left as they 
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -25,12 +27,16 @@ from pynbd.block.qcow2.format import BITMAP_TABLE_OFFSET_MASK, BitmapFlags
 from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.places import Places
 from pynbd.block.qcow2.refcounts import Refcounts
-from pynbd.errors import CorruptImage
+from pynbd.errors import UnsupportedFeature
 
 _FLAGS = struct.Struct(">I")
 
 # Of bits that are written in one go.
 _BYTES_PER_STEP = 4 << 20
+# Bits of all bitmaps that record, which are in memory from the first change on.
+MAX_TRACKED_BYTES = 1 << 30
+# Tables of the other bitmaps, whose bits have their places known.
+_UNTRACKED_TABLE_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
@@ -74,20 +80,31 @@ class Tracking:
         commits: Commits,
         places: Places,
     ) -> Tracking:
-        """Read the bitmap tables: all of them have their places."""
+        """Read the bitmap tables: all of them have their places. Raises `UnsupportedFeature` if
+        there are too many bits to record in.
+        """
         tracking = cls(file, header, stored, refcounts, commits, places)
-        tables: dict[str, Table] = {}
+        needed = sum(each.bitmap.size // each.bitmap.granularity for each in tracking._tracked) // 8
+        if needed > MAX_TRACKED_BYTES:
+            raise UnsupportedFeature(
+                f"{file.path}: its bitmaps that record every write would need {needed} bytes of"
+                f" memory; {MAX_TRACKED_BYTES} are allowed"
+            )
+        tracked = {each.stored.name: each for each in tracking._tracked}
+        left = _UNTRACKED_TABLE_BYTES
         for each in stored:
-            values = await read_bitmap_table(file, header, each.table)
-            table = tables[each.name] = Table(each.table.offset, values)
-            places.add(table.host_offset, table.length, f"the table of bitmap {each.name!r}")
-
-            def host_offsets(table: Table = table) -> UInt64s:
-                return table.values & np.uint64(BITMAP_TABLE_OFFSET_MASK)
-
-            places.add_tables(f"bits of bitmap {each.name!r}, part", host_offsets)
-        for tracked in tracking._tracked:
-            tracked.table = tables[tracked.stored.name]
+            length = each.table.size * 8
+            places.add(each.table.offset, length, f"the table of bitmap {each.name!r}")
+            bits = f"bits of bitmap {each.name!r}, part"
+            if each.name in tracked:
+                values = await read_bitmap_table(file, header, each.table)
+                table = tracked[each.name].table = Table(each.table.offset, values)
+                places.add_tables(bits, partial(_host_offsets, table))
+            elif length <= left:
+                left -= length
+                values = await read_bitmap_table(file, header, each.table)
+                places.add_unchanging(bits, values & np.uint64(BITMAP_TABLE_OFFSET_MASK))
+            await asyncio.sleep(0)
         return tracking
 
     def record(self, offset: int, length: int) -> None:
@@ -99,6 +116,7 @@ class Tracking:
         """Before the first change: have the bits in memory, and tell so on disk."""
         for tracked in self._tracked:
             await tracked.bitmap.load()
+            await asyncio.sleep(0)
         if self._tracked:
             self.in_use = True
             await self._set_flags(BitmapFlags.IN_USE)
@@ -132,13 +150,14 @@ class Tracking:
     async def _write_step(self, tracked: _Tracked, first: int, last: int) -> None:
         """Write the bits of entries [first, last) of a bitmap table, and then link them."""
         size, table = self._header.cluster_size, tracked.table
+        self._places.check(table, self._file.path)
         with memoryview(tracked.bitmap.bits) as bits:
             data = bytes(bits[first * size : last * size]).ljust((last - first) * size, b"\0")
         used = [part.any() for part in np.frombuffer(data, np.uint8).reshape(-1, size)]
         old = (table.values[first:last] & np.uint64(BITMAP_TABLE_OFFSET_MASK)).tolist()
         for host_offset, wanted in zip(old, used, strict=True):
             if host_offset and wanted:
-                self._check(host_offset)
+                self._places.check_range(host_offset, size, self._file.path)
         homeless = [index for index, at in enumerate(old) if used[index] and not at]
         runs = await self._refcounts.allocate(len(homeless)) if homeless else []
         places = [run.host_offset + at * size for run in runs for at in range(run.clusters)]
@@ -159,7 +178,7 @@ class Tracking:
         table.values[first:last] = new
         self._commits.link(table, first, last)
 
-    def _check(self, host_offset: int) -> None:
-        there = self._places.names(host_offset)
-        if len(there) > 1:
-            raise CorruptImage(f"{self._file.path}: {' and '.join(there)} are in one cluster")
+
+def _host_offsets(table: Table) -> UInt64s:
+    """Where the bits are that a bitmap table names now."""
+    return table.values & np.uint64(BITMAP_TABLE_OFFSET_MASK)

@@ -58,7 +58,7 @@ T = TypeVar("T")
 CLUSTERS_PER_STEP = 1 << 10
 _BYTES_PER_STEP = 64 << 20
 # L1 tables of snapshots whose L2 tables have their places known.
-_SNAPSHOT_L1_BYTES = 2 * MAX_L1_BYTES
+_SNAPSHOT_L1_BYTES = MAX_L1_BYTES
 _KNOWN_AUTOCLEAR = Autoclear.BITMAPS | Autoclear.RAW_EXTERNAL_DATA
 
 
@@ -353,8 +353,9 @@ async def _add_snapshots(
         what = f"L1 table of snapshot {snapshot.id!r}"
         length = snapshot.l1_size * L1E_SIZE
         places.add(snapshot.l1_table_offset, length, what)
-        left -= length
-        if left >= 0:
+        if length <= left:
+            left -= length
             l1 = await read_table(file, snapshot.l1_table_offset, snapshot.l1_size)
             named = l1 & np.uint64(L1E_OFFSET_MASK)
-            places.add_tables(f"L2 table of snapshot {snapshot.id!r}", named.copy)
+            places.add_unchanging(f"L2 table of snapshot {snapshot.id!r}", named)
+        await asyncio.sleep(0)

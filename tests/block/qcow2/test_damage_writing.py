@@ -202,6 +202,15 @@ async def test_a_refcount_block_in_the_place_of_something_else(
     await is_found(places, caplog, writes(8 * C), told, "refcount block 0 at")
 
 
+async def test_the_l1_table_in_the_place_of_something_else(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not changed; nobody has asked for what else is there."""
+    places.poke(places["L1 table"] + 8, 0)
+    places.poke(places["refcount table"] + 8, places["L1 table"])
+    await is_found(places, caplog, writes(TABLE_SPAN), "L1 table at", "refcount block 1 at")
+
+
 # Metadata that nobody counts ----------------------------------------------------------------------
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pynbd.block.qcow2.cache import Table
 from pynbd.block.qcow2.entries import UInt64s
 from pynbd.block.qcow2.places import Places
+from pynbd.errors import CorruptImage
 
 C = 1 << 16
 
@@ -92,3 +94,44 @@ def test_a_range_inside_a_longer_one() -> None:
 
 def test_neighbours_do_not_overlap() -> None:
     assert list(places().overlaps()) == []
+
+
+def test_a_region_may_be_very_long() -> None:
+    """Of a snapshot whose L1 table claims to have 2^32 - 1 entries, in clusters of 512 bytes."""
+    known = Places(9)
+    known.add(0, 512, "header")
+    known.add(1 << 40, 8 * 0xFFFFFFFF, "L1 table of snapshot '1'")
+    known.seal()
+    assert known.hold((1 << 40) + (8 << 31), 512)
+    assert not known.hold(1 << 39, 512)
+
+
+def test_tables_that_nobody_changes() -> None:
+    known = Places(16)
+    known.add_unchanging("L2 table of snapshot '1'", np.array([0, 20 * C, 0, 7 * C], np.uint64))
+    known.seal()
+    assert known.hold(20 * C, C)
+    assert known.names(5 * C, 90 * C) == [
+        "L2 table of snapshot '1' 1 at 0x140000",
+        "L2 table of snapshot '1' 3 at 0x70000",
+    ]
+
+
+@pytest.mark.parametrize(
+    "offset, clusters, alone",
+    [(20, 1, True), (21, 1, False), (5, 3, False), (8, 3, True), (30, 1, True)],
+)
+def test_what_is_not_alone_in_its_place(offset: int, clusters: int, alone: bool) -> None:
+    tables = np.array([20, 21, 6, 40], np.uint64) * np.uint64(C)
+    known = Places(16)
+    known.add(5 * C, 3 * C, "L1 table")
+    known.add_tables("L2 table", lambda: tables)
+    known.add_unchanging("L2 table of snapshot '1'", np.array([21 * C], np.uint64))
+    known.seal()
+    table = Table(offset * C, np.zeros(clusters * C // 8, np.uint64))
+    if alone:
+        known.check(table, "x.qcow2")
+        assert table.checked
+    else:
+        with pytest.raises(CorruptImage, match=r"x.qcow2: L. table .* and L2 table .* in one"):
+            known.check(table, "x.qcow2")

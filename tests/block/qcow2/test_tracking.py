@@ -11,6 +11,8 @@ import errno
 import json
 import random
 import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ import pytest
 from interop import peers
 from interop.samples import qemu_io
 from pynbd.block.chain import open_image
-from pynbd.block.qcow2.builder import Bitmap, Image
+from pynbd.block.qcow2 import tracking
+from pynbd.block.qcow2.builder import Bitmap, Image, poke
 from pynbd.block.qcow2.format import BitmapFlags
 from pynbd.block.qcow2.image import Qcow2Node
+from pynbd.errors import UnsupportedFeature
 from tests.block.qcow2.writing import (
     Call,
     KiB,
@@ -292,3 +296,37 @@ async def test_a_crash_leaves_them_in_use(tmp_path: Path) -> None:
 
 def put(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+async def test_more_bits_than_may_be_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written to the image, which can be read."""
+    path = with_bitmaps(tmp_path / "x.qcow2")
+    before = bytes_of(path)
+    monkeypatch.setattr(tracking, "MAX_TRACKED_BYTES", 1)
+    with pytest.raises(UnsupportedFeature, match=r"need .* bytes of memory; 1 are allowed"):
+        await open_image(path, read_only=False)
+    assert bytes_of(path) == before
+    async with await open_image(path) as node:
+        assert node.bitmaps()
+
+
+async def test_huge_tables_of_bitmaps_that_cannot_be_used(tmp_path: Path) -> None:
+    """Of each 2^20 entries, past the end of the file; nobody needs them, or keeps them."""
+    path, count = tmp_path / "x.qcow2", 64
+    names = [f"b{number:05}" for number in range(count)]
+    bitmaps = [Bitmap(name, dirty=[], flags=BitmapFlags.IN_USE) for name in names]
+    Image(size=MiB, cluster_bits=9, bitmaps=bitmaps).write(path)
+    directory = bytes_of(path).index(names[0].encode()) - 24
+    for number in range(count):
+        table = struct.pack(">QI", (1 << 50) + (number << 34), 1 << 20)
+        poke(path, directory + 32 * number, table)
+    tracemalloc.start()
+    try:
+        async with writable(path) as node:
+            _, peak = tracemalloc.get_traced_memory()
+            assert peak < 64 * MiB
+            await write(node, 0, b"x")
+    finally:
+        tracemalloc.stop()
