@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 from pynbd.block.engine import (
@@ -33,7 +33,6 @@ from pynbd.block.engine import (
 
 FAULTS = 0.03  # the part of the writes that fail, if any do
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -188,10 +187,13 @@ class SteppedEngine(Engine):
         self._rng = Random(seed)
         self._turns = turns
 
-    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def start(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        return asyncio.ensure_future(self._stepped(call, *args))
+
+    async def _stepped(self, call: Callable[..., T], *args: Any) -> T:
         if self._turns:
             await self._pause((1, 2, 3, 8, 40, 300), (30, 20, 20, 20, 8, 2))
-        result = call(*args, **kwargs)
+        result = call(*args)
         if self._turns:
             await self._pause((0, 1, 2), (1, 2, 1))
         return result

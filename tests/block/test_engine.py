@@ -43,9 +43,9 @@ class CountingEngine(Engine):
         super().__init__(2)
         self.hops = 0
 
-    async def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def start(self, call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         self.hops += 1
-        return await super().run(call, *args, **kwargs)
+        return super().start(call, *args)
 
 
 class HeldEngine(Engine):
@@ -56,8 +56,8 @@ class HeldEngine(Engine):
         self.entered = threading.Event()
         self._go_on = threading.Semaphore(0)
 
-    async def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return await super().run(self._held, call, *args)
+    def start(self, call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        return super().start(self._held, call, *args)
 
     def _held(self, call: Callable[..., Any], *args: Any) -> Any:
         self.entered.set()

@@ -53,9 +53,9 @@ class WatchedEngine(Engine):
     def hops(self) -> int:
         return len(self.calls)
 
-    async def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def start(self, call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         self.calls.append(call.__name__)
-        return await super().run(self._watched, call, *args)
+        return super().start(self._watched, call, *args)
 
     def _watched(self, call: Callable[..., Any], *args: Any) -> Any:
         if call.__name__ in self.held:
