@@ -40,6 +40,8 @@ HostRange = tuple[int, int]  # host offset and length, in bytes, of whole cluste
 
 # Changed tables in memory: a commit copies their pages in one step of the loop.
 MAX_CHANGED_PAGES = (4 << 20) // PAGE
+# Ranges that were freed: to punch each of them takes a while, and flushes wait for it.
+MAX_FREED = 1 << 12
 # With lazy refcounts, blocks that wait for the end.
 MAX_LAZY_BLOCKS = 64
 
@@ -151,6 +153,8 @@ class Commits:
     @property
     def much(self) -> bool:
         """Whether a commit is due, because so much has gathered."""
+        if len(self._freed) > MAX_FREED:
+            return True
         if len(self._links) + len(self._new_tables) <= self._few_tables:
             return False
         pages = sum(len(table.pages) for table in (*self._links, *self._new_tables))

@@ -33,6 +33,7 @@ from pynbd.block.qcow2.format import (
 )
 from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.places import Places
+from pynbd.block.qcow2.widths import Values
 from pynbd.errors import CorruptImage
 
 log = logging.getLogger("pynbd")
@@ -41,11 +42,11 @@ REFCOUNT_TABLE = "refcount table"
 
 # Of blocks that were not changed.
 BLOCK_CACHE_BYTES = 2 << 20
-# Blocks that one allocation looks through for holes.
-_BLOCKS_PER_SEARCH = 4
+# Steps in which one allocation looks for holes.
+_STEPS_PER_SEARCH = 4
 # Holes that are remembered; with more than these the file is searched again.
 _MAX_HOLES = 1 << 14
-# Clusters that are given back in one go.
+# Clusters that are looked at, or given back, in one step: those of one block, or so many of them.
 _CLUSTERS_PER_STEP = 1 << 16
 # The file becomes longer in steps of a sixteenth, within these limits: a file that grows with every
 # write makes every flush slow.
@@ -76,6 +77,7 @@ class Refcounts:
         self._cluster_size = header.cluster_size
         self._width = header.refcount_bits
         self._in_block = header.cluster_size * 8 // header.refcount_bits
+        self._in_step = min(self._in_block, _CLUSTERS_PER_STEP)
         self._commits = commits
         self._places = places
         self.table = table
@@ -152,7 +154,7 @@ class Refcounts:
 
     async def _unallocate(self, run: Run) -> None:
         first = run.host_offset >> self._bits
-        for number, count in self._by_block(first, run.clusters):
+        for number, count in self._split(first, run.clusters):
             await self._set(number, count, 0)
             self._holes.append((number, count))
 
@@ -169,16 +171,15 @@ class Refcounts:
 
     async def _search(self) -> None:
         """Look for holes, if none is known."""
-        for _ in range(_BLOCKS_PER_SEARCH):
+        for _ in range(_STEPS_PER_SEARCH):
             if self._holes or self._searched >= self._end:
                 return
-            index, skip = divmod(self._searched, self._in_block)
-            base = index * self._in_block
+            first, last = self._searched, min(self._searched + self._in_step, self._end)
+            index, at = divmod(first, self._in_block)
             block = await self._block(index)
             if block is not None:
-                stop = min(self._end - base, self._in_block)
-                self._holes = _runs(block.values[skip:stop] == 0, base + skip)[::-1]
-            self._searched = base + self._in_block
+                self._holes = _runs(block.values[at : at + last - first] == 0, first)[::-1]
+            self._searched += self._in_step
 
     async def _take_from_end(self, want: int) -> Run:
         while True:
@@ -232,67 +233,57 @@ class Refcounts:
 
         Nothing on disk refers to them any more, and nobody uses them.
         """
-        for clusters in self._steps(ranges):
+        for first, ended in self._ended(ranges):
             async with self._lock:
-                ending = [run for each in clusters for run in await self._last_references(*each)]
-            for first, count in ending:
-                self._check_place(first, count)
-                await self._punch(first, count)
+                block = await self._counted(first)
+            at = first % self._in_block
+            counts = block.values[at : at + len(ended)]
+            self._check_counts(first, counts, ended)
+            ending = _runs((counts == ended) & (ended != 0), first)
+            for run in ending:
+                self._check_place(*run)
+                await self._punch(*run)
             async with self._lock:
-                for first, count in clusters:
-                    await self._lower(first, count)
-            if len(self._holes) > _MAX_HOLES:
-                self._holes.clear()
-                self._searched = 0
+                counts -= ended.astype(counts.dtype)
+                self._commits.count(block, at, at + len(ended))
+                self._holes += ending
+                if len(self._holes) > _MAX_HOLES:
+                    self._holes.clear()
+                    self._searched = 0
+            await asyncio.sleep(0)
 
-    def _steps(self, ranges: Sequence[HostRange]) -> Iterator[list[_Clusters]]:
-        """``ranges`` in ascending order, neighbours put together, each inside one block."""
-        merged: list[list[int]] = []
-        for host_offset, length in sorted(ranges):
-            first, last = host_offset >> self._bits, host_offset + length >> self._bits
-            if merged and merged[-1][1] == first:
-                merged[-1][1] = last
-            else:
-                merged.append([first, last])
-        step: list[_Clusters] = []
-        size = 0
-        for first, last in merged:
-            for number, count in self._by_block(first, last - first):
-                step.append((number, count))
-                size += count
-                if size >= _CLUSTERS_PER_STEP:
-                    yield step
-                    step, size = [], 0
-        if step:
-            yield step
+    def _ended(self, ranges: Sequence[HostRange]) -> Iterator[tuple[int, UInt64s]]:
+        """How many references ended of some clusters that follow one another (the first, and one
+        number for each): step by step, each inside one block.
+        """
+        steps: dict[int, list[_Clusters]] = {}
+        for host_offset, length in ranges:
+            for first, count in self._split(host_offset >> self._bits, length >> self._bits):
+                steps.setdefault(first // self._in_step, []).append((first, first + count))
+        for _, clusters in sorted(steps.items()):
+            firsts, ends = np.array(clusters).T
+            first = int(firsts.min())
+            changes = np.zeros(int(ends.max()) - first + 1, np.int64)
+            np.add.at(changes, firsts - first, 1)
+            np.add.at(changes, ends - first, -1)
+            yield first, np.cumsum(changes[:-1]).astype(np.uint64)
 
-    def _by_block(self, first: int, count: int) -> Iterator[_Clusters]:
+    def _split(self, first: int, count: int) -> Iterator[_Clusters]:
+        """Clusters as one step takes them, inside one block."""
         end = first + count
         while first < end:
-            stop = min(end, (first // self._in_block + 1) * self._in_block)
+            stop = min(end, (first // self._in_step + 1) * self._in_step)
             yield first, stop - first
             first = stop
 
-    async def _last_references(self, first: int, count: int) -> list[_Clusters]:
-        """Those of some clusters that have one reference."""
-        block = await self._counted(first)
-        at = first % self._in_block
-        return _runs(block.values[at : at + count] == 1, first)
-
-    async def _lower(self, first: int, count: int) -> None:
-        """One reference less for each; those that have none left are holes."""
-        block = await self._counted(first)
-        at = first % self._in_block
-        ending = await self._last_references(first, count)
-        counts = block.values[at : at + count]
-        if not counts.all():
-            where = first + int(np.flatnonzero(counts == 0)[0]) << self._bits
+    def _check_counts(self, first: int, counts: Values, ended: UInt64s) -> None:
+        short = counts < ended
+        if short.any():
+            row = int(np.argmax(short))
             raise CorruptImage(
-                f"{self._file.path}: the cluster at {where:#x} was in use, but its refcount is 0"
+                f"{self._file.path}: {ended[row]} references to the cluster at"
+                f" {first + row << self._bits:#x} ended, but its refcount is {counts[row]}"
             )
-        counts -= 1
-        self._commits.count(block, at, at + count)
-        self._holes += ending
 
     async def _punch(self, first: int, count: int) -> None:
         host_offset, length = first << self._bits, count << self._bits

@@ -18,6 +18,7 @@ import pytest
 
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
+from pynbd.block.qcow2 import commit
 from pynbd.block.qcow2.builder import Data, Image, InternalSnapshot
 from pynbd.block.qcow2.format import Incompatible
 from tests.block.qcow2.writing import (
@@ -313,6 +314,24 @@ async def test_the_header_cannot_name_the_new_refcount_table(tmp_path: Path, tim
             await node.flush()
     await sound(path)
     assert qemu_contents(path) == data
+
+
+async def test_what_was_freed_does_not_wait_for_a_flush_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody who flushes has to wait until very many clusters were punched."""
+    monkeypatch.setattr(commit, "MAX_FREED", 4)
+    path = create(tmp_path / "x.qcow2", MiB, "cluster_size=4k")
+    with watched() as host:
+        async with writable(path) as node:
+            await write(node, 0, b"a" * MiB)
+            await node.flush()
+            host.calls.clear()
+            for offset in range(0, 40 * KiB, 8 * KiB):
+                await node.discard(offset, 4 * KiB)
+            assert host.count("sync")
+            assert host.count("fallocate") == 5
+    await sound(path)
 
 
 # Lazy refcounts -----------------------------------------------------------------------------------

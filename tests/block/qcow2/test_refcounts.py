@@ -14,9 +14,11 @@ import pytest
 
 from interop import peers
 from pynbd.block.chain import open_image
+from pynbd.block.qcow2 import refcounts
 from pynbd.block.qcow2.builder import Compressed, Data, Image, InternalSnapshot, poke
 from pynbd.block.qcow2.format import COPIED
 from tests.block.devices import loop_device
+from tests.block.qcow2.images import compressed
 from tests.block.qcow2.writing import (
     KiB,
     MiB,
@@ -321,3 +323,52 @@ async def test_the_file_becomes_longer_in_steps_and_is_cut_in_the_end(tmp_path: 
     report = await report_on(path)
     assert len(bytes_of(path)) == report.image_end_offset
     await sound(path)
+
+
+async def test_compressed_clusters_that_share_a_host_cluster_end_together(tmp_path: Path) -> None:
+    """The last of its references end in one commit: it is punched all the same."""
+    path = compressed(tmp_path)
+    async with writable(path) as node:
+        before = allocated(path)
+        await node.discard(0, MiB)
+        await node.flush()
+        assert before - allocated(path) >= 16 * 20000
+    await sound(path)
+
+
+async def test_more_references_end_than_a_cluster_has(tmp_path: Path) -> None:
+    """Two entries name one cluster, which counts one: it is neither punched nor used again."""
+    path = tmp_path / "x.qcow2"
+    Image(size=MiB, clusters={0: Data(b"a" * 65536), 65536: Data(b"b" * 65536)}).write(path)
+    data = bytes_of(path)
+    l1 = int.from_bytes(data[40:48], "big")
+    table = int.from_bytes(data[l1 : l1 + 8], "big") & ~COPIED
+    poke(path, table + 8, data[table : table + 8])
+    host_offset = int.from_bytes(data[table : table + 8], "big") & ~COPIED
+    async with writable(path) as node:
+        await node.discard(0, 2 * 65536)
+        await node.flush()
+        with pytest.raises(OSError, match="turned read-only"):
+            await write(node, 0, b"x")
+    assert bytes_of(path)[host_offset : host_offset + 65536] == b"a" * 65536
+    assert (await header_of(path)).incompatible & 2
+
+
+async def test_the_search_for_holes_goes_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of refcounts of one bit may speak of 2^24 clusters."""
+    monkeypatch.setattr(refcounts, "_CLUSTERS_PER_STEP", 4)
+    path = create(tmp_path / "x.qcow2", MiB, "cluster_size=4k")
+    async with writable(path) as node:
+        await write(node, 0, b"a" * MiB)
+        await node.flush()
+        for offset in range(0, MiB, 8192):
+            await node.discard(offset, 4096)
+    async with writable(path) as node:
+        end = node.metadata_file.size()
+        for offset in range(0, MiB, 8192):
+            await write(node, offset, b"b" * 4096)
+        assert node.metadata_file.size() == end
+    await sound(path)
+    assert qemu_contents(path) == (b"b" * 4096 + b"a" * 4096) * 128
