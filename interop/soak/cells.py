@@ -78,10 +78,15 @@ class _Begun:
 
 
 class Cells:
-    """What a crash may leave, at a moment that only goes forward."""
+    """What a crash may leave, at a moment that only goes forward. ``also``: what may be there at
+    first as well as ``content``.
+    """
 
-    def __init__(self, content: bytes, requests: Iterable[Request]) -> None:
+    def __init__(
+        self, content: bytes, requests: Iterable[Request], *, also: bytes | None = None
+    ) -> None:
         self.first = cells_of(content)
+        self._also = self.first if also is None else cells_of(also)
         self._first_may_be = np.ones(len(self.first), np.bool_)
         self._begun: dict[Request, _Begun] = {}
         events = [(request.begin, request, True) for request in requests]
@@ -123,7 +128,8 @@ class Cells:
     def wrong(self, content: bytes | bytearray) -> str:
         """What is wrong with the guest's disk, "" if nothing is."""
         cells = cells_of(content)
-        right = (cells == self.first).all(1) & self._first_may_be
+        right = (cells == self.first).all(1) | (cells == self._also).all(1)
+        right &= self._first_may_be
         for begun in self._begun.values():
             part = slice(begun.request.first, begun.request.last)
             found, payload = cells[part], begun.request.payload

@@ -65,8 +65,11 @@ class Judge:
         self._folder = folder
         self._before = before
         self._disk = Cells(before.disk, asked)
-        # After a crash both hold what is allowed, and that may be two things.
-        self._raw = Cells(before.files[plan.files[-1]], asked) if plan.raw_data_file else None
+        # After a crash both hold what is allowed, and that may be two things: then what is zero in
+        # the guest only is written, too, around what a later request puts into its cluster.
+        self._raw = None
+        if plan.raw_data_file:
+            self._raw = Cells(before.files[plan.files[-1]], asked, also=before.disk)
         self._engine = SteppedEngine(0, turns=False)
         self.image = folder / plan.files[0]
 
