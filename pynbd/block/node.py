@@ -318,6 +318,11 @@ class BlockNode(ABC):
         for file, pieces in ranges.items():
             await file.will_need(pieces)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether this layer keeps something that `finish` has not brought onto stable storage."""
+        return False
+
     async def finish(self) -> None:  # noqa: B027 (most layers keep nothing)
         """Bring onto stable storage what a writable layer keeps in memory until it is closed.
         ``OSError`` if that fails.

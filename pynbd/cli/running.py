@@ -28,14 +28,17 @@ async def run_server(
     max_clients: int,
     until_idle: bool,
     handshake_limit: float,
+    thrown_away: bool = False,
     trace: bool = False,
 ) -> None:
     """Serve ``export`` until a signal ends it, or with ``until_idle`` the last client has left.
 
-    ``ready`` is called once clients can connect.
+    ``ready`` is called once clients can connect. ``thrown_away``: nobody misses what was written.
     """
     with closing(listen()) as listening:
         watch().clean = listening.remove
+        if not thrown_away:
+            watch().unfinished = lambda: any(node.unfinished for node in export.node.chain())
         server = Server(
             ExportTable([export]),
             listening.sockets,

@@ -304,5 +304,6 @@ async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None
             max_clients=wanted.shared,
             until_idle=bool(sockets),
             handshake_limit=wanted.handshake_limit,
+            thrown_away=wanted.snapshot,
             trace=wanted.trace,
         )

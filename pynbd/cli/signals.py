@@ -4,7 +4,8 @@ They are blocked in every thread, and one thread waits for them. So there is no 
 of them does what it does by default, whatever the loop, a library or the interpreter is busy with.
 
 1. Until there is something to end, a signal ends the process; with status 0, as always.
-2. Then the first one ends it in good order, and the second one at once.
+2. Then the first one ends it in good order, and the second one at once: with status 1 if an image
+   was not finished.
 3. HUP is left alone where it was ignored from the start: that is what nohup(1) is for. INT and QUIT
    are not: shells ignore them for everything in the background.
 
@@ -30,6 +31,8 @@ class Watch:
         """Ends in good order, when there is something to end. Called in a thread of its own."""
         self.clean: Callable[[], object] = lambda: None
         """Removes what must not stay behind a process that ends at once."""
+        self.unfinished: Callable[[], bool] = lambda: False
+        """Whether an end at once loses something."""
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         self._ending = ENDING - ignored
         signal.pthread_sigmask(signal.SIG_BLOCK, self._ending)
@@ -41,7 +44,7 @@ class Watch:
             self.stop()
             signal.sigwait(self._ending)
         self.clean()
-        os._exit(0)
+        os._exit(1 if self.unfinished() else 0)
 
 
 @cache

@@ -776,6 +776,26 @@ def test_a_second_signal_ends_it_at_once(disk: Path, loop: str) -> None:
         assert time.monotonic() - start < 1
 
 
+@pytest.mark.parametrize(
+    "options, writes, status", [([], True, 1), ([], False, 0), (["-s"], True, 0)]
+)
+def test_a_second_signal_and_an_image_that_is_not_finished(
+    image: Path, options: list[str], writes: bool, status: int
+) -> None:
+    """A status of 0 would say that its bitmaps are stored. Nobody misses an overlay's."""
+    with started(*options, "-p", "0", image) as server, connect(server.uri) as client:
+        assert export_name(client) == M
+        if writes:
+            client.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, 0, 1) + b"X")
+            assert client.recv(16, socket.MSG_WAITALL)[4:8] == bytes(4)
+        client.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 0, M) * 64)
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert server.process.poll() is None
+        assert server.end(signal.SIGTERM) == (status, "", "")
+
+
 # A server that nobody can shake ------------------------------------------------------------------
 
 

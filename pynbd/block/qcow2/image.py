@@ -204,6 +204,10 @@ class Qcow2Node(BlockNode):
         if self._writer is not None:
             await self._writer.flush()
 
+    @property
+    def unfinished(self) -> bool:
+        return self._writer is not None and self._writer.unfinished
+
     async def finish(self) -> None:
         if self._writer is not None:
             await self._writer.finish()

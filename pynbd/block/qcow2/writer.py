@@ -104,7 +104,7 @@ class Writer:
         self._bits = header.cluster_bits
         self._per_step = min(CLUSTERS_PER_STEP, _BYTES_PER_STEP >> self._bits)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._begun = self._finished = False
+        self._begun = self._finished = self._stored = False
         self._beginning = asyncio.Lock()
         self._marking: asyncio.Task[None] | None = None  # once damage was found
         commits.release = self._release
@@ -202,13 +202,18 @@ class Writer:
         """Every completed change onto stable storage."""
         await self._apart(self._commits.commit())
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is something to `finish`, and that has not succeeded."""
+        return (self._begun or self._tracking.in_use) and not self._stored
+
     async def finish(self) -> None:
         """Store the bitmaps, write all metadata, give back what is not needed. ``OSError`` if that
         fails.
         """
         while self._tasks:
             await asyncio.wait(self._tasks)
-        if self._finished or not (self._begun or self._tracking.in_use):
+        if self._finished or not self.unfinished:
             return
         self._finished = True
         try:
@@ -219,6 +224,7 @@ class Writer:
         finally:
             await self._commits.finish()
             await self._refcounts.finish()
+        self._stored = True
 
     async def _begin(self) -> None:
         """Before any change: whether there may be one, and what the first one needs."""

@@ -94,6 +94,7 @@ async def _serve(
             max_clients=wanted.shared,
             until_idle=not wanted.persistent,
             handshake_limit=wanted.handshake_limit,
+            thrown_away=wanted.snapshot,
             trace=trace,
         )
 
