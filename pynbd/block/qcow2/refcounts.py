@@ -42,6 +42,10 @@ REFCOUNT_TABLE = "refcount table"
 
 # Of blocks that were not changed.
 BLOCK_CACHE_BYTES = 2 << 20
+# Blocks that are looked through for the end of what is in use. If that is before all of them, what
+# is free there will be found as holes.
+_BLOCKS_AT_OPEN = 1 << 10
+_BYTES_AT_OPEN = 64 << 20
 # Steps in which one allocation looks for holes.
 _STEPS_PER_SEARCH = 4
 # Holes that are remembered; with more than these the file is searched again.
@@ -101,11 +105,14 @@ class Refcounts:
         offset = header.refcount_table_offset
         table = Table(offset, await read_table(file, offset, entries))
         refcounts = cls(file, header, table, commits, places)
-        for index in reversed(np.flatnonzero(refcounts._block_offsets()).tolist()):
+        named = np.flatnonzero(refcounts._block_offsets())
+        most = min(_BLOCKS_AT_OPEN, _BYTES_AT_OPEN // header.cluster_size)
+        for index in named[-most:][::-1].tolist():
             block = await refcounts._load(index)
             used = np.flatnonzero(block.values)
+            refcounts._end = index * refcounts._in_block
             if len(used):
-                refcounts._end = index * refcounts._in_block + int(used[-1]) + 1
+                refcounts._end += int(used[-1]) + 1
                 break
         return refcounts
 

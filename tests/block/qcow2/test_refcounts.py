@@ -372,3 +372,25 @@ async def test_the_search_for_holes_goes_step_by_step(
         assert node.metadata_file.size() == end
     await sound(path)
     assert qemu_contents(path) == (b"b" * 4096 + b"a" * 4096) * 128
+
+
+async def test_the_end_is_looked_for_in_so_many_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of 2^20 entries may name blocks without anything in them. What is free before those
+    that are looked through is found as holes.
+    """
+    monkeypatch.setattr(refcounts, "_BLOCKS_AT_OPEN", 2)
+    path = create(tmp_path / "x.qcow2", 4 * MiB, "cluster_size=512,refcount_bits=64")
+    async with writable(path) as node:
+        await write(node, 0, b"a" * MiB)
+        await node.flush()
+        await node.discard(64 * KiB, MiB - 64 * KiB)
+    size = path.stat().st_size
+    async with writable(path) as node:
+        for offset in range(MiB, MiB + MiB // 2, 4 * KiB):
+            await write(node, offset, b"b" * 4 * KiB)
+    assert path.stat().st_size < size + 64 * KiB
+    await sound(path)
+    expected = b"a" * 64 * KiB + bytes(MiB - 64 * KiB) + b"b" * (MiB // 2)
+    assert qemu_contents(path) == expected.ljust(4 * MiB, b"\0")
