@@ -99,7 +99,7 @@ class Commits:
         self._pins = pins
         self._lazy = lazy_refcounts
         # So many tables are never too much, and need not be counted.
-        self._few_tables = (MAX_CHANGED_PAGES * PAGE >> fields.cluster_bits) - 1
+        self._few_tables = MAX_CHANGED_PAGES * PAGE // max(1 << fields.cluster_bits, PAGE) - 1
         # Changed tables, by what names them and what they name.
         self._new_tables: dict[Table, None] = {}
         self._new_blocks: dict[Table, None] = {}

@@ -53,9 +53,11 @@ from pynbd.errors import CorruptImage
 log = logging.getLogger("pynbd")
 T = TypeVar("T")
 
-# Clusters that one step of a long write, or of many, looks up and links, and their bytes, which may
-# all have to be copied.
-CLUSTERS_PER_STEP = 1 << 10
+# Clusters of a write in place, which cost a few microseconds each.
+_CLUSTERS_IN_PLACE = 1 << 10
+# Clusters that one step of a long write, or of many, looks up and links, about ten milliseconds'
+# worth, and their bytes, which may all have to be copied.
+CLUSTERS_PER_STEP = 1 << 8
 _BYTES_PER_STEP = 64 << 20
 # L1 tables of snapshots whose L2 tables have their places known.
 _SNAPSHOT_L1_BYTES = MAX_L1_BYTES
@@ -158,7 +160,7 @@ class Writer:
         for index, (offset, data) in enumerate(pieces):
             self._tracking.record(offset, len(data))
             places = None
-            if len(data) >> self._bits < CLUSTERS_PER_STEP:
+            if len(data) >> self._bits < _CLUSTERS_IN_PLACE:
                 places = self._cow.in_place(offset, data)
             if places is None:
                 others.append(index)
