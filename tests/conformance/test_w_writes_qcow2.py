@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from interop import peers
-from pynbd.block.qcow2.builder import Bitmap, Compressed, Data, Image, InternalSnapshot
-from pynbd.block.qcow2.format import BitmapFlags
+from pynbd.block.qcow2.builder import Bitmap, Compressed, Data, Image, InternalSnapshot, poke
+from pynbd.block.qcow2.format import COPIED, BitmapFlags, Incompatible
 from pynbd.server.server import GRACE
 from tests.conformance.asking import each_mode, refused, succeeded
 from tests.conformance.client import Cmd, CmdFlag, Errno, Mode, Peer
@@ -339,6 +339,40 @@ def test_errno_of_a_write(hold: Hold, kind: str, number: int, error: Errno) -> N
         succeeded(peer, Cmd.WRITE, at + 512, payload=data)
         succeeded(peer, Cmd.FLUSH)
         matches(peer, (at - CLUSTER, data), (at + 512, data))
+
+
+# Damage ---------------------------------------------------------------------------------------
+
+
+@row("W15")
+@pytest.mark.parametrize("mode", [Mode.SIMPLE, Mode.STRUCTURED, Mode.EXTENDED])
+@pytest.mark.parametrize("command", [Cmd.WRITE, Cmd.TRIM])
+def test_damage_that_a_change_meets(
+    tmp_path: Path, loop: str, mode: Mode, command: Cmd, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A guest cluster that is mapped to the refcount table: nothing is written there."""
+    path = tmp_path / "disk.qcow2"
+    at = 5 * CLUSTER
+    written = Image(size=SIZE, clusters=clusters(SIZE)).write(path)
+    table = written.header.refcount_table_offset
+    poke(path, written.entry_offset(at), (table | COPIED).to_bytes(8, "big"))
+    before = path.read_bytes()[table : table + CLUSTER]
+    payload = bytes(CLUSTER) if command is Cmd.WRITE else None
+    length = CLUSTER if command is Cmd.TRIM else 0
+    with holding_open(loop, path, held_image) as held, held.enter(mode) as peer:
+        if command is Cmd.WRITE:
+            refused(peer, Errno.EIO, command, at, payload=payload)
+        else:  # what is given back is looked at when it is flushed
+            succeeded(peer, command, at, length)
+            succeeded(peer, Cmd.FLUSH)
+        assert path.read_bytes()[79] & Incompatible.CORRUPT
+        refused(peer, Errno.EPERM, Cmd.WRITE, CLUSTER, payload=CONTENT[:CLUSTER])
+        refused(peer, Errno.EPERM, Cmd.WRITE_ZEROES, CLUSTER, CLUSTER)
+        refused(peer, Errno.EPERM, Cmd.TRIM, CLUSTER, CLUSTER)
+        succeeded(peer, Cmd.FLUSH)
+        assert peer.pread(CLUSTER, 4 * CLUSTER) == CONTENT[CLUSTER : 5 * CLUSTER]
+    assert path.read_bytes()[table : table + CLUSTER] == before
+    assert f"refcount table at {table:#x}" in caplog.text
 
 
 # Bitmaps --------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ class Refcounts:
             self._check_counts(first, counts, ended)
             ending = _runs((counts == ended) & (ended != 0), first)
             for run in ending:
-                self._check_place(*run)
+                self._check_place(*run, "was a guest's")
                 await self._punch(*run)
             async with self._lock:
                 counts -= ended.astype(counts.dtype)
@@ -306,19 +306,11 @@ class Refcounts:
 
     async def _set(self, first: int, count: int, refcount: int) -> None:
         """Set the refcounts of clusters that one block speaks of, and that are no metadata."""
-        host_offset, length = first << self._bits, count << self._bits
-        if self._places.hold(host_offset, length):
-            self._overlap(host_offset, length)
+        self._check_place(first, count)
         block = await self._counted(first)
         at = first % self._in_block
         block.values[at : at + count] = refcount
         self._commits.count(block, at, at + count)
-
-    def _overlap(self, host_offset: int, length: int) -> None:
-        there = " and ".join(self._places.names(host_offset, length))
-        raise CorruptImage(
-            f"{self._file.path}: the cluster at {host_offset:#x} has no refcount, but holds {there}"
-        )
 
     async def _counted(self, cluster: int) -> Table:
         """The block that counts ``cluster``, to be changed."""
@@ -356,6 +348,7 @@ class Refcounts:
         """
         self._places.check(self.table, self._file.path)
         if index < len(self.table.values):
+            self._check_room(self._end, 1)
             self._check_place(self._end, 1)
             await self._have_space(self._end, 1)
             self._place_blocks([index], self._end)
@@ -375,6 +368,7 @@ class Refcounts:
         if length > MAX_REFCOUNT_TABLE_BYTES:
             problem = f"the refcount table would exceed {MAX_REFCOUNT_TABLE_BYTES} bytes"
             raise OSError(errno.ENOSPC, problem, self._file.path)
+        self._check_room(self._end, len(indexes) + clusters)
         self._check_place(self._end, len(indexes) + clusters)
         await self._have_space(self._end, len(indexes) + clusters)
         # From here on nothing waits: a commit sees all of it or nothing.
@@ -403,11 +397,14 @@ class Refcounts:
                 return list(range(first, last + 1))
             blocks = last - first + 1
 
-    def _check_place(self, first: int, count: int) -> None:
-        self._check_room(first, count)
+    def _check_place(self, first: int, count: int, state: str = "has no refcount") -> None:
+        """Raise `CorruptImage` if there is metadata in clusters that are, or were, somebody's."""
         host_offset, length = first << self._bits, count << self._bits
         if self._places.hold(host_offset, length):
-            self._overlap(host_offset, length)
+            there = " and ".join(self._places.names(host_offset, length))
+            raise CorruptImage(
+                f"{self._file.path}: the cluster at {host_offset:#x} {state}, but holds {there}"
+            )
 
     def _place_blocks(self, indexes: Sequence[int], first: int) -> dict[int, Table]:
         """New blocks in clusters from ``first``, which are free, and all of which they count."""
