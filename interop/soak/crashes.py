@@ -59,7 +59,7 @@ _LITTLE = {
     "zeroing._ENTRIES_PER_STEP": 4,
     "zeroing._CLUSTERS_RESERVED_PER_STEP": 2,
     "refcounts._MAX_HOLES": 4,
-    "refcounts._BLOCKS_PER_SEARCH": 1,
+    "refcounts._STEPS_PER_SEARCH": 1,
     "refcounts._MIN_GROWTH": 4096,
 }
 
