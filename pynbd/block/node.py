@@ -253,7 +253,8 @@ class BlockNode(ABC):
         """
         if not self._cut_short:
             self._cut_short = True
-            log.warning("%s: the file was cut short; what is missing reads as zeroes", self.name)
+            name = self.file.path if self.file else self.name
+            log.warning("%s: the file was cut short; what is missing reads as zeroes", name)
         return bytes(length)
 
     async def pread(self, offset: int, length: int) -> bytearray:

@@ -308,7 +308,7 @@ class Commands:
                 may_unmap=self._export.unmap and not request.flags & _NO_HOLE,
                 fast=bool(request.flags & _FAST_ZERO),
                 fua=bool(request.flags & _FUA),
-                no_hole=bool(request.flags & _NO_HOLE),
+                no_hole=self._export.reserve and bool(request.flags & _NO_HOLE),
             )
         return self._done(request)
 

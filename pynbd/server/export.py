@@ -24,6 +24,7 @@ class Export:
     ``multi_conn``: whether a second connection sees what the first one wrote; one process with one
     node always grants that, but it is pointless where only one connection is allowed. ``unmap``:
     whether TRIM and WRITE_ZEROES may give space back; else TRIM does nothing, and succeeds.
+    ``reserve``: whether WRITE_ZEROES with NO_HOLE adds the space that is not there yet.
     ``detect_zeroes``: what becomes of writes of nothing but zeroes. Raises `ImageError` if the
     image is larger than an export can be, `UsageError` for a text that no client can be told.
     """
@@ -37,6 +38,7 @@ class Export:
         contexts: Mapping[str, Context],
         multi_conn: bool = True,
         unmap: bool = True,
+        reserve: bool = True,
         detect_zeroes: DetectZeroes = DetectZeroes.OFF,
     ) -> None:
         check_string("export name", name)
@@ -48,6 +50,7 @@ class Export:
         self.contexts = contexts
         self.read_only = node.read_only
         self.unmap = unmap
+        self.reserve = reserve
         self.detect_zeroes = detect_zeroes
         self.troubles = TroubleLog()
         flags = _ALWAYS | (TransmissionFlag.READ_ONLY if node.read_only else _WRITABLE)

@@ -17,7 +17,7 @@ import numpy as np
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.engine import Buffer, HostFile
-from pynbd.block.extent import Runs
+from pynbd.block.extent import DATA, Runs
 from pynbd.block.node import BlockNode
 from pynbd.block.pins import Pins
 from pynbd.block.qcow2 import bitmaps, snapshots
@@ -153,8 +153,15 @@ class Qcow2Node(BlockNode):
         runs = await self.mapping.runs(offset, length)
         if not want_zero:
             return runs
+        self._tell_cut_short(runs)
         preallocated = await self._preallocated.load(0)
         return await with_holes(self.file, runs) if preallocated else runs
+
+    def _tell_cut_short(self, runs: Runs) -> None:
+        """Warn of data past the end of the file, which may be taken for holes."""
+        ends = (runs.host + runs.lengths)[runs.kind == DATA]
+        if int(ends.max(initial=0)) - self.file.size() >= self.header.cluster_size:
+            self.past_end(0)
 
     async def fetch_compressed(self, host: int, guest_offset: int) -> memoryview:
         try:

@@ -116,6 +116,11 @@ class Refcounts:
                 break
         return refcounts
 
+    @property
+    def end(self) -> int:
+        """Where the last cluster that has a refcount ends."""
+        return self._end << self._bits
+
     def _block_offsets(self) -> UInt64s:
         return self.table.values & np.uint64(REFT_OFFSET_MASK)
 

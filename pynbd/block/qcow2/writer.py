@@ -131,6 +131,12 @@ class Writer:
         lazy = Compatible.LAZY_REFCOUNTS in header.compatible
         commits = Commits(file, data_file, fields, pins, lazy_refcounts=lazy)
         refcounts = await Refcounts.open(file, header, commits, places)
+        if refcounts.end - file.size() >= header.cluster_size:
+            log.warning(
+                "%s: the file was cut short: what was in clusters past its end reads as zeroes"
+                " (pynbd check tells more)",
+                file.path,
+            )
         links = Links(
             file, Table(header.l1_table_offset, mapping.l1), mapping, refcounts, commits, places
         )

@@ -71,6 +71,7 @@ async def _serve(
             contexts=contexts,
             multi_conn=wanted.shared != 1,
             unmap=wanted.unmap,
+            reserve=False,  # in qemu-nbd NO_HOLE keeps the space that there is
             detect_zeroes=DetectZeroes(wanted.detect_zeroes),
         )
 

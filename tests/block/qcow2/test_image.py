@@ -360,3 +360,18 @@ async def test_a_file_that_was_cut_short(
     assert len(caplog.messages) == len(told)
     for message, words in zip(caplog.messages, told, strict=True):
         assert words in message
+
+
+@pytest.mark.parametrize("use", ["map", "write"])
+async def test_most_of_a_file_that_was_cut_short(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, use: str
+) -> None:
+    """What was lost looks like holes that somebody left; it is told all the same."""
+    path = tmp_path / "disk.qcow2"
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", path, "16M")
+    peers.run("qemu-io", "-f", "qcow2", "-c", "write -q -P 1 0 8M", path)
+    os.truncate(path, 1 << 20)
+    async with await open_image(path, read_only=use == "map") as node:
+        if use == "map":
+            await node.map(0, node.size)
+    assert [message for message in caplog.messages if "cut short" in message]
