@@ -83,6 +83,14 @@ def last_words(program: str, text: str) -> None:
         click.echo(f"{program}: {printable(text)}", err=True)
 
 
+def line_of(text: str) -> str:
+    """The line by which the log tells an error; made without its locks, which whoever is stuck may
+    hold.
+    """
+    record = logging.LogRecord("pynbd", logging.ERROR, "", 0, text, None, None)
+    return logging.getLogger().handlers[0].format(record)
+
+
 class _Formatter(logging.Formatter):
     def __init__(self, program: str) -> None:
         super().__init__()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
 
+from pynbd.block.node import BlockNode
+from pynbd.cli.logs import line_of
 from pynbd.cli.output import drop_standard_output
 from pynbd.cli.signals import watch
 from pynbd.errors import PynbdError, UsageError
@@ -38,7 +40,7 @@ async def run_server(
     with closing(listen()) as listening:
         watch().clean = listening.remove
         if not thrown_away:
-            watch().unfinished = lambda: any(node.unfinished for node in export.node.chain())
+            watch().last_line = partial(_what_is_lost, export.node)
         server = Server(
             ExportTable([export]),
             listening.sockets,
@@ -69,6 +71,17 @@ def listen_on(
 def _stop(server: Server, loop: asyncio.AbstractEventLoop) -> None:
     with suppress(RuntimeError):  # the loop is closed: the server has ended by itself
         loop.call_soon_threadsafe(server.stop)
+
+
+def _what_is_lost(top: BlockNode) -> str:
+    """The line that tells what an end at once loses; "" if nothing."""
+    for node in top.chain():
+        if node.unfinished:
+            lost = "what was not flushed may be lost"
+            if any(bitmap.enabled for bitmap in node.bitmaps()):
+                lost = f"its bitmaps are not saved, and {lost}"
+            return line_of(f"{node.name}: ended by a second signal before it was finished: {lost}")
+    return ""
 
 
 def print_first_line(line: object) -> None:
