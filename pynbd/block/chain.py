@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from pynbd.block.engine import Cache, Engine, HostFile
@@ -231,6 +232,7 @@ class _Opening:
     def _open(self, options: FileOptions, *, writable: bool = False) -> HostFile:
         """Open a file of the chain."""
         path = options.filename
+        self._refuse_loop(path)
         file = open_host_file(
             self.engine,
             path,
@@ -243,10 +245,15 @@ class _Opening:
         if options.device not in (None, file.is_device):
             wanted = "host_device is for block devices" if options.device else "file is for files"
             raise ImageError(f"{path}: the driver {wanted}")
-        for other in self.files[:-1]:
-            if other.identity == file.identity:
-                raise ImageError(f"{path}: it is in the chain already, as {other.path}: a loop")
         return file
+
+    def _refuse_loop(self, path: str) -> None:
+        """Before it is opened: the lock of the file that is written is in its own way."""
+        with suppress(OSError, ValueError):  # which opening it tells
+            status = os.stat(path)
+            for other in self.files:
+                if other.identity == (status.st_dev, status.st_ino):
+                    raise ImageError(f"{path}: it is in the chain already, as {other.path}: a loop")
 
 
 def _named_path(image: str, name: str, role: str) -> str:

@@ -261,12 +261,16 @@ async def test_many_nodes_on_one_another(tmp_path: Path) -> None:
     await node.close()
 
 
-async def test_loops(tmp_path: Path) -> None:
-    await refused(overlay(tmp_path / "self", "self", "qcow2"), ImageError, "loop")
+@pytest.mark.parametrize("read_only", [True, False])
+async def test_loops(tmp_path: Path, read_only: bool) -> None:
+    """Whether or not the image is locked, which is in the way of nobody else here."""
+    path = overlay(tmp_path / "self", "self", "qcow2")
+    await refused(path, ImageError, "loop", read_only=read_only)
     overlay(tmp_path / "a", "b", "qcow2")
     overlay(tmp_path / "b", "link", "qcow2")
     os.link(tmp_path / "a", tmp_path / "link")
-    await refused(tmp_path / "a", ImageError, tmp_path / "link", tmp_path / "a", "loop")
+    loop = tmp_path / "link", tmp_path / "a", "loop"
+    await refused(tmp_path / "a", ImageError, *loop, read_only=read_only)
 
 
 async def test_layers(tmp_path: Path) -> None:
