@@ -254,44 +254,48 @@ class Zeroing:
         rows = slice(at * layout.entry_words, (at + last - first) * layout.entry_words)
         self._check(table, at, first, last)
         words = table.values[rows][:: layout.entry_words]
-        runs: list[Run] = []
-        if space is Space.RESERVED and not layout.data_file:
-            there = _own(words)
-            for host_offset, size in self._references(words[there]):
-                await self._file.fallocate(FALLOC_KEEP_SIZE, host_offset, size)
-            runs = await self._reserve(int(np.count_nonzero(~there)), fast=fast)
+        housed, homes = await self._homes(words, first, space, fast=fast)
         # From here on nothing waits. What was looked up is as it was: nobody else changes it.
-        guest = np.arange(first, last, dtype=np.uint64) << np.uint64(self._bits)
-        zero = np.uint64(0 if layout.extended or layout.version < 3 else ZERO)
         old = words.copy()
-        kept = (old & np.uint64(L2E_OFFSET_MASK)) | np.uint64(COPIED) | zero
-        if layout.data_file:
-            own = (old & np.uint64(L2E_OFFSET_MASK | COPIED)) != 0
-            homes = guest
-        else:
-            own = _own(old)
-            homes = _host_offsets(runs, self._bits)
-        new = np.full(len(old), zero)
-        if space is not Space.GIVEN_BACK and layout.version >= 3:
-            new[own] = kept[own]
-        if space is Space.RESERVED:
-            new[~own] = (homes[~own] if layout.data_file else homes) | np.uint64(COPIED) | zero
-        bitmaps = table.values[rows][1::2] if layout.extended else None
+        zero = np.uint64(0 if layout.extended or layout.version < 3 else ZERO)
+        new = np.where(housed, homes | np.uint64(COPIED) | zero, zero)
+        changed = np.ones(len(old), np.bool_)
         if discard and self._node.backing is None:
-            untouched = old & np.uint64(L2E_OFFSET_MASK | COMPRESSED | COPIED | ZERO) == 0
-            new[untouched] = old[untouched]
-        else:
-            untouched = np.zeros(len(old), np.bool_)
+            changed = old & np.uint64(L2E_OFFSET_MASK | COMPRESSED | COPIED | ZERO) != 0
+            new[~changed] = old[~changed]
         if not layout.data_file:
-            left = (old & np.uint64(COMPRESSED) != 0) | (
+            moved = (old & np.uint64(COMPRESSED) != 0) | (
                 (new ^ old) & np.uint64(L2E_OFFSET_MASK) != 0
             )
-            self._commits.free(self._references(old[left & (old & _PLACE != 0)]))
+            self._commits.free(self._references(old[moved & (old & _PLACE != 0)]))
         words[:] = new
-        if bitmaps is not None:
-            bitmaps[~untouched] = _ALL_ZERO
+        if layout.extended:
+            table.values[rows][1::2][changed] = _ALL_ZERO
         self._commits.link(table, rows.start, rows.stop)
         self._node.resolved.forget(first << self._bits, last << self._bits)
+
+    async def _homes(
+        self, words: UInt64s, first: int, space: Space, *, fast: bool
+    ) -> tuple[Bools, UInt64s]:
+        """Which of the clusters from ``first``, with the entries ``words``, are to have a host
+        cluster, and where.
+        """
+        if self._layout.data_file:
+            numbers = np.arange(first, first + len(words), dtype=np.uint64)
+            homes = numbers << np.uint64(self._bits)
+            own: Bools = words & np.uint64(L2E_OFFSET_MASK | COPIED) != 0
+        else:
+            homes, own = words & np.uint64(L2E_OFFSET_MASK), _own(words)
+        if space is Space.GIVEN_BACK or self._layout.version < 3:
+            return np.zeros(len(words), np.bool_), homes
+        if space is Space.KEPT:
+            return own, homes
+        if not self._layout.data_file:
+            for host_offset, size in self._references(words[own]):
+                await self._file.fallocate(FALLOC_KEEP_SIZE, host_offset, size)
+            runs = await self._reserve(int(np.count_nonzero(~own)), fast=fast)
+            homes[~own] = _host_offsets(runs, self._bits)
+        return np.ones(len(words), np.bool_), homes
 
     async def _reserve(self, clusters: int, *, fast: bool) -> list[Run]:
         """New host clusters, with space on the host for all their bytes."""
