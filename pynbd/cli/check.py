@@ -2,12 +2,13 @@
 
 JSON has the keys of ``qemu-img check --output=json`` (`ImageCheck` of QEMU's
 qapi/block-core.json), the exit status is that of ``qemu-img check``. What was found goes to
-standard error, a line for each place.
+standard error, a line for each place; that the image is marked dirty or corrupt, too, for people.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
 import click
@@ -18,6 +19,7 @@ from pynbd.block.file import open_host_file
 from pynbd.block.new_file import open_to_write
 from pynbd.block.probe import PROBE_LENGTH, probe_format
 from pynbd.block.qcow2.check import check as check_image
+from pynbd.block.qcow2.format import Incompatible
 from pynbd.block.qcow2.image import read_header
 from pynbd.block.qcow2.repair import Fix, repair
 from pynbd.block.qcow2.report import Report
@@ -44,6 +46,23 @@ _KEYS = (
     "allocated-clusters",
     "fragmented-clusters",
     "compressed-clusters",
+)
+
+# What is told of an image that has the mark, and of one from which a repair has cleared it.
+_MARKS = (
+    (
+        Incompatible.DIRTY,
+        (
+            "it was not closed properly: its refcounts are out of date, which opening it for"
+            " writing, or -r all, mends"
+        ),
+        "it was not closed properly: it was marked dirty, and is not any more",
+    ),
+    (
+        Incompatible.CORRUPT,
+        "it is marked corrupt: it is not opened for writing before -r all has cleared that",
+        "it was marked corrupt, and is not any more",
+    ),
 )
 
 
@@ -121,12 +140,15 @@ def check(
     wanted = Fix(fix) if fix else None
     configure(verbose=False, trace=False, log_format="text")
     try:
-        report = run(_check(image, format_name, wanted, force_share=force_share))
+        report, marks, left = run(_check(image, format_name, wanted, force_share=force_share))
     except _NoCheck as error:
         complain("pynbd", str(error), _NO_CHECK)
     if not quiet:
         for line in report.findings:
             click.echo(f"{printable(image)}: {printable(line)}", err=True)
+        if not as_json and output != _JSON:
+            for line in _told_of_marks(marks, left):
+                click.echo(f"{printable(image)}: {line}", err=True)
         with standard_output() as write:
             write(_json(image, report) if as_json or output == _JSON else _text(report))
     if report.check_errors:
@@ -138,7 +160,8 @@ def check(
 
 async def _check(
     image: str, format_name: str | None, fix: Fix | None, *, force_share: bool
-) -> Report:
+) -> tuple[Report, Incompatible, Incompatible]:
+    """The report, and the marks of the image before and afterwards."""
     with ExitStack() as open_ones:
         engine = open_ones.enter_context(closing(Engine()))
         file = (
@@ -154,9 +177,17 @@ async def _check(
         if looks_like != "qcow2":
             raise ImageError(f"{image}: it is not a qcow2 image; it looks like {looks_like}")
         header = await read_header(file)
+        marks = header.incompatible
         if fix is None:
-            return await check_image(file, header)
-        return await repair(file, header, fix=fix)
+            return await check_image(file, header), marks, marks
+        report = await repair(file, header, fix=fix)
+        return report, marks, (await read_header(file)).incompatible
+
+
+def _told_of_marks(marks: Incompatible, left: Incompatible) -> Iterator[str]:
+    for mark, found, cleared in _MARKS:
+        if mark in marks:
+            yield found if mark in left else cleared
 
 
 def _json(image: str, report: Report) -> str:

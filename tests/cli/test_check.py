@@ -153,6 +153,62 @@ def test_repair_of_all(
     assert "leaks-fixed" not in report
 
 
+DIRTY = (
+    "it was not closed properly: its refcounts are out of date, which opening it for writing, or"
+    " -r all, mends"
+)
+CORRUPT = "it is marked corrupt: it is not opened for writing before -r all has cleared that"
+NOT_DIRTY = "it was not closed properly: it was marked dirty, and is not any more"
+NOT_CORRUPT = "it was marked corrupt, and is not any more"
+BOTH = 1 << 0 | 1 << 1  # "Incompatible features": the dirty bit, the corrupt bit
+
+
+def marked(disk: Path, incompatible: int) -> None:
+    write(disk)
+    poke(disk, 72, incompatible.to_bytes(8, "big"))
+
+
+@pytest.mark.parametrize(
+    "incompatible, options, told, left",
+    [
+        (0, [], [], 0),
+        (1, [], [DIRTY], 1),
+        (2, [], [CORRUPT], 2),
+        (BOTH, [], [DIRTY, CORRUPT], BOTH),
+        (BOTH, ["--json"], [], BOTH),
+        (BOTH, ["--output=json"], [], BOTH),
+        (BOTH, ["-q"], [], BOTH),
+        (1, ["-r", "leaks"], [NOT_DIRTY], 0),
+        (BOTH, ["-r", "all"], [NOT_DIRTY, NOT_CORRUPT], 0),
+        (BOTH, ["-r", "all", "--json"], [], 0),
+    ],
+)
+def test_marks(
+    incompatible: int,
+    options: list[str],
+    told: list[str],
+    left: int,
+    disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They are no errors by themselves: status and numbers are qemu-img's."""
+    marked(disk, incompatible)
+    status, _, err = pynbd_here(monkeypatch, capsys, "check", *options, disk)
+    assert (status, err) == (0, "".join(f"disk.qcow2: {line}\n" for line in told))
+    assert int.from_bytes(disk.read_bytes()[72:80], "big") == left
+
+
+def test_a_mark_that_stays(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """-r leaks leaves the corruption, and so the mark of it."""
+    with_a_corruption(disk)
+    poke(disk, 72, (2).to_bytes(8, "big"))
+    _, _, err = pynbd_here(monkeypatch, capsys, "check", "-r", "leaks", disk)
+    assert err.endswith(f"disk.qcow2: {CORRUPT}\n")
+
+
 def test_not_all_could_be_checked(
     disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
