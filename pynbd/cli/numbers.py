@@ -67,6 +67,6 @@ def size_in_bytes(value: str | int) -> int:
     size = parse_size(str(value))
     if size is None:
         raise click.BadParameter(
-            f"{value!r} is not a number of bytes, 0 or more; with k, M, G, T, P or E after it"
+            f"{value!r} is not a whole number of bytes, 0 or more; with k, M, G, T, P or E after it"
         )
     return size

@@ -56,7 +56,7 @@ def test_what_is_meant(texts: list[str], meant: dict[str, Any]) -> None:
     [
         ("cluster=4k", "^-o cluster: no option of a new image; size, backing_file, "),
         ("size", "^-o size: a value is expected, size=VALUE$"),
-        ("size=x", "^-o size: 'x' is not a number of bytes"),
+        ("size=x", "^-o size: 'x' is not a whole number of bytes"),
         ("backing_fmt=vmdk", "^-o backing_fmt: 'vmdk' is not one of raw, qcow2$"),
         ("data_file_raw=1", "^-o data_file_raw: '1' is not one of on, off, yes, no, true, false$"),
     ],

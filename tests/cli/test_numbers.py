@@ -32,5 +32,7 @@ def test_sizes_are_printed_as_they_are_read() -> None:
 
 def test_sizes() -> None:
     assert size_in_bytes("1.5G") == 3 << 29
-    with pytest.raises(click.BadParameter, match=r"^'-1' is not a number of bytes, 0 or more"):
-        size_in_bytes("-1")
+    for said in "-1", "0.5":
+        wanted = f"^'{said}' is not a whole number of bytes, 0 or more"
+        with pytest.raises(click.BadParameter, match=wanted):
+            size_in_bytes(said)
