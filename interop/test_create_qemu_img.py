@@ -244,14 +244,20 @@ def test_a_raw_image(how: str, tmp_path: Path) -> None:
 def test_files_that_others_have_open(base: Path) -> None:
     peers.require("qemu-nbd")
     path = base / "ours" / "base.qcow2"
+    data_file = base / "data"
+    data_file.write_bytes(b"\xa5" * M)
     before = path.read_bytes()
     for how in ["-r"], []:
-        with peers.qemu_nbd(path, "-f", "qcow2", *how) as uri:
-            peers.run("qemu-img", "info", uri)  # it listens before it opens the image
-            pynbd_here("create", path, "1M", status=1, says=f"{path}: another process uses it")
-            line = ["create", "--data-file", path, base / "new", "1M"]
-            pynbd_here(*line, status=1, says=f"{path}: another process uses it")
+        for used, kind, line in (
+            (path, "qcow2", [path]),
+            (data_file, "raw", ["--data-file", data_file, base / "new"]),
+        ):
+            with peers.qemu_nbd(used, "-f", kind, *how) as uri:
+                peers.run("qemu-img", "info", uri)  # it listens before it opens the image
+                said = f"{used}: another process uses it"
+                pynbd_here("create", *line, "1M", status=1, says=said)
     assert path.read_bytes() == before
+    assert data_file.read_bytes() == b"\xa5" * M
     assert not (base / "new").exists()
 
 

@@ -4,21 +4,23 @@
    that can be opened, with all that is below it; if no size is asked for, the new image gets its
    size. ``backing_unchecked``: it is recorded as it is named, whatever it is.
 2. Neither the image nor its data file may be part of that chain.
-3. A raw image has whole sectors of 512 bytes, as QEMU has it.
+3. A data file that is there is emptied; an image of another format than raw is not taken for one.
+4. A raw image has whole sectors of 512 bytes, as QEMU has it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import fields, replace
 from typing import Any
 
 from pynbd.block.chain import FORMATS, open_image
-from pynbd.block.engine import Engine
+from pynbd.block.engine import Engine, HostFile
 from pynbd.block.new_file import Preallocation, empty, new_file, preallocate
 from pynbd.block.node import BlockNode
+from pynbd.block.probe import PROBE_LENGTH, probe_format
 from pynbd.block.qcow2.create import NewImage, create
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.block.window import round_up
@@ -66,6 +68,8 @@ async def create_image(
                 parts = [file.identity for node in backing.chain() for file in node.files()]
                 for name in filter(None, (path, new.data_file)):
                     _refuse_part(name, parts, new.backing_file)
+        if new.data_file is not None:
+            await _refuse_image(new.data_file, engine)
         if size is None:
             raise UsageError("size: it is needed where no backing file has one")
         new = replace(new, size=round_up(size))
@@ -120,6 +124,17 @@ def _refuse_part(path: str, parts: Iterable[object], backing_file: str) -> None:
     identity = _identity(path)
     if identity is not None and identity in parts:
         raise UsageError(f"backing_file: {path} is {backing_file}, or a part of it")
+
+
+async def _refuse_image(path: str, engine: Engine) -> None:
+    """Rule 3."""
+    with suppress(OSError), closing(HostFile.open(engine, path, writable=False)) as file:
+        looks_like = probe_format(await file.read_bytes(PROBE_LENGTH, 0))
+        if looks_like != "raw":
+            raise UsageError(
+                f"data_file: {path} looks like {looks_like}, not raw, and would be emptied; remove"
+                " it first if nobody needs it"
+            )
 
 
 def _same_name(path: str, other: str) -> bool:

@@ -82,6 +82,20 @@ async def test_what_is_refused(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("begins, format_", [(b"KDMV", "vmdk"), (b"QFI\xfb\0\0\0\3", "qcow2")])
+async def test_a_data_file_that_is_an_image(tmp_path: Path, begins: bytes, format_: str) -> None:
+    """What is raw may be overwritten, as the image itself."""
+    path, data_file = tmp_path / "new", tmp_path / "data"
+    data_file.write_bytes(begins.ljust(1000, b"\1"))
+    with pytest.raises(UsageError, match=f"data_file: {data_file} looks like {format_}, not raw"):
+        await create_image(path, size=M, data_file=str(data_file))
+    assert data_file.read_bytes() == begins.ljust(1000, b"\1")
+    assert not path.exists()
+    data_file.write_bytes(b"\1" * 1000)
+    await create_image(path, size=M, data_file=str(data_file))
+    assert data_file.read_bytes() == bytes(M)
+
+
 async def test_a_backing_file_that_is_not_looked_at(tmp_path: Path) -> None:
     path = tmp_path / "new"
     backing = {"backing_file": "gone", "backing_fmt": "raw", "backing_unchecked": True}

@@ -82,6 +82,7 @@ def test_it_can_be_quiet(
         ("new 1M -o preallocation=x", "'x' is not one of off, metadata, falloc, full"),
         ("new 1M --compression lzo", "--compression"),
         ("new 1M --lazy-refcounts --compat v2", "lazy_refcounts: with compat=0.10 only the"),
+        ("new 1M --data-file base.qcow2", "data_file: base.qcow2 looks like qcow2, not raw, and"),
         ("new 1M -b base.qcow2", "backing_fmt: needed, raw or qcow2"),
         ("new 1M -f raw --extended-l2", "extended_l2: raw images have no such thing"),
     ],
