@@ -15,6 +15,7 @@ from pynbd.cli.complaints import complain
 from pynbd.cli.descriptors import fill_standard_descriptors
 from pynbd.cli.loops import FASTEST, LOOPS
 from pynbd.cli.numbers import in_bytes, power_of_two, whole_number
+from pynbd.cli.signals import ONE_REQUEST
 from pynbd.client.ends import CONNECTIONS
 from pynbd.client.workers import REQUEST_SIZE, REQUESTS
 from pynbd.errors import UsageError
@@ -76,7 +77,7 @@ class Interrupted(Exception):  # not an error, but an order
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run a job to its end. A signal ends it in good order and this process with its status, 128
-    and the number of the signal.
+    and the number of the signal; a second one, `ONE_REQUEST` after the first, ends it at once.
     """
     fill_standard_descriptors()
     caught: list[int] = []
@@ -91,16 +92,29 @@ async def _until_signal(work: Coroutine[Any, Any, T], caught: list[int]) -> T:
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
 
-    def interrupt(number: int) -> None:
-        caught.append(number)
-        task.cancel()
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one ends it at once
+    ending = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
 
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            loop.add_signal_handler(number, interrupt, number)
+    def interrupt(number: int) -> None:
+        if not caught:
+            task.cancel()
+            loop.call_later(ONE_REQUEST, from_now_on, signal.SIG_DFL)
+        caught.append(number)
+
+    def from_now_on(action: signal.Handlers) -> None:
+        for number in ending:
+            loop.remove_signal_handler(number)
+            signal.signal(number, action)
+
+    for number in ending:
+        loop.add_signal_handler(number, interrupt, number)
     try:
         return await task
     except asyncio.CancelledError:
         raise Interrupted("interrupted") from None
+    finally:
+        if caught:
+            from_now_on(signal.SIG_IGN)  # it is about to end, with its status

@@ -280,8 +280,9 @@ def test_names_of_no_files(
     assert pynbd_here(monkeypatch, capsys, "check", name) == (2, "", said)
 
 
-def test_interrupted(disk: Path) -> None:
-    """In one line, with the status of a signal."""
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT] * 2])
+def test_interrupted(disk: Path, numbers: list[signal.Signals]) -> None:
+    """In one line, with the status of a signal. Those that come together are one."""
     line = [sys.executable, "-m", "pynbd", "check", str(disk)]
     # Long enough to be met: 2^23 clusters, in a sparse file.
     asyncio.run(create_image(str(disk), size=1 << 39, preallocation=Preallocation.METADATA))
@@ -291,7 +292,9 @@ def test_interrupted(disk: Path) -> None:
             for link in Path(f"/proc/{process.pid}/fd").iterdir()
         ):
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.001)
         assert process.communicate()[1] == "pynbd: interrupted\n"
     assert process.returncode == 128 + signal.SIGTERM
 
