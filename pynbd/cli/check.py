@@ -66,7 +66,7 @@ _MARKS = (
 )
 
 
-class _NoCheck(ImageError):
+class _NoCheck(Exception):
     """There is nothing to check in images of this format."""
 
 

@@ -41,6 +41,7 @@ _CLUSTERS_RESERVED_PER_STEP = 1 << 10
 _ZERO_PIECE = bytes(1 << 20)
 _ALL_ZERO = ALL << SUBCLUSTERS
 _PLACE = np.uint64(L2E_OFFSET_MASK | COMPRESSED)
+_HOME = np.uint64(L2E_OFFSET_MASK | COPIED)
 
 
 class Space(Enum):
@@ -254,11 +255,11 @@ class Zeroing:
         rows = slice(at * layout.entry_words, (at + last - first) * layout.entry_words)
         self._check(table, at, first, last)
         words = table.values[rows][:: layout.entry_words]
-        housed, homes = await self._homes(words, first, space, fast=fast)
+        homes = await self._homes(words, first, space, fast=fast)
         # From here on nothing waits. What was looked up is as it was: nobody else changes it.
         old = words.copy()
         zero = np.uint64(0 if layout.extended or layout.version < 3 else ZERO)
-        new = np.where(housed, homes | np.uint64(COPIED) | zero, zero)
+        new = homes | zero
         changed = np.ones(len(old), np.bool_)
         if discard and self._node.backing is None:
             changed = old & np.uint64(L2E_OFFSET_MASK | COMPRESSED | COPIED | ZERO) != 0
@@ -274,28 +275,26 @@ class Zeroing:
         self._commits.link(table, rows.start, rows.stop)
         self._node.resolved.forget(first << self._bits, last << self._bits)
 
-    async def _homes(
-        self, words: UInt64s, first: int, space: Space, *, fast: bool
-    ) -> tuple[Bools, UInt64s]:
-        """Which of the clusters from ``first``, with the entries ``words``, are to have a host
-        cluster, and where.
+    async def _homes(self, words: UInt64s, first: int, space: Space, *, fast: bool) -> UInt64s:
+        """Host offset and COPIED flag that the clusters from ``first``, with the entries ``words``,
+        are to have; 0 for no host cluster.
         """
+        if space is Space.GIVEN_BACK or self._layout.version < 3:
+            return np.zeros(len(words), np.uint64)
+        homes = np.where(words & np.uint64(COMPRESSED), np.uint64(0), words & _HOME)
+        if not self._layout.data_file:
+            homes[homes == COPIED] = 0
+        if space is Space.KEPT:
+            return homes
         if self._layout.data_file:
             numbers = np.arange(first, first + len(words), dtype=np.uint64)
-            homes = numbers << np.uint64(self._bits)
-            own: Bools = words & np.uint64(L2E_OFFSET_MASK | COPIED) != 0
-        else:
-            homes, own = words & np.uint64(L2E_OFFSET_MASK), _own(words)
-        if space is Space.GIVEN_BACK or self._layout.version < 3:
-            return np.zeros(len(words), np.bool_), homes
-        if space is Space.KEPT:
-            return own, homes
-        if not self._layout.data_file:
-            for host_offset, size in self._references(words[own]):
-                await self._file.fallocate(FALLOC_KEEP_SIZE, host_offset, size)
-            runs = await self._reserve(int(np.count_nonzero(~own)), fast=fast)
-            homes[~own] = _host_offsets(runs, self._bits)
-        return np.ones(len(words), np.bool_), homes
+            return numbers << np.uint64(self._bits) | np.uint64(COPIED)
+        own = _own(words)
+        for host_offset, size in self._references(words[own]):
+            await self._file.fallocate(FALLOC_KEEP_SIZE, host_offset, size)
+        runs = await self._reserve(int(np.count_nonzero(~own)), fast=fast)
+        homes[~own] = _host_offsets(runs, self._bits) | np.uint64(COPIED)
+        return homes
 
     async def _reserve(self, clusters: int, *, fast: bool) -> list[Run]:
         """New host clusters, with space on the host for all their bytes."""
