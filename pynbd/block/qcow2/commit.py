@@ -271,5 +271,8 @@ class Commits:
             await self.barrier(Rule.DIRTY)
 
     async def barrier(self, rule: Rule) -> None:
-        """What was written to the image before is on stable storage, before what comes next."""
+        """What was written to the image before is on stable storage, before what comes next.
+
+        ``rule`` is for those who read, and for the mutations that switch one off.
+        """
         await self._file.flush()

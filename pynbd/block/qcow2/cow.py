@@ -36,6 +36,8 @@ from pynbd.block.qcow2.refcounts import Refcounts, Run
 from pynbd.errors import CorruptImage
 
 Piece = tuple[int, Buffer]  # guest offset, data
+# By number of the cluster: offset inside, data, which piece.
+Parts = dict[int, list[tuple[int, memoryview, int]]]
 
 ALL = (1 << SUBCLUSTERS) - 1
 _ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
@@ -166,36 +168,30 @@ class CopyOnWrite:
 
         `CorruptImage` if the metadata forbids it.
         """
-        numbers = sorted(
-            {
-                number
-                for offset, data in pieces
-                for number in range(
-                    offset >> self._bits, (offset + len(data) - 1 >> self._bits) + 1
-                )
-            }
-        )
-        async with self._in_flight.alone(ranges_of(numbers)):
-            return await self.write_alone(pieces)
+        parts = self._parts(pieces)
+        async with self._in_flight.alone(ranges_of(sorted(parts))):
+            return await self._write_parts(parts, len(pieces))
 
     async def write_alone(self, pieces: Sequence[Piece]) -> list[OSError | None]:
         """`write`, for who is alone with these clusters already (`InFlight`)."""
-        parts = self._parts(pieces)
+        return await self._write_parts(self._parts(pieces), len(pieces))
+
+    async def _write_parts(self, parts: Parts, pieces: int) -> list[OSError | None]:
         clusters = [await self._find(number, parts[number]) for number in sorted(parts)]
         await self._find_homes(clusters)
         await self._write(clusters)
         self._link(cluster for cluster in clusters if not cluster.error)
         failed = [cluster for cluster in clusters if cluster.error]
         await self._refcounts.unallocate([each.run for each in failed if each.run])
-        errors: list[OSError | None] = [None] * len(pieces)
+        errors: list[OSError | None] = [None] * pieces
         for cluster in failed:
             for index in cluster.pieces:
                 errors[index] = cluster.error
         return errors
 
-    def _parts(self, pieces: Sequence[Piece]) -> dict[int, list[tuple[int, memoryview, int]]]:
-        """By cluster: (offset inside, data, which piece), in the order of the pieces."""
-        parts: dict[int, list[tuple[int, memoryview, int]]] = {}
+    def _parts(self, pieces: Sequence[Piece]) -> Parts:
+        """What of the pieces is in which cluster, in their order."""
+        parts: Parts = {}
         for index, (offset, data) in enumerate(pieces):
             view = memoryview(data)
             done = 0
