@@ -184,6 +184,7 @@ class SteppedEngine(Engine):
 
     def __init__(self, seed: int, *, turns: bool = True) -> None:
         super().__init__(1)
+        self.quick_writes = None  # writes take their turns, too
         self._rng = Random(seed)
         self._turns = turns
 

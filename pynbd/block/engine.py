@@ -5,7 +5,8 @@ Its rules:
 1. A page-cache hit never leaves the event loop. ``preadv2(RWF_NOWAIT)`` answers a hit in a few
    microseconds, where one hop through a thread pool costs fifty; only a miss goes to the pool.
 2. Everything else that can wait for a disk runs in the pool, in calls that release the GIL; the
-   writes of a batch share one hop.
+   writes of a batch share one hop. Short writes into the page cache are made in the loop while
+   nothing can make them wait (`pynbd.block.quick_writes`).
 3. What a file or its file system cannot do is found out once and remembered in the `HostFile`.
 4. After a failed fsync Linux may report success the next time although pages were lost, and of
    several at the same time it tells only one. A file remembers the failure: from then on flushes
@@ -31,9 +32,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from enum import StrEnum
 from functools import wraps
+from time import monotonic
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from pynbd.block.direct import Calls, DirectAccess, alignment_of
+from pynbd.block.quick_writes import QuickWrites
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,6 +44,8 @@ Buffer = bytes | bytearray | memoryview
 
 # A NOWAIT read copies in the loop's own time: a longer one goes to the pool even on a hit.
 NOWAIT_MAX = 256 * 1024
+# The same for the writes of a batch, in all.
+WRITE_NOW_MAX = 256 * 1024
 # What Linux reads ahead for one posix_fadvise, unless the device is set to less; it drops the rest.
 WILL_NEED_PIECE = 128 * 1024
 
@@ -109,10 +114,16 @@ _CALLS = Calls(
 
 
 class Engine:
-    """The bounded thread pool for what the page cache does not answer."""
+    """The bounded thread pool for what the page cache does not answer.
+
+    ``quick_writes`` is None in an engine all of whose writes go to the pool.
+    """
+
+    quick_writes: QuickWrites | None
 
     def __init__(self, threads: int = 8) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pynbd-disk")
+        self.quick_writes = QuickWrites()
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``call(*args)`` in the pool. Keyword arguments are not taken."""
@@ -183,6 +194,7 @@ class HostFile:
         self.sync_failed = False
         self._sync_lock = threading.Lock()
         self._syncs = 0
+        self._changing = 0  # calls in the pool that change the file, or flush it
         # Whether send-file may lend this file's pages to a socket: a page that is overwritten
         # before the peer has taken it reaches the peer with the new bytes. True for files that
         # nothing here writes, and for raw exports, where only overlapping requests can meet.
@@ -313,16 +325,45 @@ class HostFile:
     async def write_batch(
         self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
     ) -> list[OSError | None]:
-        """Write each (buffer, offset) in one hop; what went wrong with each. ``fua``: on stable
-        storage.
+        """Write each (buffer, offset) at once or in one hop; what went wrong with each. ``fua``: on
+        stable storage.
         """
-        return await self.start_write_batch(pieces, fua=fua)
+        errors = None if fua else self.write_now(pieces)
+        return await self.start_write_batch(pieces, fua=fua) if errors is None else errors
+
+    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None] | None:
+        """`write_batch` in the loop's own time; None if that might take long, and nothing was
+        written.
+        """
+        quick = self.engine.quick_writes
+        if quick is None or self._changing or self._direct or self.cache.write_through:
+            return None
+        length = 0
+        for data, offset in pieces:
+            length += len(data)
+            if (offset | len(data)) % _PAGE and not self._has_edges(offset, offset + len(data)):
+                return None
+        if length > WRITE_NOW_MAX or not quick.allow(length):
+            return None
+        start = monotonic()
+        errors = self._write_batch(pieces, False)
+        quick.took(monotonic() - start)
+        return errors
+
+    def _has_edges(self, offset: int, end: int) -> bool:
+        """Whether the page cache has the pages that a write of [offset, end) covers in part."""
+        return bool(
+            (not offset % _PAGE or self.read_now(_PROBE, offset))
+            and (not end % _PAGE or self.read_now(_PROBE, end - 1))
+        )
 
     def start_write_batch(
         self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
     ) -> asyncio.Future[list[OSError | None]]:
-        """`write_batch`, for who has to know when it ends although he does not wait for it."""
-        return self.engine.start(self._write_batch, pieces, fua)
+        """`write_batch` in the pool, for who has to know when it ends although he does not wait for
+        it.
+        """
+        return self._start_change(self._write_batch, pieces, fua)
 
     async def write(self, data: Buffer, offset: int, *, fua: bool = False) -> None:
         """Write one buffer."""
@@ -334,17 +375,17 @@ class HostFile:
     async def flush(self) -> None:
         """Everything written so far onto stable storage (fdatasync)."""
         if self.writable and not self.cache.no_flush:
-            await self.engine.run(self._sync)
+            await self._start_change(self._sync)
 
     async def resize(self, size: int) -> None:
         """Make a regular file ``size`` bytes long; what it gains reads as zeroes."""
         if self.sync_failed:
             raise self._lost()
-        await self.engine.run(self._resize, size)
+        await self._start_change(self._resize, size)
 
     async def empty(self, size: int) -> None:
         """Make a regular file ``size`` bytes that are one hole, whatever it was."""
-        await self.engine.run(_empty, self._descriptor, size)
+        await self._start_change(_empty, self._descriptor, size)
 
     async def fallocate(self, mode: int, offset: int, length: int) -> bool:
         """fallocate(2); False if this file or its file system does not do ``mode``, and nothing
@@ -354,7 +395,7 @@ class HostFile:
             return False
         if self.sync_failed:
             raise self._lost()
-        code = await self.engine.run(self._fallocate_errno, mode, offset, length)
+        code = await self._start_change(self._fallocate_errno, mode, offset, length)
         if code in _UNSUPPORTED:
             # A device that refuses part of a sector with EINVAL may take the next range.
             if not (self.is_device and code == errno.EINVAL):
@@ -386,6 +427,16 @@ class HostFile:
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, position, 1, 0)
         answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, asked)
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def _start_change(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """``call(*args)``, which changes the file or flushes it, in the pool."""
+        change = self.engine.start(call, *args)
+        self._changing += 1
+        change.add_done_callback(self._changed)
+        return change
+
+    def _changed(self, _: object) -> None:
+        self._changing -= 1
 
     def _lost(self) -> OSError:
         return OSError(errno.EIO, "an earlier flush failed; data may be lost", self.path)

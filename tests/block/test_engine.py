@@ -53,6 +53,7 @@ class HeldEngine(Engine):
 
     def __init__(self) -> None:
         super().__init__(1)
+        self.quick_writes = None
         self.entered = threading.Event()
         self._go_on = threading.Semaphore(0)
 

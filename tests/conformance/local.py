@@ -68,6 +68,9 @@ class HeldFile(HostFile):
         super()._sync()
         self.events.append("sync")
 
+    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> None:
+        """What is made in the loop cannot be held."""
+
     def _write_batch(self, pieces: Sequence[tuple[Buffer, int]], fua: bool) -> list[OSError | None]:
         self._wait()
         if self.failure:

@@ -45,6 +45,7 @@ class WatchedEngine(Engine):
 
     def __init__(self, threads: int = 4) -> None:
         super().__init__(threads)
+        self.quick_writes = None  # what is made in the loop cannot be held
         self.calls: list[str] = []
         self.held: set[str] = set()
         self._go_on = threading.Event()

@@ -262,6 +262,8 @@ class Writer:
     ) -> list[OSError | None]:
         """Write to host clusters that were looked up in this step of the loop."""
         assert self._node.file is not None
+        if not fua and (errors := self._node.file.write_now(writes)) is not None:
+            return errors
         pinned = self._pins.hold()
         pinned.begin()
         writing = self._node.file.start_write_batch(writes, fua=fua)

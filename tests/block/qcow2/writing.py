@@ -178,6 +178,9 @@ class WatchedFile(HostFile):
 
     host: Host
 
+    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> None:
+        """What is made in the loop cannot wait at a gate."""
+
     def _call(self, name: str, *ranges: tuple[int, int], data: tuple[Buffer, ...] = ()) -> int:
         return self.host.arrives(Call(name, os.path.basename(self.path), ranges, data))
 

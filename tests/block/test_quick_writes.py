@@ -1,0 +1,155 @@
+"""Short writes are made in the loop while nothing can make them wait."""
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from pynbd.block import quick_writes
+from pynbd.block.engine import WRITE_NOW_MAX, CacheMode, Engine, HostFile
+from pynbd.block.quick_writes import COUNTED_EVERY, SLOW, QuickWrites, writers_run_free
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+DATA = random.Random(1).randbytes(64 * PAGE)
+
+
+class TalliedEngine(Engine):
+    """An engine that knows which calls went to the pool."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.calls: list[str] = []
+
+    def start(self, call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        self.calls.append(call.__name__)
+        return super().start(call, *args)
+
+
+@pytest_asyncio.fixture
+async def file(tmp_path: Path) -> AsyncIterator[HostFile]:
+    (tmp_path / "file").write_bytes(DATA)
+    engine = TalliedEngine()
+    file = HostFile.open(engine, str(tmp_path / "file"), writable=True)
+    yield file
+    file.close()
+    engine.close()
+
+
+def hops(file: HostFile) -> list[str]:
+    assert isinstance(file.engine, TalliedEngine)
+    return file.engine.calls
+
+
+def drop_cache(file: HostFile) -> None:
+    os.fsync(file.fd)
+    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if file.read_now(bytearray(1), 0):
+        pytest.skip("this file system keeps its pages")
+
+
+async def test_a_short_batch_takes_no_hop(file: HostFile) -> None:
+    assert await file.write_batch([(b"a" * PAGE, 0), (b"b" * PAGE, 5 * PAGE)]) == [None, None]
+    assert hops(file) == []
+    assert await file.read_bytes(PAGE, 5 * PAGE) == b"b" * PAGE
+
+
+@pytest.mark.parametrize("length", [WRITE_NOW_MAX, WRITE_NOW_MAX + PAGE])
+async def test_a_long_batch_goes_to_the_pool(file: HostFile, length: int) -> None:
+    half = bytes(length // 2)
+    await file.write_batch([(half, 0), (bytes(length - len(half)), len(half))])
+    assert hops(file) == ["_write_batch"] * (length > WRITE_NOW_MAX)
+
+
+async def test_a_write_that_has_to_be_stable_goes_to_the_pool(file: HostFile) -> None:
+    await file.write_batch([(b"x" * PAGE, 0)], fua=True)
+    assert hops(file) == ["_write_batch"]
+
+
+async def test_a_file_that_is_written_through_goes_to_the_pool(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    engine = TalliedEngine()
+    cache = CacheMode(write_through=True)
+    file = HostFile.open(engine, str(tmp_path / "file"), writable=True, cache=cache)
+    await file.write(b"x" * PAGE, 0)
+    assert hops(file) == ["_write_batch"]
+    file.close()
+    engine.close()
+
+
+async def test_nothing_is_written_in_the_loop_beside_a_flush(file: HostFile) -> None:
+    flush = asyncio.ensure_future(file.flush())
+    await asyncio.sleep(0)
+    assert file.write_now([(b"x" * PAGE, 0)]) is None
+    await file.write(b"x" * PAGE, 0)
+    await flush
+    assert hops(file) == ["_sync", "_write_batch"]
+    assert file.write_now([(b"x" * PAGE, 0)]) == [None]
+
+
+@pytest.mark.parametrize("offset, length", [(100, PAGE - 100), (0, 100), (100, 3 * PAGE)])
+async def test_part_of_a_page_that_is_not_cached_goes_to_the_pool(
+    file: HostFile, offset: int, length: int
+) -> None:
+    assert file.write_now([(b"x" * length, offset)]) == [None]
+    drop_cache(file)
+    assert file.write_now([(b"x" * length, offset)]) is None
+    assert file.write_now([(b"x" * PAGE, 8 * PAGE)]) == [None]  # whole pages need no reading
+
+
+async def test_a_slow_write_sends_the_next_ones_to_the_pool(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, SLOW * 2, SLOW * 2, SLOW * 3, 1e6, 1e6, 1e6])
+    for module in ("engine", "quick_writes"):
+        monkeypatch.setattr(f"pynbd.block.{module}.monotonic", lambda: next(clock))
+    piece = (b"x" * PAGE, 0)
+    assert file.write_now([piece]) == [None]  # it took twice what is slow
+    assert file.write_now([piece]) is None
+    assert file.write_now([piece]) == [None]  # much later
+
+
+def test_dirty_pages_are_counted_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Path] = []
+    free = [True, True, False]
+    monkeypatch.setattr(
+        quick_writes, "writers_run_free", lambda path: bool(counted.append(path)) or free.pop(0)
+    )
+    quick = QuickWrites()
+    asked = 2 * COUNTED_EVERY // PAGE + 2
+    assert [quick.allow(PAGE) for _ in range(asked)] == [True] * asked
+    assert len(counted) == 2
+    assert not all(quick.allow(PAGE) for _ in range(asked // 2))
+    assert not quick.allow(PAGE)
+    assert len(counted) == 3
+
+
+@pytest.mark.parametrize(
+    "dirty, writeback, free",
+    # Nobody is slowed down below the middle of 1000 and 2000 pages.
+    [(0, 0, True), (1499, 0, True), (1500, 0, False), (1000, 499, True), (1000, 500, False)],
+)
+def test_writers_run_free(tmp_path: Path, dirty: int, writeback: int, free: bool) -> None:
+    lines = [
+        *("nr_free_pages 9", f"nr_dirty {dirty}", f"nr_writeback {writeback}", "nr_dirtied 9999"),
+        *("nr_dirty_threshold 2000", "nr_dirty_background_threshold 1000", "pgpgin 5", ""),
+    ]
+    (tmp_path / "vmstat").write_text("\n".join(lines))
+    assert writers_run_free(tmp_path / "vmstat") is free
+
+
+@pytest.mark.parametrize("text", [None, "", "nr_free_pages 9\nnr_dirty 1\n"])
+def test_who_cannot_tell_does_not_run_free(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "vmstat").write_text(text)
+    assert not writers_run_free(tmp_path / "vmstat")
+
+
+def test_this_host_tells() -> None:
+    text = Path("/proc/vmstat").read_text()
+    assert "\nnr_dirty_threshold " in text
+    assert isinstance(writers_run_free(Path("/proc/vmstat")), bool)
