@@ -11,6 +11,7 @@ import sys
 import zlib
 from typing import Any
 
+from pynbd.block.engine import Buffer
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.errors import CorruptImage
 
@@ -32,7 +33,7 @@ _READ_WINDOW = -15
 _MAX_FRAMES = 1024
 
 
-def decompress(compression_type: CompressionType, data: bytes, cluster_size: int) -> bytes:
+def decompress(compression_type: CompressionType, data: Buffer, cluster_size: int) -> bytes:
     """The cluster of ``cluster_size`` bytes that ``data`` holds.
 
     Raises `CorruptImage`; its text does not name the file.
@@ -49,12 +50,12 @@ def decompress(compression_type: CompressionType, data: bytes, cluster_size: int
     return cluster
 
 
-def _inflate(data: bytes, cluster_size: int) -> bytes:
+def _inflate(data: Buffer, cluster_size: int) -> bytes:
     cluster: bytes = inflater.decompressobj(_READ_WINDOW).decompress(data, cluster_size)
     return cluster
 
 
-def _unzstd(data: bytes, cluster_size: int) -> bytes:
+def _unzstd(data: Buffer, cluster_size: int) -> bytes:
     """One or more frames, until the cluster is full; the last one has to be complete."""
     view, room = memoryview(data), cluster_size
     pieces: list[bytes] = []

@@ -24,9 +24,9 @@ from pynbd.block.qcow2 import bitmaps, snapshots
 from pynbd.block.qcow2 import header as headers
 from pynbd.block.qcow2.bitmaps import PersistentBitmaps
 from pynbd.block.qcow2.cache import SharedReads, read_table
-from pynbd.block.qcow2.compression import decompress
+from pynbd.block.qcow2.compressed import CompressedClusters
 from pynbd.block.qcow2.damage import DamageLog
-from pynbd.block.qcow2.entries import UInt64s, compressed_range
+from pynbd.block.qcow2.entries import UInt64s
 from pynbd.block.qcow2.format import (
     L1E_OFFSET_MASK,
     SECTOR,
@@ -43,9 +43,6 @@ from pynbd.block.qcow2.zeroing import Space
 from pynbd.errors import CorruptImage, ImageError
 
 log = logging.getLogger("pynbd")
-
-# Decompressed clusters that are kept for the next request.
-_CLUSTER_CACHE_BYTES = 16 << 20
 
 # A read resolves this many clusters (or subclusters) around it at once, within these limits.
 _WINDOW_GRANULES = 1024
@@ -90,8 +87,8 @@ class Qcow2Node(BlockNode):
         self._persistent = persistent
         usage = Usage(metadata_file, header)
         self._preallocated = SharedReads(lambda _: usage.metadata_preallocated(), 1)
-        self.clusters = SharedReads(
-            self._read_compressed, max(_CLUSTER_CACHE_BYTES // header.cluster_size, 1)
+        self.clusters = CompressedClusters(
+            metadata_file, header.compression_type, header.cluster_bits
         )
 
     @classmethod
@@ -222,17 +219,6 @@ class Qcow2Node(BlockNode):
     @property
     def _write_through(self) -> bool:
         return self.metadata_file.cache.write_through
-
-    async def _read_compressed(self, descriptor: int) -> memoryview:
-        header = self.header
-        host_offset, length = compressed_range(descriptor, header.cluster_bits)
-        # The last sector may reach past the end of the file.
-        data = bytearray(length)
-        await self.metadata_file.read(memoryview(data), host_offset)
-        cluster = await self.metadata_file.engine.run(
-            decompress, header.compression_type, bytes(data), header.cluster_size
-        )
-        return memoryview(cluster)
 
 
 async def _ready_to_be_written(file: HostFile, header: Header, snapshot: str | None) -> Header:
