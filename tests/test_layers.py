@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "pynbd": "errors | protocol block credentials | server client | cli",
     "pynbd.block": "extent | bitmap engine | node | file | raw | qcow2 | chain",
-    "pynbd.block.qcow2": "format widths report | header entries compression | cache compressed | commit places"
-    " | l2_tables recorded | refcounts preallocation | mapping | links | cow zeroing"
-    " | create snapshots bitmaps | references | check mending | rebuild"
+    "pynbd.block.qcow2": "format widths report | header entries compression | cache compressed"
+    " | commit places | l2_tables recorded | refcounts preallocation | mapping | links"
+    " | cow zeroing | create snapshots bitmaps | references | check mending | rebuild"
     " | repair | writer | image",
 }
 STRANGERS = [{"protocol", "block", "credentials"}, {"server", "client"}]

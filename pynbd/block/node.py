@@ -101,8 +101,10 @@ class BlockNode(ABC):
         nobody asks whether data reads as zeroes, and nothing is spent on finding out.
         """
 
-    async def fetch_compressed(self, host: int, guest_offset: int) -> memoryview:
-        """The decompressed cluster of an L2 descriptor (the ``host`` of a COMPRESSED extent)."""
+    async def fetch_compressed(self, pieces: Sequence[tuple[int, int, int]]) -> list[Buffer]:
+        """The content of each (L2 descriptor, guest offset, length): parts of compressed clusters
+        of this layer, which are decompressed together. ``OSError`` EIO for a damaged one.
+        """
         raise AssertionError("only qcow2 has compressed clusters")
 
     async def fetch_own(self, offset: int, view: memoryview) -> None:
@@ -214,14 +216,7 @@ class BlockNode(ABC):
         elif extent.kind == ZERO:
             view[:] = bytes(len(view))
         elif extent.kind == COMPRESSED:
-            node = extent.node
-            done = 0
-            while done < len(view):
-                cluster = await node.fetch_compressed(extent.host, offset + done)
-                within = (offset + done) % len(cluster)
-                count = min(len(view) - done, len(cluster) - within)
-                view[done : done + count] = cluster[within : within + count]
-                done += count
+            (view[:],) = await extent.node.fetch_compressed([(extent.host, offset, len(view))])
         elif extent.kind == DATA:
             await extent.node.fetch_own(offset, view)
         else:
@@ -229,6 +224,12 @@ class BlockNode(ABC):
             raise OSError(
                 errno.EIO, f"corrupt metadata at guest offset {offset:#x}", extent.node.name
             )
+
+    async def decompressed(self, extents: Sequence[Extent]) -> list[Buffer]:
+        """The content of COMPRESSED extents of one node."""
+        pieces = [(extent.host, extent.offset, extent.end - extent.offset) for extent in extents]
+        node: BlockNode = extents[0].node
+        return await node.fetch_compressed(pieces)
 
     async def fetch_plain(self, file: HostFile, host_offset: int, view: memoryview) -> None:
         """Fill ``view`` with plain data of this layer."""

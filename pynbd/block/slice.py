@@ -86,9 +86,13 @@ class SliceNode(BlockNode):
         if extent.file is not None or extent.kind == ZERO:
             await super().fetch(extent, offset, view)
             return
-        start = self.start
-        moved = replace(extent, offset=extent.offset + start, end=extent.end + start)
-        await self.image.fetch(moved, offset + start, view)
+        await self.image.fetch(self._in_image(extent), offset + self.start, view)
+
+    async def decompressed(self, extents: Sequence[Extent]) -> list[Buffer]:
+        return await self.image.decompressed([self._in_image(extent) for extent in extents])
+
+    def _in_image(self, extent: Extent) -> Extent:
+        return replace(extent, offset=extent.offset + self.start, end=extent.end + self.start)
 
     async def pwrite_batch(
         self, pieces: Sequence[tuple[int, Buffer]], *, fua: bool = False

@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import chain, groupby
+from typing import Any, ClassVar
 
 from pynbd.block.engine import Buffer
-from pynbd.block.extent import ZERO, Extent
+from pynbd.block.extent import COMPRESSED, ZERO, Extent
+from pynbd.block.node import BlockNode
 from pynbd.errors import RequestError
 from pynbd.protocol.handshake import Session
 from pynbd.protocol.metadata import decode_filter, longest_filter
@@ -97,6 +99,10 @@ def nbd_error(error: OSError) -> Error:
     values").
     """
     return _ERROR_OF_ERRNO.get(error.errno or 0, Error.EINVAL)
+
+
+def _compressed_by(extent: Extent) -> BlockNode | None:
+    return extent.node if extent.kind == COMPRESSED else None
 
 
 class Commands:
@@ -252,10 +258,13 @@ class Commands:
         for batch in range(0, len(extents), EXTENTS_AT_ONCE):
             if batch:
                 await asyncio.sleep(0)  # thousands of them would hold the loop
-            pieces += await together(
-                self._content(extent, reply, sparse=sparse)
-                for extent in extents[batch : batch + EXTENTS_AT_ONCE]
-            )
+            works: list[Coroutine[Any, Any, Sequence[Piece | None]]] = []
+            for node, run in groupby(extents[batch : batch + EXTENTS_AT_ONCE], _compressed_by):
+                if node is not None:  # what is decompressed together is one work
+                    works.append(self._node.decompressed(list(run)))
+                else:
+                    works += [self._content(extent, reply, sparse=sparse) for extent in run]
+            pieces += chain.from_iterable(await together(works))
         stretches: list[tuple[int, int, list[Piece]]] = []
         for extent, piece in zip(extents, pieces, strict=True):
             first, content = extent.offset, list[Piece]()
@@ -266,22 +275,24 @@ class Commands:
             stretches.append((first, extent.end, content))
         return stretches
 
-    async def _content(self, extent: Extent, reply: ReplyEnd, *, sparse: bool) -> Piece | None:
-        """What to send for an extent; None for a hole."""
+    async def _content(
+        self, extent: Extent, reply: ReplyEnd, *, sparse: bool
+    ) -> Sequence[Piece | None]:
+        """What to send for an extent that is not compressed; None for a hole."""
         length = extent.end - extent.offset
         if extent.kind == ZERO:
-            return None if sparse else bytes(length)
+            return (None if sparse else bytes(length),)
         file = extent.file
         if file is not None and length >= SEND_FILE_MIN:
             if file.lends_pages and file.resident(extent.host, length):
-                return FilePiece(file.fd, extent.host, length, reply)
+                return (FilePiece(file.fd, extent.host, length, reply),)
             data: bytes | None = await extent.node.read_plain(
                 file, extent.host, length, sparse=sparse
             )
-            return data
+            return (data,)
         content = bytearray(length)
         await self._node.fetch(extent, extent.offset, memoryview(content))
-        return content
+        return (content,)
 
     # Everything else
 

@@ -38,6 +38,9 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
     The first failure is raised, once none of them is running any more.
     """
+    works = list(works)
+    if len(works) == 1:
+        return [await works[0]]  # in the Task of the one who asks
     results: list[T | asyncio.Task[T]] = []
     waiting: list[asyncio.Task[T]] = []
     failure: Exception | None = None

@@ -34,6 +34,10 @@ HOP_BYTES = 1 << 19
 HOPS = min(os.cpu_count() or 1, 4)
 
 
+# A cluster, `CorruptImage` for a damaged stream, or what the disk said.
+Outcome = memoryview | CorruptImage | OSError
+
+
 class CompressedClusters:
     """The decompressed clusters of an image, by their descriptor in the L2 entry.
 
@@ -50,28 +54,28 @@ class CompressedClusters:
         self._in_hop = max(HOP_BYTES >> cluster_bits, 1)
         self._kept: OrderedDict[int, memoryview] = OrderedDict()
         # Who waits for each cluster that is being read or decompressed.
-        self._waiting: dict[int, list[asyncio.Future[memoryview]]] = {}
+        self._waiting: dict[int, list[asyncio.Future[Outcome]]] = {}
         self._reading: set[asyncio.Task[None]] = set()
         self._read: deque[tuple[int, bytearray]] = deque()  # and not decompressed yet
         self._hops = 0
         self._hop_soon = False
         self.loads = 0
 
-    async def load(self, descriptor: int) -> memoryview:
-        """The cluster. Raises `CorruptImage` for a damaged stream, ``OSError`` as the disk does."""
+    def start(self, descriptor: int) -> memoryview | asyncio.Future[Outcome]:
+        """The cluster, or a future of the caller's own, who cancels it if he does not wait."""
         cluster = self._kept.get(descriptor)
         if cluster is not None:
             self._kept.move_to_end(descriptor)
             return cluster
         loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[memoryview] = loop.create_future()
+        waiter: asyncio.Future[Outcome] = loop.create_future()
         waiters = self._waiting.get(descriptor)
         if waiters is None:
             self._waiting[descriptor] = [waiter]
             self._start(loop, descriptor)
         else:
             waiters.append(waiter)
-        return await waiter
+        return waiter
 
     def _start(self, loop: asyncio.AbstractEventLoop, descriptor: int) -> None:
         host_offset, length = compressed_range(descriptor, self._bits)
@@ -124,7 +128,7 @@ class CompressedClusters:
     def _landed(
         self,
         descriptors: Sequence[int],
-        hop: asyncio.Future[list[bytes | CorruptImage]],
+        hop: asyncio.Future[list[memoryview | CorruptImage]],
     ) -> None:
         self._hops -= 1
         if hop.cancelled():  # with the engine
@@ -133,32 +137,27 @@ class CompressedClusters:
                     waiter.cancel()
             return
         for descriptor, outcome in zip(descriptors, hop.result(), strict=True):
+            if isinstance(outcome, memoryview):
+                self._kept[descriptor] = outcome
+                if len(self._kept) > self._most_kept:
+                    self._kept.popitem(last=False)
             self._finish(descriptor, outcome)
         self._hop()
 
-    def _finish(self, descriptor: int, outcome: bytes | Exception) -> None:
-        waiters = self._waiting.pop(descriptor)
-        if isinstance(outcome, Exception):
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_exception(outcome)
-            return
-        cluster = self._kept[descriptor] = memoryview(outcome)
-        if len(self._kept) > self._most_kept:
-            self._kept.popitem(last=False)
-        for waiter in waiters:
+    def _finish(self, descriptor: int, outcome: Outcome) -> None:
+        for waiter in self._waiting.pop(descriptor):
             if not waiter.done():
-                waiter.set_result(cluster)
+                waiter.set_result(outcome)
 
 
 def _decompress_all(
     compression_type: CompressionType, streams: Sequence[bytearray], cluster_size: int
-) -> list[bytes | CorruptImage]:
+) -> list[memoryview | CorruptImage]:
     """What each stream holds, or what is wrong with it."""
-    outcomes: list[bytes | CorruptImage] = []
+    outcomes: list[memoryview | CorruptImage] = []
     for stream in streams:
         try:
-            outcomes.append(decompress(compression_type, stream, cluster_size))
+            outcomes.append(memoryview(decompress(compression_type, stream, cluster_size)))
         except CorruptImage as error:
             outcomes.append(error)
     return outcomes

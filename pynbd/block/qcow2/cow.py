@@ -392,8 +392,8 @@ class CopyOnWrite:
         guest_offset = cluster.number << self._bits
         if cluster.entry & COMPRESSED:
             descriptor = cluster.entry & L2E_DESCRIPTOR_MASK
-            whole = await self._node.fetch_compressed(descriptor, guest_offset)
-            return whole[first : first + length]
+            piece = descriptor, guest_offset + first, length
+            return memoryview((await self._node.fetch_compressed([piece]))[0])
         view = memoryview(bytearray(length))
         await self._file.read(view, (cluster.entry & L2E_OFFSET_MASK) + first)
         return view

@@ -8,6 +8,7 @@ decompressed is EIO for those who ask for it, and a line in the log.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from collections.abc import Sequence
@@ -160,14 +161,33 @@ class Qcow2Node(BlockNode):
         if int(ends.max(initial=0)) - self.file.size() >= self.header.cluster_size:
             self.past_end(0)
 
-    async def fetch_compressed(self, host: int, guest_offset: int) -> memoryview:
+    async def fetch_compressed(self, pieces: Sequence[tuple[int, int, int]]) -> list[Buffer]:
+        size = self.header.cluster_size
+        content: list[Buffer] = []
+        started = [self.clusters.start(host) for host, _, _ in pieces]
         try:
-            return await self.clusters.load(host)
-        except CorruptImage as error:
-            first = guest_offset - guest_offset % self.header.cluster_size
-            self._damage.tell(first, partial("compressed cluster: {}".format, error))
-            problem = f"the compressed cluster at guest offset {first:#x} is damaged"
-            raise OSError(errno.EIO, problem, self.name) from error
+            for cluster, (_, offset, length) in zip(started, pieces, strict=True):
+                outcome = await cluster if isinstance(cluster, asyncio.Future) else cluster
+                if not isinstance(outcome, memoryview):
+                    raise self._not_decompressed(outcome, offset - offset % size)
+                first = offset % size
+                if first + length > size:  # neighbours that are the same cluster
+                    outcome = memoryview(bytes(outcome) * -(-(first + length) // size))
+                piece = outcome[first : first + length]
+                # A short piece must not keep a whole cluster in memory until the peer takes it.
+                content.append(bytes(piece) if length < size // 2 else piece)
+        finally:
+            for cluster in started:
+                if isinstance(cluster, asyncio.Future):
+                    cluster.cancel()
+        return content
+
+    def _not_decompressed(self, error: CorruptImage | OSError, first: int) -> OSError:
+        if isinstance(error, OSError):
+            return error
+        self._damage.tell(first, partial("compressed cluster: {}".format, error))
+        problem = f"the compressed cluster at guest offset {first:#x} is damaged"
+        return OSError(errno.EIO, problem, self.name)
 
     # Writing
 
