@@ -23,7 +23,7 @@ FOLDER = peers.CACHE / "bench"
 FRESH = FOLDER / "fresh"
 SIZE = 1 << 30
 COMPRESSED_SIZE = 1 << 29  # more than any cache of decompressed clusters holds
-EMPTY_SIZE = 1 << 32  # so large that most of the writes of a job meet an unallocated cluster
+EMPTY_SIZE = 1 << 31  # so large that most of the writes of a job meet an unallocated cluster
 LAYERS = "base", "middle", "top"
 RUNS = 1, 2, 4, 8, 16, 32  # clusters that lie in one layer of the chain
 LETTERS = b"eeeeeetttttaaaaoooiiinnnssshhrrdlcumwfgypbvkjxqz"
@@ -162,7 +162,7 @@ def build_text(path: Path) -> None:
     glossary = np.frombuffer(b"".join(words), np.uint8)
 
     def text(count: int) -> bytes:
-        chosen = (chance.random(count) ** 3 * len(words)).astype(np.int64)
+        chosen = (chance.random(count) ** 5 * len(words)).astype(np.int64)
         length = lengths[chosen]
         shift = starts[chosen] - (np.cumsum(length) - length)
         said: NDArray[np.uint8] = glossary[np.arange(length.sum()) + np.repeat(shift, length)]

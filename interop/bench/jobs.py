@@ -17,7 +17,7 @@ from interop.bench import images, tables
 from interop.bench.busy import keep_busy
 from interop.bench.servers import Server
 
-RAMP = 0.3  # seconds before fio begins to count: caches fill, an interpreter warms
+RAMP = 0.3  # seconds, of long jobs, before fio begins to count: caches fill
 FILTERED = 400  # requests for block status
 FILTERED_LENGTH = 1 << 29  # one L2 table: 1,024 extents in each bitmap
 BUSY_CONNECTIONS = 500
@@ -53,7 +53,8 @@ def shape(mode: str, size: str, depth: int) -> list[str]:
 def lasting(seconds: float) -> list[str]:
     """As many requests as there is time for, once the ramp is over."""
     runtime = ["--time_based", f"--runtime={round(seconds * 1000)}ms"]
-    return [*runtime, f"--ramp_time={round(RAMP * 1000)}ms", "--norandommap", "--randrepeat=1"]
+    ramp = min(RAMP, seconds / 2)
+    return [*runtime, f"--ramp_time={round(ramp * 1000)}ms", "--norandommap", "--randrepeat=1"]
 
 
 def rated(mode: str, size: str, arguments: Callable[[float], list[str]]) -> Job:
@@ -180,10 +181,10 @@ def memory(job: Job) -> Job:
     return Job("MiB", measure, lower_is_better=True)
 
 
-def crowded() -> Job:
+def crowded(connections: int = BUSY_CONNECTIONS, whole: int = images.SIZE) -> Job:
     """Many connections, each with a read of 4 KiB always in flight."""
 
     def measure(server: Server, seconds: float) -> float:
-        return keep_busy(server.address, BUSY_CONNECTIONS, images.SIZE, seconds)
+        return keep_busy(server.address, connections, whole, seconds)
 
     return Job("requests/s", measure)

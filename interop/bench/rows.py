@@ -26,7 +26,7 @@ DEPTHS = "qemu:allocation-depth"
 DIRTY = f"qemu:dirty-bitmap:{tables.BITMAPS[0]}"
 
 # Bytes written to what is empty: so few small ones that three of four meet a new cluster.
-SMALL = 32768 * 4096
+SMALL = 16384 * 4096
 COPIED = 10000 * 4096  # into the overlay, which is smaller
 LARGE = 1 << 30
 NEW = images.EMPTY_SIZE
@@ -167,7 +167,6 @@ ROWS = (
         READ_ONLY,
         jobs.memory(steady("read", "1M", 8)),
         limit=KEPT + 8,
-        quick=True,
     ),
     Row("memory, depth map", images.tebibyte, DEPTH, jobs.memory(jobs.map_cpu(DEPTHS)), limit=KEPT),
     Row(
