@@ -28,7 +28,6 @@ import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from enum import StrEnum
 from functools import wraps
@@ -36,6 +35,7 @@ from time import monotonic
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from pynbd.block.direct import Calls, DirectAccess, alignment_of
+from pynbd.block.pool import Pool
 from pynbd.block.quick_writes import QuickWrites
 
 P = ParamSpec("P")
@@ -45,7 +45,7 @@ Buffer = bytes | bytearray | memoryview
 # A NOWAIT read copies in the loop's own time: a longer one goes to the pool even on a hit.
 NOWAIT_MAX = 256 * 1024
 # The same for the writes of a batch, in all.
-WRITE_NOW_MAX = 256 * 1024
+WRITE_NOW_MAX = 64 * 1024
 # What Linux reads ahead for one posix_fadvise, unless the device is set to less; it drops the rest.
 WILL_NEED_PIECE = 128 * 1024
 
@@ -122,7 +122,7 @@ class Engine:
     quick_writes: QuickWrites | None
 
     def __init__(self, threads: int = 8) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pynbd-disk")
+        self._pool = Pool(threads, "pynbd-disk")
         self.quick_writes = QuickWrites()
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -134,11 +134,11 @@ class Engine:
         """``call(*args)`` in the pool. The future is done when it has returned, unless it is
         cancelled.
         """
-        return asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+        return self._pool.start(call, *args)
 
     def close(self) -> None:
         """Wait for the system calls under way, then end the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
 
 
 class Descriptor:

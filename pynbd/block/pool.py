@@ -1,0 +1,111 @@
+"""The threads for calls that may wait for a disk.
+
+``run_in_executor`` does the same with a future of its own for each side, three locks and a wake-up
+of the loop for each call, most of it in the thread, which fights the loop for the interpreter all
+that time. Here a thread takes a call, makes it, and puts the outcome into the loop's tray; the loop
+is woken once for all that lies there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class _Tray:
+    """The outcomes that one event loop has not seen yet."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
+        self.loop = loop
+        self._pool = pool
+        self._outcomes: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
+        self._woken = False
+
+    def put(self, future: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+        """From any thread."""
+        self._outcomes.append((future, value, error))
+        # Who finds the loop woken has put his before it looks, as `_deliver` clears this first.
+        if not self._woken:
+            self._woken = True
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False
+        while self._outcomes:
+            future, value, error = self._outcomes.popleft()
+            self._pool.busy -= 1
+            if future.done():
+                continue  # it was cancelled
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+
+
+_Work = tuple[asyncio.Future[Any], Callable[..., Any], tuple[Any, ...], _Tray]
+
+
+class Pool:
+    """At most ``threads`` threads, started when they are needed."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self.busy = 0  # calls that are waiting, under way, or not delivered
+        self._most = threads
+        self._name = name
+        self._threads: list[threading.Thread] = []
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._tray: _Tray | None = None
+        self._closed = False
+
+    def start(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """Have ``call(*args)`` made. The future is done when it has returned, unless it is
+        cancelled: then the call is not made, or goes on by itself.
+        """
+        if self._closed:
+            raise RuntimeError("the threads have ended")
+        loop = asyncio.get_running_loop()
+        if self._tray is None or self._tray.loop is not loop:
+            self._tray = _Tray(loop, self)
+        future: asyncio.Future[T] = loop.create_future()
+        self.busy += 1
+        self._work.put((future, call, args, self._tray))
+        if self.busy > len(self._threads) < self._most:
+            name = f"{self._name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return future
+
+    def close(self) -> None:
+        """Wait for the calls under way; those that are waiting are not made."""
+        self._closed = True
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            work = self._work.get()
+            if work is None:
+                return
+            future, call, args, tray = work
+            value: Any = None
+            error: BaseException | None = None
+            if future.cancelled() or self._closed:
+                error = asyncio.CancelledError()
+            else:
+                try:
+                    value = call(*args)
+                except BaseException as raised:
+                    error = raised
+            tray.put(future, value, error)
+            del work, future, call, args, value, error  # nothing is held while the thread waits
