@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, metavar="PAGE", help="a page with marks for them")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (2 if arguments.quick else 5)
-    seconds = arguments.seconds or (0.4 if arguments.quick else 2.0)
+    seconds = arguments.seconds or (0.3 if arguments.quick else 2.0)
     rows = [row for row in ROWS if fnmatch(row.name, arguments.only)]
     results = []
     print(report.line(report.COLUMNS), flush=True)
