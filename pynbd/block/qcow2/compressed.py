@@ -17,11 +17,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
-from pynbd.block.engine import HostFile
-from pynbd.block.qcow2.compression import decompress
+from pynbd.block.engine import NOWAIT_MAX, Buffer, HostFile
+from pynbd.block.qcow2.compression import decompress_all
 from pynbd.block.qcow2.entries import compressed_range
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.errors import CorruptImage
@@ -36,6 +37,14 @@ HOPS = min(os.cpu_count() or 1, 4)
 
 # A cluster, `CorruptImage` for a damaged stream, or what the disk said.
 Outcome = memoryview | CorruptImage | OSError
+
+
+class Place(NamedTuple):
+    """Where the data of a cluster are: host bytes [start, end)."""
+
+    descriptor: int
+    start: int
+    end: int
 
 
 class CompressedClusters:
@@ -56,52 +65,82 @@ class CompressedClusters:
         # Who waits for each cluster that is being read or decompressed.
         self._waiting: dict[int, list[asyncio.Future[Outcome]]] = {}
         self._reading: set[asyncio.Task[None]] = set()
-        self._read: deque[tuple[int, bytearray]] = deque()  # and not decompressed yet
+        self._read: deque[tuple[int, memoryview]] = deque()  # and not decompressed yet
         self._hops = 0
         self._hop_soon = False
         self.loads = 0
 
-    def start(self, descriptor: int) -> memoryview | asyncio.Future[Outcome]:
-        """The cluster, or a future of the caller's own, who cancels it if he does not wait."""
-        cluster = self._kept.get(descriptor)
-        if cluster is not None:
-            self._kept.move_to_end(descriptor)
-            return cluster
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Outcome] = loop.create_future()
-        waiters = self._waiting.get(descriptor)
-        if waiters is None:
-            self._waiting[descriptor] = [waiter]
-            self._start(loop, descriptor)
-        else:
-            waiters.append(waiter)
-        return waiter
+    def __len__(self) -> int:
+        return len(self._kept)
 
-    def _start(self, loop: asyncio.AbstractEventLoop, descriptor: int) -> None:
-        host_offset, length = compressed_range(descriptor, self._bits)
-        data = bytearray(length)
-        done = self._file.read_now(data, host_offset)
-        if done == length:
-            self._was_read(descriptor, data)
+    def start(self, descriptors: Iterable[int]) -> list[memoryview | asyncio.Future[Outcome]]:
+        """Each cluster, or a future of the caller's own, who cancels it if he does not wait."""
+        loop = asyncio.get_running_loop()
+        started: list[memoryview | asyncio.Future[Outcome]] = []
+        wanted: list[int] = []
+        for descriptor in descriptors:
+            cluster = self._kept.get(descriptor)
+            if cluster is not None:
+                self._kept.move_to_end(descriptor)
+                started.append(cluster)
+                continue
+            waiter: asyncio.Future[Outcome] = loop.create_future()
+            started.append(waiter)
+            waiters = self._waiting.get(descriptor)
+            if waiters is None:
+                self._waiting[descriptor] = [waiter]
+                wanted.append(descriptor)
+            else:
+                waiters.append(waiter)
+        for group in self._neighbours(wanted):
+            self._read_group(loop, group)
+        return started
+
+    def _neighbours(self, descriptors: Iterable[int]) -> Iterator[list[Place]]:
+        """The places of compressed data, those together that one call reads."""
+        group: list[Place] = []
+        for descriptor in descriptors:
+            start, length = compressed_range(descriptor, self._bits)
+            end = start + length
+            # Two neighbours may share a sector: one ends and the other begins in it.
+            if group and not (
+                group[-1].start < start <= group[-1].end and end - group[0].start <= NOWAIT_MAX
+            ):
+                yield group
+                group = []
+            group.append(Place(descriptor, start, end))
+        if group:
+            yield group
+
+    def _read_group(self, loop: asyncio.AbstractEventLoop, group: list[Place]) -> None:
+        data = memoryview(bytearray(group[-1].end - group[0].start))
+        done = self._file.read_now(data, group[0].start)
+        if done == len(data):
+            self._was_read(group, data)
         else:
-            task = loop.create_task(self._read_rest(descriptor, data, host_offset, done))
+            task = loop.create_task(self._read_rest(group, data, done))
             self._reading.add(task)
             task.add_done_callback(self._reading.discard)
 
-    async def _read_rest(
-        self, descriptor: int, data: bytearray, host_offset: int, done: int
-    ) -> None:
+    async def _read_rest(self, group: list[Place], data: memoryview, done: int) -> None:
         try:
             # The last sector may reach past the end of the file.
-            await self._file.read(memoryview(data)[done:], host_offset + done)
+            await self._file.read(data[done:], group[0].start + done)
         except OSError as error:
-            self._finish(descriptor, error)
+            if len(group) == 1:
+                self._finish(group[0].descriptor, error)
+            for place in group if len(group) > 1 else ():  # a bad sector fails alone
+                await self._read_rest([place], memoryview(bytearray(place.end - place.start)), 0)
         else:
-            self._was_read(descriptor, data)
+            self._was_read(group, data)
 
-    def _was_read(self, descriptor: int, data: bytearray) -> None:
-        self._read.append((descriptor, data))
-        if not self._hop_soon:
+    def _was_read(self, group: list[Place], data: memoryview) -> None:
+        base = group[0].start
+        for place in group:
+            self._read.append((place.descriptor, data[place.start - base : place.end - base]))
+        if len(self._read) > self._in_hop // 2:  # the rest of this turn need not wait for them
+            self._hop()
+        elif not self._hop_soon:
             self._hop_soon = True
             asyncio.get_running_loop().call_soon(self._hop)
 
@@ -110,7 +149,7 @@ class CompressedClusters:
         self._hop_soon = False
         while self._read and self._hops < HOPS:
             share = -(-len(self._read) // (HOPS - self._hops))
-            batch: list[tuple[int, bytearray]] = []
+            batch: list[tuple[int, memoryview]] = []
             while self._read and len(batch) < min(share, self._in_hop):
                 descriptor, data = self._read.popleft()
                 if all(waiter.done() for waiter in self._waiting[descriptor]):
@@ -121,14 +160,14 @@ class CompressedClusters:
                 self._hops += 1
                 self.loads += len(batch)
                 hop = self._file.engine.start(
-                    _decompress_all, self._type, [data for _, data in batch], 1 << self._bits
+                    decompress_all, self._type, [data for _, data in batch], 1 << self._bits
                 )
                 hop.add_done_callback(partial(self._landed, [place for place, _ in batch]))
 
     def _landed(
         self,
         descriptors: Sequence[int],
-        hop: asyncio.Future[list[memoryview | CorruptImage]],
+        hop: asyncio.Future[list[Buffer | CorruptImage]],
     ) -> None:
         self._hops -= 1
         if hop.cancelled():  # with the engine
@@ -137,27 +176,16 @@ class CompressedClusters:
                     waiter.cancel()
             return
         for descriptor, outcome in zip(descriptors, hop.result(), strict=True):
-            if isinstance(outcome, memoryview):
-                self._kept[descriptor] = outcome
-                if len(self._kept) > self._most_kept:
-                    self._kept.popitem(last=False)
-            self._finish(descriptor, outcome)
+            if isinstance(outcome, CorruptImage):
+                self._finish(descriptor, outcome)
+                continue
+            cluster = self._kept[descriptor] = memoryview(outcome)
+            if len(self._kept) > self._most_kept:
+                self._kept.popitem(last=False)
+            self._finish(descriptor, cluster)
         self._hop()
 
     def _finish(self, descriptor: int, outcome: Outcome) -> None:
         for waiter in self._waiting.pop(descriptor):
             if not waiter.done():
                 waiter.set_result(outcome)
-
-
-def _decompress_all(
-    compression_type: CompressionType, streams: Sequence[bytearray], cluster_size: int
-) -> list[memoryview | CorruptImage]:
-    """What each stream holds, or what is wrong with it."""
-    outcomes: list[memoryview | CorruptImage] = []
-    for stream in streams:
-        try:
-            outcomes.append(memoryview(decompress(compression_type, stream, cluster_size)))
-        except CorruptImage as error:
-            outcomes.append(error)
-    return outcomes
