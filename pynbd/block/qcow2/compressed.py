@@ -170,12 +170,14 @@ class CompressedClusters:
         hop: asyncio.Future[list[Buffer | CorruptImage]],
     ) -> None:
         self._hops -= 1
-        if hop.cancelled():  # with the engine
+        try:
+            outcomes = hop.result()
+        except asyncio.CancelledError:  # the engine was closed
             for descriptor in descriptors:
                 for waiter in self._waiting.pop(descriptor):
                     waiter.cancel()
             return
-        for descriptor, outcome in zip(descriptors, hop.result(), strict=True):
+        for descriptor, outcome in zip(descriptors, outcomes, strict=True):
             if isinstance(outcome, CorruptImage):
                 self._finish(descriptor, outcome)
                 continue
