@@ -45,7 +45,7 @@ Buffer = bytes | bytearray | memoryview
 # A NOWAIT read copies in the loop's own time: a longer one goes to the pool even on a hit.
 NOWAIT_MAX = 256 * 1024
 # The same for the writes of a batch, in all.
-WRITE_NOW_MAX = 64 * 1024
+WRITE_NOW_MAX = 256 * 1024
 # What Linux reads ahead for one posix_fadvise, unless the device is set to less; it drops the rest.
 WILL_NEED_PIECE = 128 * 1024
 
@@ -320,10 +320,18 @@ class HostFile:
             _data_runs, self._descriptor, self.start + offset, length, limit
         )
 
+    def read_here(self, length: int, offset: int) -> bytes:
+        """Up to ``length`` bytes from ``offset``, fewer only at the end of the file; for who is in
+        the pool already.
+        """
+        data = self._read_unless_hole(length, self.start + offset, False)
+        assert data is not None
+        return data
+
     # Writing
 
     async def write_batch(
-        self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
+        self, pieces: Sequence[tuple[Data, int]], *, fua: bool = False
     ) -> list[OSError | None]:
         """Write each (buffer, offset) at once or in one hop; what went wrong with each. ``fua``: on
         stable storage.
@@ -331,7 +339,7 @@ class HostFile:
         errors = None if fua else self.write_now(pieces)
         return await self.start_write_batch(pieces, fua=fua) if errors is None else errors
 
-    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None] | None:
+    def write_now(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None] | None:
         """`write_batch` in the loop's own time; None if that might take long, and nothing was
         written.
         """
@@ -341,6 +349,8 @@ class HostFile:
         length = 0
         for data, offset in pieces:
             length += len(data)
+            if isinstance(data, FileBytes):
+                return None
             if (offset | len(data)) % _PAGE and not self._has_edges(offset, offset + len(data)):
                 return None
         if length > WRITE_NOW_MAX or not quick.allow(length):
@@ -358,7 +368,7 @@ class HostFile:
         )
 
     def start_write_batch(
-        self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
+        self, pieces: Sequence[tuple[Data, int]], *, fua: bool = False
     ) -> asyncio.Future[list[OSError | None]]:
         """`write_batch` in the pool, for who has to know when it ends although he does not wait for
         it.
@@ -481,7 +491,7 @@ class HostFile:
                 self.sync_failed = True
                 raise
 
-    def _write_batch(self, pieces: Sequence[tuple[Buffer, int]], fua: bool) -> list[OSError | None]:
+    def _write_batch(self, pieces: Sequence[tuple[Data, int]], fua: bool) -> list[OSError | None]:
         if self.sync_failed:
             return [self._lost() for _ in pieces]
         errors: list[OSError | None] = []
@@ -492,10 +502,11 @@ class HostFile:
                     continue
                 for data, offset in group:
                     try:
+                        buffer = _bytes_of(data)
                         if self._direct:
-                            self._direct.write(fd, memoryview(data), offset)
+                            self._direct.write(fd, memoryview(buffer), offset)
                         else:
-                            _write_fully(fd, data, offset)
+                            _write_fully(fd, buffer, offset)
                     except OSError as error:
                         errors.append(error)
                     else:
@@ -506,6 +517,34 @@ class HostFile:
             except OSError as error:
                 return [earlier or error for earlier in errors]
         return errors
+
+
+class FileBytes:
+    """``length`` bytes from ``offset`` of a file, to be written elsewhere: they are read in the hop
+    that writes them. ``past_end`` gives what is missing at the end of the file, or raises
+    ``OSError``.
+    """
+
+    __slots__ = ("_file", "_length", "_offset", "_past_end")
+
+    def __init__(
+        self, file: HostFile, offset: int, length: int, past_end: Callable[[int], bytes]
+    ) -> None:
+        self._file = file
+        self._offset = offset
+        self._length = length
+        self._past_end = past_end
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __bytes__(self) -> bytes:
+        data = self._file.read_here(self._length, self._offset)
+        missing = self._length - len(data)
+        return data + self._past_end(missing) if missing else data
+
+
+Data = Buffer | FileBytes
 
 
 def _with_descriptor(
@@ -555,9 +594,13 @@ def _read(fd: int, length: int, offset: int) -> bytes:
     return data
 
 
+def _bytes_of(data: Data) -> Buffer:
+    return bytes(data) if isinstance(data, FileBytes) else data
+
+
 def _neighbours(
-    pieces: Sequence[tuple[Buffer, int]],
-) -> Iterator[Sequence[tuple[Buffer, int]]]:
+    pieces: Sequence[tuple[Data, int]],
+) -> Iterator[Sequence[tuple[Data, int]]]:
     """``pieces`` in groups that follow one another in the file without a gap."""
     first, end = 0, -1
     for index, (data, offset) in enumerate(pieces):
@@ -569,10 +612,10 @@ def _neighbours(
         yield pieces[first:]
 
 
-def _write_together(fd: int, group: Sequence[tuple[Buffer, int]]) -> bool:
+def _write_together(fd: int, group: Sequence[tuple[Data, int]]) -> bool:
     """Write neighbours with one call; False if that did not write all of them."""
-    buffers = [data for data, _ in group]
     try:
+        buffers = [_bytes_of(data) for data, _ in group]
         return os.pwritev(fd, buffers, group[0][1]) == sum(map(len, buffers))
     except OSError:
         return False  # whose fault it is shows when each is written by itself

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from pynbd.block.engine import Buffer
 from pynbd.block.extent import COMPRESSED, ZERO, Extent
 from pynbd.block.node import BlockNode
+from pynbd.block.steps import together
 from pynbd.errors import RequestError
 from pynbd.protocol.handshake import Session
 from pynbd.protocol.metadata import decode_filter, longest_filter
@@ -29,7 +30,6 @@ from pynbd.protocol.transmission import Dialect, Request
 from pynbd.protocol.values import MAX_PAYLOAD, Command, CommandFlag, Error
 from pynbd.server.contexts import block_status
 from pynbd.server.export import Export
-from pynbd.server.steps import together
 from pynbd.server.stream import FilePiece, Piece, ReplyEnd
 from pynbd.server.zeroes import DetectZeroes, pwrite_detecting
 

@@ -33,12 +33,12 @@ import numpy as np
 from pynbd.block.engine import Buffer
 from pynbd.block.extent import DATA, NO_HOST, Runs
 from pynbd.block.node import PREFETCH_MAX, BlockNode
+from pynbd.block.steps import together
 from pynbd.errors import UsageError
 from pynbd.protocol.metadata import BASE_ALLOCATION
 from pynbd.protocol.strings import check_string
 from pynbd.protocol.values import MAX_EXPORT_SIZE, MAX_PAYLOAD, State
 from pynbd.server.contexts import AllocationContext, Context, Ends, States
-from pynbd.server.steps import together
 from pynbd.server.troubles import TroubleLog
 
 P = ParamSpec("P")
@@ -184,7 +184,7 @@ class DiskNode(BlockNode):
         """What ``method`` answers, which is or calls the disk's ``name``; rule 4 for what it
         raises.
 
-        It does not run in the first step of a request (`pynbd.server.steps`), where there is no
+        It does not run in the first step of a request (`pynbd.block.steps`), where there is no
         Task, and so no `asyncio.timeout`.
         """
         await asyncio.sleep(0)

@@ -24,6 +24,7 @@ from time import monotonic
 from typing import Any, Final
 
 from pynbd.block.extent import DATA
+from pynbd.block.steps import Finished, first_step
 from pynbd.errors import ProtocolError, RequestError
 from pynbd.protocol import wire
 from pynbd.protocol.handshake import Session
@@ -33,7 +34,6 @@ from pynbd.server.buffers import INLINE_SIZE, BufferPool, Lease
 from pynbd.server.commands import SEND_FILE_MIN, Commands
 from pynbd.server.contexts import MAX_EXTENTS_PER_REPLY
 from pynbd.server.export import Export
-from pynbd.server.steps import Finished, first_step
 from pynbd.server.stream import Piece, PlainStream, size_of
 
 _READ = int(Command.READ)

@@ -8,13 +8,12 @@ to the file in one hop; only then are the clusters linked, in one step of the lo
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import itemgetter
 
-from pynbd.block.engine import Buffer, HostFile
+from pynbd.block.engine import Buffer, Data, FileBytes, HostFile
 from pynbd.block.extent import ZERO as ZERO_EXTENT
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.cache import Table
@@ -33,9 +32,11 @@ from pynbd.block.qcow2.in_flight import InFlight, ranges_of
 from pynbd.block.qcow2.links import Links
 from pynbd.block.qcow2.places import Places
 from pynbd.block.qcow2.refcounts import Refcounts, Run
+from pynbd.block.steps import together
 from pynbd.errors import CorruptImage
 
 Piece = tuple[int, Buffer]  # guest offset, data
+Part = tuple[int, Data]  # offset inside a cluster, data
 # By number of the cluster: offset inside, data, which piece.
 Parts = dict[int, list[tuple[int, memoryview, int]]]
 
@@ -67,7 +68,7 @@ class Cluster:
     entry: int
     bitmap: int
     own: bool
-    parts: list[tuple[int, memoryview]]  # offset inside, data
+    parts: list[Part]
     pieces: list[int]  # of which of the caller's pieces these are parts
     host_offset: int = 0
     run: Run | None = None
@@ -169,8 +170,12 @@ class CopyOnWrite:
         `CorruptImage` if the metadata forbids it.
         """
         parts = self._parts(pieces)
-        async with self._in_flight.alone(ranges_of(sorted(parts))):
+        ranges = ranges_of(sorted(parts))
+        await self._in_flight.enter(ranges)
+        try:
             return await self._write_parts(parts, len(pieces))
+        finally:
+            self._in_flight.leave(ranges)
 
     async def write_alone(self, pieces: Sequence[Piece]) -> list[OSError | None]:
         """`write`, for who is alone with these clusters already (`InFlight`)."""
@@ -179,14 +184,16 @@ class CopyOnWrite:
     async def _write_parts(self, parts: Parts, pieces: int) -> list[OSError | None]:
         clusters = [await self._find(number, parts[number]) for number in sorted(parts)]
         await self._find_homes(clusters)
+        await self._fill_all(clusters)
         await self._write(clusters)
-        self._link(cluster for cluster in clusters if not cluster.error)
-        failed = [cluster for cluster in clusters if cluster.error]
-        await self._refcounts.unallocate([each.run for each in failed if each.run])
+        self._link(clusters)
         errors: list[OSError | None] = [None] * pieces
-        for cluster in failed:
-            for index in cluster.pieces:
-                errors[index] = cluster.error
+        failed = [cluster for cluster in clusters if cluster.error]
+        if failed:
+            await self._refcounts.unallocate([each.run for each in failed if each.run])
+            for cluster in failed:
+                for index in cluster.pieces:
+                    errors[index] = cluster.error
         return errors
 
     def _parts(self, pieces: Sequence[Piece]) -> Parts:
@@ -217,7 +224,7 @@ class CopyOnWrite:
             own = entry & (COPIED | L2E_OFFSET_MASK) != 0
         else:
             own = bool(entry & COPIED and entry & L2E_OFFSET_MASK) and not entry & COMPRESSED
-        inside = [(within, view) for within, view, _ in parts]
+        inside: list[Part] = [(within, view) for within, view, _ in parts]
         return Cluster(
             number, table, index, entry, bitmap, own, inside, [piece for _, _, piece in parts]
         )
@@ -247,9 +254,8 @@ class CopyOnWrite:
                     cluster.run = Run(cluster.host_offset, 1, run.blank)
 
     async def _write(self, clusters: Sequence[Cluster]) -> None:
-        """Write the new bytes, and what is copied around them; errors stay with the clusters."""
-        await self._copy_all(clusters)
-        writes: list[tuple[Buffer, int]] = []
+        """Write the new bytes, and what is around them; errors stay with the clusters."""
+        writes: list[tuple[Data, int]] = []
         owners: list[Cluster] = []
         for cluster in clusters:
             if not cluster.error:
@@ -257,20 +263,23 @@ class CopyOnWrite:
                     writes.append((data, cluster.host_offset + within))
                     owners.append(cluster)
         errors = await self._file.write_batch(writes) if writes else []
-        for owner, error in zip(owners, errors, strict=True):
-            owner.error = owner.error or error
+        if any(errors):
+            for owner, error in zip(owners, errors, strict=True):
+                owner.error = owner.error or error
 
-    def _link(self, clusters: Iterable[Cluster]) -> None:
-        """Link the host clusters, whose bytes are in the file."""
+    def _link(self, clusters: Sequence[Cluster]) -> None:
+        """Link the host clusters whose bytes are in the file."""
         changed: list[int] = []
         freed: list[HostRange] = []
         for cluster in clusters:
+            if cluster.error:
+                continue
             entry, bitmap = self._linked(cluster)
             if (entry, bitmap) == (cluster.entry, cluster.bitmap):
                 continue
             self._links.link(cluster.table, cluster.index, entry, bitmap)
             changed.append(cluster.number)
-            if cluster.run:
+            if cluster.run and cluster.entry:
                 freed += references(cluster.entry, self._bits)
         self._commits.free(freed)
         for first, last in ranges_of(changed):
@@ -298,12 +307,17 @@ class CopyOnWrite:
         return touched
 
     def _gaps(self, cluster: Cluster) -> Iterator[Gap]:
-        """What has to be in the host cluster besides the new bytes."""
+        """What has to be written to the host cluster besides the new bytes."""
         end = self._size
         if self._layout.data_file:  # which ends with the disk, and not with the cluster
             end = min(end, self._node.size - (cluster.number << self._bits))
+        blank = cluster.run is not None and cluster.run.blank
         parts = sorted((within, within + len(view)) for within, view in cluster.parts)
         for at, last, source in self._needed(cluster):
+            if source is Source.BELOW and self._node.backing is None:
+                source = Source.ZEROES
+            if blank and source is Source.ZEROES:
+                continue
             stop = min(last, end)
             for first, after in parts:
                 if at < first < stop:
@@ -340,63 +354,60 @@ class CopyOnWrite:
             for first, last in ranges_of([n for n in range(SUBCLUSTERS) if which >> n & 1]):
                 yield first * size, last * size, source
 
-    async def _copy_all(self, clusters: Sequence[Cluster]) -> None:
-        """Add what is to be copied to the parts of each."""
-        copies = []
-        for cluster in clusters:
-            gaps = list(self._gaps(cluster))
-            if gaps:
-                copies.append(self._copy(cluster, gaps))
-        if self._node.backing is None or len(copies) == 1:
-            for copy in copies:  # mostly there is nothing to be read
-                await copy
-        else:
-            await asyncio.gather(*copies)
+    async def _fill_all(self, clusters: Sequence[Cluster]) -> None:
+        """Add what is around the new bytes to the parts of each."""
+        gaps = [(cluster, list(self._gaps(cluster))) for cluster in clusters]
+        await together(self._fill(cluster, there) for cluster, there in gaps if there)
 
-    async def _copy(self, cluster: Cluster, gaps: Sequence[Gap]) -> None:
-        blank = cluster.run is not None and cluster.run.blank
-        guest_offset = cluster.number << self._bits
-        copied: list[tuple[int, memoryview]] = []
+    async def _fill(self, cluster: Cluster, gaps: Sequence[Gap]) -> None:
         try:
             for first, last, source in gaps:
-                length = last - first
-                data = None
                 if source is Source.BELOW:
-                    data = await self._read_below(guest_offset + first, length)
+                    cluster.parts += await self._from_below(cluster, first, last)
                 elif source is Source.CLUSTER:
-                    data = await self._read_cluster(cluster, first, length)
-                if data is not None:
-                    copied.append((first, data))
-                elif not blank:
-                    copied.append((first, _ZEROES[:length]))
+                    cluster.parts.append((first, await self._from_cluster(cluster, first, last)))
+                else:
+                    cluster.parts.append((first, _ZEROES[: last - first]))
         except OSError as error:
             cluster.error = error
-        cluster.parts = sorted([*copied, *cluster.parts], key=itemgetter(0))
+        cluster.parts.sort(key=itemgetter(0))
 
-    async def _read_below(self, offset: int, length: int) -> memoryview | None:
-        """Guest bytes of the backing node; None if they are zeroes."""
+    async def _from_below(self, cluster: Cluster, first: int, last: int) -> list[Part]:
+        """Bytes of the backing node; nothing if they are zeroes, and the cluster is blank."""
         backing = self._node.backing
-        if backing is None or offset >= backing.size:
-            return None
-        extents = await backing.resolve(offset, min(offset + length, backing.size))
-        if all(extent.kind == ZERO_EXTENT for extent in extents):
-            return None
-        view = memoryview(bytearray(length))
+        assert backing is not None
+        start = cluster.number << self._bits
+        end = min(start + last, backing.size)
+        extents = await backing.resolve(start + first, end) if start + first < end else []
+        blank = cluster.run is not None and cluster.run.blank
+        if blank and all(extent.kind == ZERO_EXTENT for extent in extents):
+            return []
+        parts: list[Part] = []
         for extent in extents:
-            piece = view[extent.offset - offset : extent.end - offset]
-            await backing.fetch(extent, extent.offset, piece)
-        return view
+            at, length = extent.offset - start, extent.end - extent.offset
+            if extent.kind == ZERO_EXTENT:
+                parts.append((at, _ZEROES[:length]))
+            elif extent.file is not None:
+                past_end = extent.node.past_end
+                parts.append((at, FileBytes(extent.file, extent.host, length, past_end)))
+            else:
+                view = memoryview(bytearray(length))
+                await backing.fetch(extent, extent.offset, view)
+                parts.append((at, view))
+        beyond = max(first, end - start)
+        if beyond < last:
+            parts.append((beyond, _ZEROES[: last - beyond]))
+        return parts
 
-    async def _read_cluster(self, cluster: Cluster, first: int, length: int) -> memoryview:
+    async def _from_cluster(self, cluster: Cluster, first: int, last: int) -> Data:
         """Bytes of the cluster as it is."""
-        guest_offset = cluster.number << self._bits
         if cluster.entry & COMPRESSED:
             descriptor = cluster.entry & L2E_DESCRIPTOR_MASK
-            piece = descriptor, guest_offset + first, length
-            return memoryview((await self._node.fetch_compressed([piece]))[0])
-        view = memoryview(bytearray(length))
-        await self._file.read(view, (cluster.entry & L2E_OFFSET_MASK) + first)
-        return view
+            offset = (cluster.number << self._bits) + first
+            (content,) = await self._node.fetch_compressed([(descriptor, offset, last - first)])
+            return content
+        host_offset = cluster.entry & L2E_OFFSET_MASK
+        return FileBytes(self._file, host_offset + first, last - first, bytes)
 
 
 def references(entry: int, cluster_bits: int) -> list[HostRange]:

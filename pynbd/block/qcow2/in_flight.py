@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 
 class InFlight:
@@ -18,26 +17,41 @@ class InFlight:
         """Whether somebody changes one of clusters [first, last)."""
         return any(first < end and start < last for start, end in self._ranges)
 
-    @asynccontextmanager
-    async def alone(self, ranges: Sequence[tuple[int, int]]) -> AsyncIterator[None]:
-        """Nobody else changes these ranges of clusters (first, last + 1) inside the block.
+    def alone(self, ranges: Sequence[tuple[int, int]]) -> _Alone:
+        """A context manager: nobody else changes these ranges of clusters (first, last + 1) inside.
 
         All are entered at once, so that no two can wait for each other.
         """
-        while any(self.overlap(first, last) for first, last in ranges):
+        return _Alone(self, ranges)
+
+    async def enter(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Wait for everybody who is in one of ``ranges``."""
+        while self._ranges and any(self.overlap(first, last) for first, last in ranges):
             waiter = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             await waiter
         self._ranges += ranges
-        try:
-            yield
-        finally:
-            for entered in ranges:
-                self._ranges.remove(entered)
-            waiting, self._waiting = self._waiting, []
-            for waiter in waiting:
-                if not waiter.done():
-                    waiter.set_result(None)
+
+    def leave(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Let those in who wait for one of ``ranges``."""
+        for entered in ranges:
+            self._ranges.remove(entered)
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class _Alone:
+    def __init__(self, in_flight: InFlight, ranges: Sequence[tuple[int, int]]) -> None:
+        self._in_flight = in_flight
+        self._ranges = ranges
+
+    async def __aenter__(self) -> None:
+        await self._in_flight.enter(self._ranges)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._in_flight.leave(self._ranges)
 
 
 def ranges_of(numbers: Sequence[int]) -> list[tuple[int, int]]:

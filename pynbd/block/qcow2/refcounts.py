@@ -52,6 +52,8 @@ _STEPS_PER_SEARCH = 4
 _MAX_HOLES = 1 << 14
 # Clusters that are looked at, or given back, in one step: those of one block, or so many of them.
 _CLUSTERS_PER_STEP = 1 << 16
+# Clusters behind those that an allocation takes that are looked at for the next ones.
+_FRESH = 1 << 8
 # The file becomes longer in steps of a sixteenth, within these limits: a file that grows with every
 # write makes every flush slow.
 _MIN_GROWTH = 1 << 20
@@ -91,6 +93,9 @@ class Refcounts:
         self._holes: list[_Clusters] = []  # each inside what one block speaks of
         self._searched = 0  # holes before this cluster are known
         self._end = 0  # of what is in use
+        # Up to here, all clusters from there are free and blank, inside the file, and no metadata.
+        self._fresh_end = 0
+        self._fresh_block: Table | None = None  # which counts them
         self._written_end = -(-file.size() // self._cluster_size)  # beyond is nothing but zeroes
         self._first_size = self._size = file.size()
         places.add(table.host_offset, table.length, REFCOUNT_TABLE)
@@ -131,6 +136,9 @@ class Refcounts:
 
         ``OSError`` ENOSPC if there is no room for them.
         """
+        run = self._take_fresh(clusters)
+        if run:
+            return [run]
         async with self._lock:
             runs: list[Run] = []
             try:
@@ -144,6 +152,20 @@ class Refcounts:
                     await self._unallocate(run)
                 raise
             return runs
+
+    def _take_fresh(self, clusters: int) -> Run | None:
+        """Clusters of which all is known, if nobody is looking for others, and there are no holes
+        that come first.
+        """
+        first, last = self._end, self._end + clusters
+        if last > self._fresh_end or self._holes or self._searched < first or self._lock.locked():
+            return None
+        assert self._fresh_block is not None
+        at = first % self._in_block
+        self._fresh_block.values[at : at + clusters] = 1
+        self._commits.count(self._fresh_block, at, at + clusters)
+        self._end = last
+        return Run(first << self._bits, clusters, blank=True)
 
     async def allocate_table(self) -> Run:
         """A cluster for a table, with space on the host: a commit that writes it will find it."""
@@ -200,13 +222,14 @@ class Refcounts:
             if block is None:
                 await self._add_block(index)
                 continue
-            ahead = block.values[within : within + want]
+            ahead = block.values[within : within + max(want, _FRESH)]
             in_use = np.flatnonzero(ahead)
             count = int(in_use[0]) if len(in_use) else len(ahead)
             if count:
                 break
             self._end += 1  # in use, though beyond the end of the file
-        first = self._end
+        first, free_end = self._end, self._end + count
+        count = min(count, want)
         blank = first >= self._written_end and not self._file.is_device
         if not blank:
             count = min(count, max(self._written_end - first, 1))
@@ -214,6 +237,8 @@ class Refcounts:
         await self._set(first, count, 1)
         self._end += count
         await self._make_longer()
+        if blank and not self._places.hold(first << self._bits, free_end - first << self._bits):
+            self._fresh_block, self._fresh_end = block, min(free_end, self._size >> self._bits)
         return Run(first << self._bits, count, blank)
 
     def _check_room(self, first: int, count: int) -> None:

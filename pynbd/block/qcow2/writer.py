@@ -48,6 +48,7 @@ from pynbd.block.qcow2.refcounts import Refcounts
 from pynbd.block.qcow2.snapshots import Snapshot, table_length
 from pynbd.block.qcow2.tracking import Tracking
 from pynbd.block.qcow2.zeroing import Space, Zeroing
+from pynbd.block.steps import Finished, awaited, first_step
 from pynbd.errors import CorruptImage
 
 log = logging.getLogger("pynbd")
@@ -173,17 +174,18 @@ class Writer:
             else:
                 direct += places
                 owners += [index] * len(places)
-        task = None
+        allocated = None
         if others:
-            task = self._start(self._allocating([pieces[index] for index in others]))
+            allocated = self._start(self._allocating([pieces[index] for index in others]))
         if direct:
             at_once = fua and not others and not self._commits.pending
             errors = await self._in_place(direct, fua=at_once)
             for index, error in zip(owners, errors, strict=True):
                 results[index] = results[index] or error
             fua = fua and not at_once
-        if task:
-            for index, error in zip(others, await asyncio.shield(task), strict=True):
+        if allocated:
+            errors = await _outcome(allocated)
+            for index, error in zip(others, errors, strict=True):
                 results[index] = error
         if fua:
             try:
@@ -293,6 +295,9 @@ class Writer:
 
     def _steps(self, pieces: Sequence[Piece]) -> Iterator[tuple[list[int], list[Piece]]]:
         """(numbers of the pieces, pieces or parts of them) for each step."""
+        if sum((len(data) >> self._bits) + 2 for _, data in pieces) <= self._per_step:
+            yield list(range(len(pieces))), list(pieces)
+            return
         indexes: list[int] = []
         step: list[Piece] = []
         room = self._per_step
@@ -312,8 +317,12 @@ class Writer:
 
     # Tasks that end
 
-    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work)
+    def _start(self, work: Coroutine[Any, Any, T]) -> Finished[T] | asyncio.Task[T]:
+        """Take the first step of ``work``; if that is not all, a task does the rest."""
+        step = first_step(work)
+        if isinstance(step, Finished):
+            return step
+        task = asyncio.get_running_loop().create_task(awaited(step))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -326,7 +335,7 @@ class Writer:
     async def _apart(self, work: Coroutine[Any, Any, None]) -> None:
         """Do ``work`` to its end, even if nobody waits for it any more."""
         try:
-            await asyncio.shield(self._start(work))
+            await _outcome(self._start(work))
         except CorruptImage as error:
             raise await self._damaged(error) from error
 
@@ -355,6 +364,10 @@ class Writer:
                 await self._commits.barrier(Rule.CORRUPT)
         except OSError as error:
             log.error("%s: it could not be marked corrupt: %s", self._file.path, error)
+
+
+async def _outcome(step: Finished[T] | asyncio.Task[T]) -> T:
+    return step.value if isinstance(step, Finished) else await asyncio.shield(step)
 
 
 async def _add_snapshots(

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import pytest
 
-from pynbd.server.steps import Finished, first_step, together
+from pynbd.block.steps import Finished, first_step, together
 
 T = TypeVar("T")
 

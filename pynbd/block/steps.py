@@ -53,7 +53,7 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         if isinstance(step, Finished):
             results.append(step.value)
         else:
-            task = asyncio.get_running_loop().create_task(_awaited(step))
+            task = asyncio.get_running_loop().create_task(awaited(step))
             waiting.append(task)
             results.append(task)
     if waiting:
@@ -64,7 +64,8 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [result.result() if isinstance(result, asyncio.Task) else result for result in results]
 
 
-async def _awaited(step: Awaitable[T]) -> T:
+async def awaited(step: Awaitable[T]) -> T:
+    """``step``, for whoever wants a coroutine."""
     return await step
 
 
