@@ -35,7 +35,7 @@ from time import monotonic
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from pynbd.block.direct import Calls, DirectAccess, alignment_of
-from pynbd.block.pool import Pool
+from pynbd.block.pool import Lane, Pool
 from pynbd.block.quick_writes import QuickWrites
 
 P = ParamSpec("P")
@@ -136,6 +136,10 @@ class Engine:
         """
         return self._pool.start(call, *args)
 
+    def start_in_lane(self, lane: Lane, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """`start`, after the calls of that lane."""
+        return self._pool.start_in_lane(lane, call, *args)
+
     def close(self) -> None:
         """Wait for the system calls under way, then end the threads."""
         self._pool.close()
@@ -195,6 +199,7 @@ class HostFile:
         self._sync_lock = threading.Lock()
         self._syncs = 0
         self._changing = 0  # calls in the pool that change the file, or flush it
+        self._lane = Lane()  # of writes, which the kernel makes one after the other
         # Whether send-file may lend this file's pages to a socket: a page that is overwritten
         # before the peer has taken it reaches the peer with the new bytes. True for files that
         # nothing here writes, and for raw exports, where only overlapping requests can meet.
@@ -373,7 +378,11 @@ class HostFile:
         """`write_batch` in the pool, for who has to know when it ends although he does not wait for
         it.
         """
-        return self._start_change(self._write_batch, pieces, fua)
+        if fua or self._direct or self.is_device:
+            return self._start_change(self._write_batch, pieces, fua)
+        return self._under_way(
+            self.engine.start_in_lane(self._lane, self._write_batch, pieces, fua)
+        )
 
     async def write(self, data: Buffer, offset: int, *, fua: bool = False) -> None:
         """Write one buffer."""
@@ -440,7 +449,9 @@ class HostFile:
 
     def _start_change(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """``call(*args)``, which changes the file or flushes it, in the pool."""
-        change = self.engine.start(call, *args)
+        return self._under_way(self.engine.start(call, *args))
+
+    def _under_way(self, change: asyncio.Future[T]) -> asyncio.Future[T]:
         self._changing += 1
         change.add_done_callback(self._changed)
         return change

@@ -53,6 +53,32 @@ class _Tray:
 _Work = tuple[asyncio.Future[Any], Callable[..., Any], tuple[Any, ...], _Tray]
 
 
+class Lane:
+    """Calls that are made one after the other, because they would wait for each other anyway: by
+    one thread, which goes on to the next without a hop.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[_Work] = deque()
+        self._taken = False  # by a thread, or soon
+        self._lock = threading.Lock()
+
+    def add(self, work: _Work) -> bool:
+        """Whether a thread has to be sent."""
+        with self._lock:
+            self._calls.append(work)
+            taken, self._taken = self._taken, True
+        return not taken
+
+    def next(self) -> _Work | None:
+        """The next one for the thread that is here; None: it may go."""
+        with self._lock:
+            if self._calls:
+                return self._calls.popleft()
+            self._taken = False
+            return None
+
+
 class Pool:
     """At most ``threads`` threads, started when they are needed."""
 
@@ -61,7 +87,7 @@ class Pool:
         self._most = threads
         self._name = name
         self._threads: list[threading.Thread] = []
-        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._work: SimpleQueue[_Work | Lane | None] = SimpleQueue()
         self._tray: _Tray | None = None
         self._closed = False
 
@@ -69,20 +95,33 @@ class Pool:
         """Have ``call(*args)`` made. The future is done when it has returned, unless it is
         cancelled: then the call is not made, or goes on by itself.
         """
+        work = self._work_of(call, args)
+        self._send(work)
+        return work[0]
+
+    def start_in_lane(self, lane: Lane, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """`start`, after all that is in the lane."""
+        work = self._work_of(call, args)
+        if lane.add(work):
+            self._send(lane)
+        return work[0]
+
+    def _work_of(self, call: Callable[..., Any], args: tuple[Any, ...]) -> _Work:
         if self._closed:
             raise RuntimeError("the threads have ended")
         loop = asyncio.get_running_loop()
         if self._tray is None or self._tray.loop is not loop:
             self._tray = _Tray(loop, self)
-        future: asyncio.Future[T] = loop.create_future()
         self.busy += 1
-        self._work.put((future, call, args, self._tray))
+        return loop.create_future(), call, args, self._tray
+
+    def _send(self, work: _Work | Lane) -> None:
+        self._work.put(work)
         if self.busy > len(self._threads) < self._most:
             name = f"{self._name}-{len(self._threads)}"
             thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
-        return future
 
     def close(self) -> None:
         """Wait for the calls under way; those that are waiting are not made."""
@@ -97,15 +136,22 @@ class Pool:
             work = self._work.get()
             if work is None:
                 return
-            future, call, args, tray = work
-            value: Any = None
-            error: BaseException | None = None
-            if future.cancelled() or self._closed:
-                error = asyncio.CancelledError()
+            if isinstance(work, Lane):
+                while (of_lane := work.next()) is not None:
+                    self._make(of_lane)
             else:
-                try:
-                    value = call(*args)
-                except BaseException as raised:
-                    error = raised
-            tray.put(future, value, error)
-            del work, future, call, args, value, error  # nothing is held while the thread waits
+                self._make(work)
+            del work  # nothing is held while the thread waits
+
+    def _make(self, work: _Work) -> None:
+        future, call, args, tray = work
+        value: Any = None
+        error: BaseException | None = None
+        if future.cancelled() or self._closed:
+            error = asyncio.CancelledError()
+        else:
+            try:
+                value = call(*args)
+            except BaseException as raised:
+                error = raised
+        tray.put(future, value, error)
