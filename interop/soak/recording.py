@@ -30,6 +30,7 @@ from pynbd.block.engine import (
     Engine,
     HostFile,
 )
+from pynbd.block.pool import Lane
 
 FAULTS = 0.03  # the part of the writes that fail, if any do
 
@@ -190,6 +191,9 @@ class SteppedEngine(Engine):
 
     def start(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         return asyncio.ensure_future(self._stepped(call, *args))
+
+    def start_in_lane(self, lane: Lane, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        return self.start(call, *args)
 
     async def _stepped(self, call: Callable[..., T], *args: Any) -> T:
         if self._turns:

@@ -28,6 +28,7 @@ from pynbd.block.engine import (
     Engine,
     HostFile,
 )
+from pynbd.block.pool import Lane
 from tests.block.devices import loop_device
 from tests.block.reading import eventually
 
@@ -47,6 +48,11 @@ class CountingEngine(Engine):
         self.hops += 1
         return super().start(call, *args)
 
+    def start_in_lane(
+        self, lane: Lane, call: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        return self.start(call, *args)
+
 
 class HeldEngine(Engine):
     """An engine of one thread, whose calls wait in the pool until they are let go."""
@@ -59,6 +65,11 @@ class HeldEngine(Engine):
 
     def start(self, call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         return super().start(self._held, call, *args)
+
+    def start_in_lane(
+        self, lane: Lane, call: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        return self.start(call, *args)
 
     def _held(self, call: Callable[..., Any], *args: Any) -> Any:
         self.entered.set()

@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from pynbd.block import quick_writes
 from pynbd.block.engine import WRITE_NOW_MAX, CacheMode, Engine, HostFile
+from pynbd.block.pool import Lane
 from pynbd.block.quick_writes import COUNTED_EVERY, SLOW, QuickWrites, writers_run_free
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -28,6 +29,11 @@ class TalliedEngine(Engine):
     def start(self, call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         self.calls.append(call.__name__)
         return super().start(call, *args)
+
+    def start_in_lane(
+        self, lane: Lane, call: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        return self.start(call, *args)
 
 
 @pytest_asyncio.fixture

@@ -21,6 +21,7 @@ from typing import Any
 
 from pynbd.block.engine import Engine
 from pynbd.block.node import BlockNode
+from pynbd.block.pool import Lane
 from pynbd.errors import ProtocolError
 from pynbd.protocol.handshake import Session
 from pynbd.server.buffers import BufferPool
@@ -57,6 +58,11 @@ class WatchedEngine(Engine):
     def start(self, call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         self.calls.append(call.__name__)
         return super().start(self._watched, call, *args)
+
+    def start_in_lane(
+        self, lane: Lane, call: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        return self.start(call, *args)
 
     def _watched(self, call: Callable[..., Any], *args: Any) -> Any:
         if call.__name__ in self.held:
