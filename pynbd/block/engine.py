@@ -277,6 +277,12 @@ class HostFile:
             self._read_into, view[done:], self.start + offset + done
         )
 
+    def read_resident(self, view: memoryview, offset: int) -> int:
+        """Read bytes that were `resident` a moment ago; how many there were, 0 at the end of the
+        file. What the host has dropped since is waited for, as a send-file does.
+        """
+        return self.read_now(view, offset) or self._read_into(view, self.start + offset)
+
     async def read_unless_hole(self, length: int, offset: int, *, sparse: bool) -> bytes | None:
         """Up to ``length`` bytes from ``offset``, fewer only at the end of the file; always in the
         pool.

@@ -14,7 +14,6 @@ import asyncio
 import errno
 import logging
 from collections.abc import Coroutine, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any, ClassVar
@@ -228,17 +227,21 @@ class Commands:
             return (dialect.done(cookie, offset),)
         if request.flags & _FUA and not self._export.read_only:
             await self._node.flush()
+        reply_end = ReplyEnd(dialect.done(cookie, offset) if dialect.structured else b"", None)
         pins = self._node.pins
-        with pins.hold() if pins else nullcontext():
-            return await self._read_pinned(request)
+        if pins:
+            pinned = pins.hold()
+            pinned.begin()
+            reply_end.release = pinned.end  # once its last byte was read
+        try:
+            return await self._read_pinned(request, reply_end)
+        except BaseException:
+            reply_end.over()
+            raise
 
-    async def _read_pinned(self, request: Request) -> Sequence[Piece]:
+    async def _read_pinned(self, request: Request, reply_end: ReplyEnd) -> Sequence[Piece]:
         dialect, cookie, offset = self._dialect, request.cookie, request.offset
         extents = await self._node.resolve(offset, offset + request.length)
-        failed = None
-        if dialect.structured:
-            failed = dialect.error(cookie, offset, Error.EIO, "the file could not be read")
-        reply_end = ReplyEnd(dialect.done(cookie, offset) if dialect.structured else b"", failed)
         stretches = await self._stretches(request, extents, reply_end)
         pieces: list[Piece] = []
         for first, last, content in stretches:
@@ -247,6 +250,13 @@ class Commands:
             else:
                 pieces.append(dialect.hole(cookie, offset, first, last - first))
         pieces.append(reply_end)
+        files = [piece for piece in pieces if isinstance(piece, FilePiece)]
+        if files and dialect.structured:
+            reply_end.failed = dialect.error(
+                cookie, offset, Error.EIO, "the file could not be read"
+            )
+        if not any(piece.read for piece in files):
+            reply_end.over()
         return pieces
 
     async def _stretches(
@@ -284,8 +294,9 @@ class Commands:
             return (None if sparse else bytes(length),)
         file = extent.file
         if file is not None and length >= SEND_FILE_MIN:
-            if file.lends_pages and file.resident(extent.host, length):
-                return (FilePiece(file.fd, extent.host, length, reply),)
+            if file.resident(extent.host, length):
+                read = None if file.lends_pages else file.read_resident
+                return (FilePiece(file.fd, extent.host, length, reply, read),)
             data: bytes | None = await extent.node.read_plain(
                 file, extent.host, length, sparse=sparse
             )

@@ -1,8 +1,8 @@
 """The socket of one connection.
 
 The connection owns its non-blocking socket instead of a transport: it receives into its own buffer,
-sends gathered buffers, and lets the kernel send long runs of file bytes without copying them. Its
-rules:
+sends gathered buffers, and brings long runs of file bytes from the page cache to the socket when
+there is room for them. Its rules:
 
 1. During the handshake never a byte is read that was not asked for, so that nothing which arrived
    in clear can be taken for something that came through TLS.
@@ -11,7 +11,10 @@ rules:
    again.
 4. Once the peer is lost nothing more is sent: after a reply that was cut short, the next one would
    be taken for its data.
-5. A file that cannot be sent to its end is not the peer's fault: zeroes take the place of the rest,
+5. Send-file lends pages: who overwrites them before the peer has taken them changes what it gets.
+   Bytes whose place may become somebody else's are lent only where the socket tells what was taken,
+   and kept from others until then. Elsewhere they are copied, so many in each turn of the loop.
+6. A file that cannot be sent to its end is not the peer's fault: zeroes take the place of the rest,
    and the reply ends with an error where its dialect can say so.
 """
 
@@ -21,8 +24,11 @@ import asyncio
 import logging
 import os
 import socket
+import sys
+import termios
 from collections import deque
 from collections.abc import Callable, Iterable
+from fcntl import ioctl
 from typing import NamedTuple
 
 log = logging.getLogger("pynbd")
@@ -31,11 +37,17 @@ log = logging.getLogger("pynbd")
 IOV_MAX = 1024
 # What is skipped during the handshake goes through a buffer of this size.
 SKIP_PIECE = 1 << 16
+# File bytes that are copied at a time, and those after which the loop has its turn.
+COPY_PIECE = 1 << 18
+COPY_TURN = 1 << 20
+# Seconds between two looks at what the peer has taken.
+TAKEN_EVERY = 0.01
 # Bytes of socket buffer that are asked for, so that a batch of replies leaves in one call; the
 # kernel may give less.
 _SOCKET_BUFFER = 1 << 22
 
 Buffer = bytes | bytearray | memoryview
+_copied = memoryview(bytearray(COPY_PIECE))
 
 
 class ReplyEnd:
@@ -43,25 +55,37 @@ class ReplyEnd:
     read to the end of its piece.
 
     ``failed`` is None in a dialect that cannot say so any more: then the connection has to go.
+    ``release`` is called once nobody needs what is in the places of the file pieces, sent or not.
     """
 
-    __slots__ = ("broken", "done", "failed")
+    __slots__ = ("broken", "done", "failed", "release")
 
     def __init__(self, done: bytes, failed: bytes | None) -> None:
         self.done = done
         self.failed = failed
         self.broken = False
+        self.release: Callable[[], None] | None = None
+
+    def over(self) -> None:
+        """Nobody needs what is in the places of the file pieces."""
+        if self.release:
+            release, self.release = self.release, None
+            release()
 
 
 class FilePiece(NamedTuple):
     """``length`` bytes at ``offset`` of an open file, in the middle of the reply that ends with
     ``reply``.
+
+    ``read(view, offset)``, which tells how many there were, if the place of these bytes may become
+    somebody else's once the reply is released (rule 5).
     """
 
     fd: int
     offset: int
     length: int
     reply: ReplyEnd
+    read: Callable[[memoryview, int], int] | None = None
 
 
 Piece = Buffer | FilePiece | ReplyEnd
@@ -83,6 +107,12 @@ class PlainStream:
         self._writing = False
         self._lost = False
         self._told = False  # that a file failed
+        # Rule 5. A unix socket counts what it holds; TCP counts what was not acknowledged, which
+        # is less, as what was acknowledged may still wait, in the same pages, at this host.
+        self._tells_taken = sock.family == socket.AF_UNIX
+        self._sent = 0  # bytes that ever left
+        self._lent: deque[tuple[int, ReplyEnd]] = deque()  # where the reply ends, of all that left
+        self._may_copy = 0  # bytes, before the loop has its turn
         self.reading = False
         """Whether `on_readable` is called when there is something to receive."""
         self.queued = 0
@@ -163,6 +193,7 @@ class PlainStream:
             except OSError:
                 self._lose()
                 return
+            self._sent += sent
             if sent == len(view):
                 return
         self.send((bytes(view[sent:]),))
@@ -170,6 +201,9 @@ class PlainStream:
     def send(self, pieces: Iterable[Piece]) -> None:
         """Send ``pieces`` in order, after those that still wait."""
         if self._lost:
+            for piece in pieces:
+                if isinstance(piece, ReplyEnd):
+                    piece.over()
             return
         for piece in pieces:
             self._queue.append(piece)
@@ -186,19 +220,25 @@ class PlainStream:
                 self._loop.remove_writer(self._fd)
             self._fd = -1
             self._lost = True
-            self._queue.clear()
-            self.queued = 0
+            self._drop_queue()
             self._sock.close()
 
     def _lose(self) -> None:
         """The peer has gone, or a reply cannot be finished: nothing more can be said to it."""
         self._lost = True
-        self._queue.clear()
-        self.queued = 0
+        self._drop_queue()
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self._fd)
         self.on_lost()
+
+    def _drop_queue(self) -> None:
+        for piece in (*self._queue, *(end for _, end in self._lent)):
+            if isinstance(piece, ReplyEnd):
+                piece.over()
+        self._lent.clear()
+        self._queue.clear()
+        self.queued = 0
 
     def _on_writable(self) -> None:
         self._send_queue()
@@ -207,6 +247,7 @@ class PlainStream:
 
     def _send_queue(self) -> None:
         queue = self._queue
+        self._may_copy = COPY_TURN
         try:
             while queue:
                 piece = queue[0]
@@ -232,6 +273,7 @@ class PlainStream:
         buffers: list[Buffer] = []
         for piece in queue:
             if isinstance(piece, ReplyEnd) and not piece.broken:
+                self._end_reading(piece)
                 buffers.append(piece.done)
             elif isinstance(piece, FilePiece | ReplyEnd):
                 break
@@ -241,6 +283,7 @@ class PlainStream:
                 break
         sent = self._sock.send(buffers[0]) if len(buffers) == 1 else self._sock.sendmsg(buffers)
         self.queued -= sent
+        self._sent += sent
         for buffer in buffers:
             size = len(buffer)
             if sent < size:
@@ -251,7 +294,10 @@ class PlainStream:
 
     def _send_file(self, piece: FilePiece) -> None:
         try:
-            sent = os.sendfile(self._fd, piece.fd, piece.offset, piece.length)
+            if piece.read and not self._tells_taken:
+                sent = self._copy(piece.read, piece)
+            else:
+                sent = os.sendfile(self._fd, piece.fd, piece.offset, piece.length)
         except (BlockingIOError, InterruptedError, ConnectionError):
             raise
         except OSError as error:  # if it was the socket's after all, the zeroes meet it again
@@ -260,6 +306,7 @@ class PlainStream:
                 self._told = True
                 log.error("bytes of an image file could not be sent: %s", error.strerror)
         self.queued -= sent
+        self._sent += sent
         rest = piece.length - sent
         if not rest:
             self._queue.popleft()
@@ -271,8 +318,38 @@ class PlainStream:
             piece.reply.broken = True
             self._queue[0] = bytes(rest)
 
+    def _copy(self, read: Callable[[memoryview, int], int], piece: FilePiece) -> int:
+        """How many bytes have left."""
+        if self._may_copy <= 0:
+            raise BlockingIOError  # the socket calls again, after the others
+        count = read(_copied[: min(piece.length, COPY_PIECE)], piece.offset)
+        self._may_copy -= count
+        return self._sock.send(_copied[:count]) if count else 0
+
+    def _end_reading(self, end: ReplyEnd) -> None:
+        """All file pieces of a reply have left."""
+        if not end.release:
+            return
+        if not self._tells_taken:
+            end.over()
+            return
+        if not self._lent:
+            self._loop.call_later(TAKEN_EVERY, self._release_taken)
+        self._lent.append((self._sent, end))
+
+    def _release_taken(self) -> None:
+        """Release the replies that the peer has taken."""
+        if self._lent:
+            # What the socket holds is counted with all that goes with it, and so is never less.
+            held = int.from_bytes(ioctl(self._fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+            while self._lent and self._lent[0][0] <= self._sent - held:
+                self._lent.popleft()[1].over()
+        if self._lent:
+            self._loop.call_later(TAKEN_EVERY, self._release_taken)
+
     def _settle(self, end: ReplyEnd) -> None:
         """Put the words in place with which the reply ends, now that all its bytes have left."""
+        self._end_reading(end)
         words = (end.failed if end.broken else end.done) or b""
         self.queued += len(words) - len(end.done)
         if words:

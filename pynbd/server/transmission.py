@@ -89,8 +89,9 @@ class Transmission:
         self.commands = Commands(export, session, self._dialect)
         self._budget = budget or Budget()
         self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._changing: set[asyncio.Task[None]] = set()  # those of them that change the image
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # by a number of their own
+        self._changing: set[int] = set()  # those of them that change the image
+        self._started = 0
         self._bytes_in_flight = 0
         self._closing = False  # no more requests are taken
         self._violation: ProtocolError | None = None  # why, if the peer broke a rule
@@ -133,18 +134,19 @@ class Transmission:
         finally:
             self._closing = True
             self._stream.pause_reading()
+            self._flush()  # whom nobody can be told any more, lets go of what it holds
         if self._violation:
             raise self._violation
 
     async def _settled(self) -> None:
         """Until nothing of this session is under way."""
         while self._tasks:
-            await asyncio.wait(self._tasks)
-            self._tasks = {task for task in self._tasks if not task.done()}
+            await asyncio.wait(self._tasks.values())
+            self._tasks = {n: task for n, task in self._tasks.items() if not task.done()}
 
-    def _cancel(self, tasks: Iterable[asyncio.Task[None]]) -> None:
-        for task in tasks:
-            task.cancel()
+    def _cancel(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._tasks[number].cancel()
 
     def stop(self) -> None:
         """Refuse every further request with NBD_ESHUTDOWN, and end once those under way are
@@ -430,21 +432,22 @@ class Transmission:
                 self._flush()
             return
         self._bytes_in_flight += length
-        task = self._loop.create_task(self._finish_serving(step, length))
-        self._tasks.add(task)
+        number = self._started = self._started + 1
+        serving_on = self._finish_serving(number, step, length)
+        self._tasks[number] = self._loop.create_task(serving_on)
         if changes:
-            self._changing.add(task)
+            self._changing.add(number)
 
-    async def _finish_serving(self, serving: Awaitable[Sequence[Piece]], length: int) -> None:
+    async def _finish_serving(
+        self, number: int, serving: Awaitable[Sequence[Piece]], length: int
+    ) -> None:
         try:
             replies = await serving
             self._replies += replies
         finally:
             self._bytes_in_flight -= length
-            task = asyncio.current_task()
-            assert task is not None
-            self._tasks.discard(task)
-            self._changing.discard(task)
+            self._tasks.pop(number, None)
+            self._changing.discard(number)
             if not self._sending_soon:
                 # Replies that become ready in the same turn of the loop leave together.
                 self._sending_soon = True
@@ -491,5 +494,5 @@ class Transmission:
     def _lost(self) -> None:
         """The peer has gone: nobody waits for what is under way, but writes are finished."""
         self._closing = True
-        self._cancel(self._tasks - self._changing)
+        self._cancel(self._tasks.keys() - self._changing)
         self._end()

@@ -175,7 +175,7 @@ async def test_a_miss_has_a_task_and_a_hop(
     for the request, perhaps one for its extent.
     """
     async with opened(path, engine) as node, talking(node, wrap=counters.wrap) as talk:
-        node.file.lends_pages = False
+        node.file._cachestat = False  # nobody knows what is in the page cache
         counters.start()
         reply = await talk.client.ask(READ, 512, 300 * K)
         assert reply.data(512, 300 * K) == BYTES[512 : 512 + 300 * K]
@@ -227,7 +227,7 @@ async def test_replies_leave_as_they_complete(
 ) -> None:
     async with opened(path, engine) as node, talking(node, mode) as talk:
         client = talk.client
-        node.file.lends_pages = False
+        node.file._cachestat = False  # nobody knows what is in the page cache
         engine.held = {"_read_unless_hole", "_sync"}
         await client.send(
             client.request(READ, 0, 300 * K, cookie=1),

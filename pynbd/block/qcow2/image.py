@@ -21,7 +21,7 @@ from pynbd.block.engine import Buffer, HostFile
 from pynbd.block.extent import DATA, Runs
 from pynbd.block.node import BlockNode
 from pynbd.block.pins import Pins
-from pynbd.block.qcow2 import bitmaps, snapshots
+from pynbd.block.qcow2 import bitmaps, repair, snapshots, writer, zeroing
 from pynbd.block.qcow2 import header as headers
 from pynbd.block.qcow2.bitmaps import PersistentBitmaps
 from pynbd.block.qcow2.cache import SharedReads, read_table
@@ -37,10 +37,7 @@ from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.holes import with_holes
 from pynbd.block.qcow2.mapping import Mapping
 from pynbd.block.qcow2.preallocation import Usage
-from pynbd.block.qcow2.repair import Fix, repair
 from pynbd.block.qcow2.snapshots import Snapshot
-from pynbd.block.qcow2.writer import Writer
-from pynbd.block.qcow2.zeroing import Space
 from pynbd.errors import CorruptImage, ImageError
 
 log = logging.getLogger("pynbd")
@@ -76,7 +73,7 @@ class Qcow2Node(BlockNode):
     ) -> None:
         self.name = metadata_file.path
         self.read_only = True
-        self._writer: Writer | None = None
+        self._writer: writer.Writer | None = None
         self.metadata_file = metadata_file
         self.file = data_file or metadata_file
         self.header = header
@@ -130,10 +127,12 @@ class Qcow2Node(BlockNode):
         node = cls(file, data_file, header, mapping, damage, size=size, persistent=persistent)
         if writable:
             pins = node.pins = Pins()
-            node._writer = await Writer.open(
+            node._writer = await writer.Writer.open(
                 node, file, data_file, header, mapping, persistent, known, pins
             )
-            node.read_only = node.file.lends_pages = False
+            node.read_only = False
+            # Guest clusters keep their place in a data file.
+            node.file.lends_pages = data_file is not None
         return node
 
     def files(self) -> Sequence[HostFile]:
@@ -210,9 +209,9 @@ class Qcow2Node(BlockNode):
     ) -> None:
         if self._writer is None:
             raise self._read_only()
-        space = Space.GIVEN_BACK if may_unmap else Space.KEPT
+        space = zeroing.Space.GIVEN_BACK if may_unmap else zeroing.Space.KEPT
         await self._writer.write_zeroes(
-            offset, length, Space.RESERVED if no_hole else space, fast=fast
+            offset, length, zeroing.Space.RESERVED if no_hole else space, fast=fast
         )
         if fua or self._write_through:
             await self._writer.flush()
@@ -253,7 +252,7 @@ async def _ready_to_be_written(file: HostFile, header: Header, snapshot: str | N
     if Incompatible.DIRTY in header.incompatible:
         log.warning("%s: it was not closed properly; its refcounts are repaired", file.path)
         try:
-            report = await repair(file, header, fix=Fix.ALL)
+            report = await repair.repair(file, header, fix=repair.Fix.ALL)
         except OSError as error:
             raise ImageError(f"{file.path}: cannot be repaired: {error.strerror}") from None
         if report.corruptions or report.check_errors:
