@@ -5,12 +5,12 @@ A subcommand is imported when it is asked for: a server does not wait for what o
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import ClassVar
 
 import click
 
 from pynbd.cli import complaints
+from pynbd.cli.imports import imported
 
 
 class _Subcommands(complaints.Told, click.Group):
@@ -36,7 +36,7 @@ class _Subcommands(complaints.Told, click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.modules:
             return None
-        command: click.Command = getattr(import_module(self.modules[cmd_name]), cmd_name)
+        command: click.Command = getattr(imported(self.modules[cmd_name]), cmd_name)
         return command
 
     def resolve_command(

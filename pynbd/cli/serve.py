@@ -19,12 +19,12 @@ from pynbd.block.chain import FORMATS
 from pynbd.block.image_options import JSON_PREFIX
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.format import MAX_BITMAP_NAME
+from pynbd.cli import python_export
 from pynbd.cli.activation import activated_sockets
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import configure, log_options
 from pynbd.cli.loops import FASTEST, LOOPS
 from pynbd.cli.numbers import seconds, whole_number
-from pynbd.cli.python_export import open_python_export
 from pynbd.cli.running import (
     check_addresses,
     listen_on,
@@ -257,7 +257,7 @@ def _check(wanted: ServeOptions) -> None:
 
 async def _open(wanted: ServeOptions) -> BlockNode:
     if wanted.python is not None:
-        return await open_python_export(wanted.python, read_only=wanted.read_only)
+        return await python_export.open_python_export(wanted.python, read_only=wanted.read_only)
     assert wanted.image is not None
     return await open_to_serve(
         wanted.image,

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pynbd.errors import ProtocolError
 from pynbd.protocol.handshake import ExportInfo, Read, Session, Skip, negotiate
 from pynbd.protocol.wire import quote
+from pynbd.server import tracing
 from pynbd.server.buffers import BufferPool
 from pynbd.server.export import ExportTable
 from pynbd.server.stream import PlainStream
-from pynbd.server.tracing import TracedStream
 from pynbd.server.transmission import Transmission
 
 log = logging.getLogger("pynbd")
@@ -43,7 +43,7 @@ class Connection:
         structured: bool = True,
         extended: bool = True,
     ) -> None:
-        stream = TracedStream if trace else PlainStream
+        stream = tracing.TracedStream if trace else PlainStream
         self._stream = stream(asyncio.get_running_loop(), sock)
         self._exports = exports
         self._peer = self._stream.peer()

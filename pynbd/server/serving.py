@@ -9,9 +9,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from pynbd.block import overlay as overlays
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
-from pynbd.block.overlay import open_with_overlay
 from pynbd.errors import UsageError
 from pynbd.protocol.values import DEFAULT_PORT
 from pynbd.server.disk import Disk, DiskNode
@@ -189,6 +189,6 @@ async def open_to_serve(
     """
     options |= {"snapshot": snapshot, "force_share": force_share}
     if overlay and not read_only:
-        return await open_with_overlay(image, **options)
+        return await overlays.open_with_overlay(image, **options)
     read_only = read_only or force_share or snapshot is not None
     return await open_image(image, read_only=read_only, **options)

@@ -85,7 +85,9 @@ class Places:
         last = np.searchsorted(singles, ends)
         shared = [singles[:-1][singles[1:] == singles[:-1]]]
         shared += [singles[first[row] : last[row]] for row in np.flatnonzero(first < last)]
-        self._shared = np.unique(np.concatenate(shared)).data
+        every = np.sort(np.concatenate(shared))
+        # As np.unique has it, which imports masked arrays when it is first called.
+        self._shared = np.append(every[:1], every[1:][every[1:] != every[:-1]]).data
         self._singles = singles.data
         self._later = set()
 

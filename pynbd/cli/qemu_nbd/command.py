@@ -14,7 +14,6 @@ import re
 import signal
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from importlib import import_module
 from typing import Any, ClassVar
 
 import click
@@ -22,6 +21,7 @@ import click
 from pynbd.cli import complaints
 from pynbd.cli.activation import activated_sockets
 from pynbd.cli.completion import file_names
+from pynbd.cli.imports import imported
 from pynbd.cli.logs import configure
 from pynbd.cli.qemu_nbd.daemon import Daemon
 from pynbd.cli.qemu_nbd.getopt import GetoptCommand
@@ -249,15 +249,13 @@ def qemu_nbd(**options: Any) -> None:  # the options are QemuNbdOptions, name by
         if wanted.disconnect:
             disconnect(wanted.image)
         else:
-            import_module("pynbd.cli.qemu_nbd.listing").print_exports(wanted)
+            imported("pynbd.cli.qemu_nbd.listing").print_exports(wanted)
         return
     daemon = None
     if wanted.fork or (wanted.connect is not None and not wanted.verbose):
         daemon = Daemon.fork(keep_errors=wanted.verbose)
     watch()
-    import_module("pynbd.cli.qemu_nbd.serving").run(
-        wanted, sockets, daemon, trace=_traces(wanted.trace)
-    )
+    imported("pynbd.cli.qemu_nbd.serving").run(wanted, sockets, daemon, trace=_traces(wanted.trace))
 
 
 def _traces(pattern: str | None) -> bool:
