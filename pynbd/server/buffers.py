@@ -15,10 +15,12 @@ INLINE_SIZE = 1 << 19
 class BufferPool:
     """Idle buffers by size, powers of two; and the one in which short replies are built.
 
-    ``inline`` is free for whoever runs, from one `await` to the next.
+    ``inline`` is free for whoever runs, from one `await` to the next. ``users``: the connections
+    that take from here.
     """
 
     def __init__(self) -> None:
+        self.users = 0
         self._idle: dict[int, list[bytearray]] = {}
         self._idle_bytes = 0
         self.inline = bytearray(INLINE_SIZE)

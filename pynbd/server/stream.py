@@ -132,6 +132,11 @@ class PlainStream:
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
+    @property
+    def lent(self) -> bool:
+        """Whether the peer may not have taken yet what has to stay in its place."""
+        return bool(self._lent)
+
     # The handshake: exactly what is asked for
 
     async def read_exactly(self, length: int) -> bytes:

@@ -20,7 +20,7 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any, Final
 
 from pynbd.block.extent import DATA
@@ -34,6 +34,7 @@ from pynbd.server.buffers import INLINE_SIZE, BufferPool, Lease
 from pynbd.server.commands import SEND_FILE_MIN, Commands
 from pynbd.server.contexts import MAX_EXTENTS_PER_REPLY
 from pynbd.server.export import Export
+from pynbd.server.patience import LONGEST, Patience
 from pynbd.server.stream import Piece, PlainStream, size_of
 
 _READ = int(Command.READ)
@@ -96,6 +97,7 @@ class Transmission:
         self._closing = False  # no more requests are taken
         self._violation: ProtocolError | None = None  # why, if the peer broke a rule
         self._pool = pool
+        self._patience = Patience()
         # Receiving: unparsed bytes are view[at:have]; or a payload or skipped bytes come in. There
         # is a buffer only while there is something in it.
         self._buffer = _NO_BUFFER
@@ -124,6 +126,7 @@ class Transmission:
         self._stream.on_drained = self._resume
         self._stream.on_lost = self._lost
         self._stream.resume_reading()
+        self._pool.users += 1
         try:
             await self._ended
             await self._settled()
@@ -132,6 +135,7 @@ class Transmission:
             await self._settled()
             raise
         finally:
+            self._pool.users -= 1
             self._closing = True
             self._stream.pause_reading()
             self._flush()  # whom nobody can be told any more, lets go of what it holds
@@ -160,6 +164,8 @@ class Transmission:
     # Receiving
 
     def _on_readable(self) -> None:
+        if not self._stream.reading:
+            return  # the turn that was asked for comes too late
         self._turn_ends = monotonic() + TURN_SECONDS
         if self._buffer is _NO_BUFFER:
             self._buffer = self._pool.take(RECEIVE_SIZE)
@@ -178,6 +184,8 @@ class Transmission:
         while True:
             try:
                 count = self._stream.receive_into(self._room())
+                if count is None:
+                    count = self._look_for_more()
             except OSError:
                 self._lost()
                 return
@@ -191,8 +199,28 @@ class Transmission:
             if self._closing:
                 self._close()
                 return
-            if self._yielding or self._saturated() or monotonic() > self._turn_ends:
+            if self._yielding or self._saturated():
                 return
+            if monotonic() > self._turn_ends:
+                # The others have a turn, and nobody sleeps.
+                self._loop.call_soon(self._on_readable)
+                return
+
+    def _look_for_more(self) -> int | None:
+        """What comes if this connection is patient, which it is only while nothing else is to be
+        done.
+        """
+        if self._pool.users > 1 or self._tasks or not self._patience.worth_it():
+            return None
+        room = self._room()
+        until = perf_counter() + LONGEST
+        while perf_counter() < until:
+            count = self._stream.receive_into(room)
+            if count is not None:
+                self._patience.came()
+                return count
+        self._patience.did_not_come()
+        return None
 
     def _room(self) -> memoryview:
         """Where the next bytes belong."""
@@ -273,6 +301,7 @@ class Transmission:
                 break
             if monotonic() > self._turn_ends:
                 turn = 0
+        self._patience.received(TURN_REQUESTS - turn)
         self._at = at
         self._inline_used = used
         self._make_room()

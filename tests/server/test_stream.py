@@ -6,14 +6,24 @@ import asyncio
 import os
 import random
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pynbd.server.stream import FilePiece, Piece, PlainStream, ReplyEnd
+from pynbd.server.stream import (
+    COPY_PIECE,
+    COPY_TURN,
+    TAKEN_EVERY,
+    FilePiece,
+    Piece,
+    PlainStream,
+    ReplyEnd,
+)
 from tests.block.devices import loop_device
+from tests.block.reading import eventually
 from tests.server.session import open_files
 
 DATA = random.Random(8).randbytes(8 << 20)
@@ -47,7 +57,8 @@ async def received(sock: socket.socket, length: int, piece: int = 1 << 16) -> by
     loop = asyncio.get_running_loop()
     parts = bytearray()
     while len(parts) < length:
-        part = await asyncio.wait_for(loop.sock_recv(sock, piece), 10)
+        ask = min(piece, length - len(parts))
+        part = await asyncio.wait_for(loop.sock_recv(sock, ask), 10)
         if not part:
             break
         parts += part
@@ -380,3 +391,73 @@ async def test_tcp_sends_without_delay() -> None:
         assert not server.getblocking()
         client.close()
         server.close()
+
+
+def reads(file: int, calls: list[tuple[int, int]]) -> Callable[[memoryview, int], int]:
+    def read(view: memoryview, offset: int) -> int:
+        calls.append((len(view), offset))
+        return os.preadv(file, [view], offset)
+
+    return read
+
+
+async def test_what_is_lent_is_released_when_the_peer_has_taken_it(file: int) -> None:
+    async with connected() as (stream, peer):
+        released: list[str] = []
+        calls: list[tuple[int, int]] = []
+        for name, length in (("one", 100_000), ("two", 1_000_000)):
+            end = ReplyEnd(b"done", b"failed")
+            end.release = partial(released.append, name)
+            stream.send([b"head", FilePiece(file, 0, length, end, reads(file, calls)), end])
+        assert stream.queued == 0
+        await asyncio.sleep(3 * TAKEN_EVERY)
+        assert released == []
+        assert await received(peer, 100_008) == b"head" + DATA[:100_000] + b"done"
+        assert await received(peer, 500_004) == b"head" + DATA[:500_000]
+        await eventually(lambda: released == ["one"])
+        assert await received(peer, 500_004) == DATA[500_000:1_000_000] + b"done"
+        await eventually(lambda: released == ["one", "two"])
+        assert calls == []
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_what_is_lent_is_released_when_the_peer_is_lost(file: int, waits: bool) -> None:
+    async with connected(small=waits) as (stream, _):
+        released: list[None] = []
+        end = ReplyEnd(b"done", b"failed")
+        end.release = partial(released.append, None)
+        stream.send([FilePiece(file, 0, 100_000, end, os.preadv), end])  # type: ignore[arg-type]
+        assert bool(stream.queued) == waits
+        stream.close()
+        assert released == [None]
+        end.release = partial(released.append, None)
+        stream.send([end])  # too late
+        assert released == [None, None]
+        await asyncio.sleep(2 * TAKEN_EVERY)
+
+
+async def test_over_tcp_what_may_not_be_lent_is_copied(file: int) -> None:
+    """TCP tells what was acknowledged, which the peer may not have taken yet."""
+    length = 3 * COPY_TURN + 1000
+    listener = socket.create_server(("127.0.0.1", 0))
+    peer = socket.create_connection(listener.getsockname())
+    ours, _ = listener.accept()
+    listener.close()
+    peer.setblocking(False)
+    stream = PlainStream(asyncio.get_running_loop(), ours)
+    try:
+        released: list[None] = []
+        calls: list[tuple[int, int]] = []
+        end = ReplyEnd(b"done", b"failed")
+        end.release = partial(released.append, None)
+        stream.send([b"head", FilePiece(file, 10, length, end, reads(file, calls)), end, b"next"])
+        # One turn's worth, however much the socket takes.
+        assert sum(count for count, _ in calls) <= COPY_TURN + COPY_PIECE
+        assert released == []
+        expected = b"head" + DATA[10 : 10 + length] + b"donenext"
+        assert await received(peer, len(expected)) == expected
+        assert released == [None]
+        assert max(count for count, _ in calls) <= COPY_PIECE
+    finally:
+        stream.close()
+        peer.close()

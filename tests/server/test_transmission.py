@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from interop import peers
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
 from pynbd.errors import ProtocolError
 from pynbd.server import transmission
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.transmission import RECEIVE_SIZE, Budget
+from tests.block.reading import eventually
 from tests.server.session import (
     BLOCK_STATUS,
     CACHE,
@@ -761,3 +763,32 @@ async def test_df_asks_for_one_chunk(path: Path, engine: WatchedEngine) -> None:
         expected = BYTES[: 1 << 20] + bytes(1 << 20) + BYTES[2 << 20 :]
         assert sparse.data(0, SIZE) == whole.data(0, SIZE) == expected
         assert len(whole.pieces) == 1
+
+
+@pytest.mark.parametrize("taken", [False, True])
+async def test_a_reply_that_nobody_takes_keeps_its_clusters(tmp_path: Path, taken: bool) -> None:
+    """They are given back and wanted by many, and others get them only when the peer has its
+    bytes.
+    """
+    path = tmp_path / "image.qcow2"
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", path, "8M")
+    async with await open_image(path, read_only=False) as node:
+        data = random.Random(7).randbytes(1 << 20)
+        assert await node.pwrite_batch([(0, data)]) == [None]
+        async with talking(node, Mode.STRUCTURED) as talk:
+            client = talk.client
+            await client.send(client.request(READ, 0, 1 << 20, cookie=1))
+            await eventually(lambda: talk.stream.lent)
+            assert node.pins is not None
+            age = node.pins.end_age()
+            if taken:
+                assert (await client.reply(1)).data(0, 1 << 20) == data
+                await eventually(lambda: node.pins is not None and node.pins.gone(age))
+            else:
+                await node.discard(0, 1 << 20)
+                await node.flush()
+                for number in range(1, 5):
+                    assert await node.pwrite_batch([(number << 20, bytes(1 << 20))]) == [None]
+                    await node.flush()
+                assert not node.pins.gone(age)
+                assert (await client.reply(1)).data(0, 1 << 20) == data
