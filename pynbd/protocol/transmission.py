@@ -43,6 +43,8 @@ _NONE = int(ReplyType.NONE)
 _DATA = int(ReplyType.OFFSET_DATA)
 _HOLE = int(ReplyType.OFFSET_HOLE)
 _ERROR = int(ReplyType.ERROR)
+_STATUS = int(ReplyType.BLOCK_STATUS)
+_STATUS_EXT = int(ReplyType.BLOCK_STATUS_EXT)
 
 Lengths = npt.NDArray[np.int64]
 States = npt.NDArray[Any]
@@ -119,7 +121,7 @@ class Dialect(ABC):
         states: States,
         *,
         last: bool,
-    ) -> bytes:
+    ) -> memoryview:
         """One context's descriptors: extent lengths in bytes and status flags, both arrays of a
         size.
         """
@@ -160,7 +162,7 @@ class SimpleReplies(Dialect):
         states: States,
         *,
         last: bool,
-    ) -> bytes:
+    ) -> memoryview:
         raise AssertionError("a simple reply has no block status")
 
 
@@ -172,10 +174,10 @@ class _Chunks(Dialect):
         """The head of a chunk with ``length`` bytes of payload."""
 
     @abstractmethod
-    def _status_payload(
-        self, context: int, lengths: Lengths, states: States
-    ) -> tuple[ReplyType, bytes]:
-        """The chunk type and payload that report ``lengths`` and ``states``."""
+    def _status_head(
+        self, flags: int, cookie: int, offset: int, context: int, count: int
+    ) -> tuple[bytes, str]:
+        """All that precedes ``count`` descriptors, and the type of their two numbers."""
 
     def data(self, cookie: int, offset: int, at: int, length: int) -> bytes:
         head = self._head(0, _DATA, cookie, offset, wire.OFFSET_DATA.size + length)
@@ -202,9 +204,15 @@ class _Chunks(Dialect):
         states: States,
         *,
         last: bool,
-    ) -> bytes:
-        kind, payload = self._status_payload(context, lengths, states)
-        return self._head(_DONE if last else 0, kind, cookie, offset, len(payload)) + payload
+    ) -> memoryview:
+        # There may be a hundred thousand: each number is written once, in its place, as it is sent.
+        flags, count = _DONE if last else 0, len(lengths)
+        head, number = self._status_head(flags, cookie, offset, context, count)
+        chunk = np.empty(len(head) + 2 * count * np.dtype(number).itemsize, np.uint8)
+        chunk.data[: len(head)] = head
+        descriptors = chunk[len(head) :].view(number)
+        descriptors[::2], descriptors[1::2] = lengths, states
+        return chunk.data
 
 
 class StructuredReplies(_Chunks):
@@ -222,11 +230,12 @@ class StructuredReplies(_Chunks):
     def _head(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:
         return wire.STRUCTURED_CHUNK.pack(STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
 
-    def _status_payload(
-        self, context: int, lengths: Lengths, states: States
-    ) -> tuple[ReplyType, bytes]:
-        descriptors = np.column_stack((lengths, states)).astype(">u4").tobytes()
-        return ReplyType.BLOCK_STATUS, wire.BLOCK_STATUS.pack(context) + descriptors
+    def _status_head(
+        self, flags: int, cookie: int, offset: int, context: int, count: int
+    ) -> tuple[bytes, str]:
+        length = wire.BLOCK_STATUS.size + count * wire.DESCRIPTOR.size
+        head = self._head(flags, _STATUS, cookie, offset, length)
+        return head + wire.BLOCK_STATUS.pack(context), ">u4"
 
 
 class ExtendedReplies(_Chunks):
@@ -251,12 +260,12 @@ class ExtendedReplies(_Chunks):
     def _head(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:
         return wire.EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, flags, kind, cookie, offset, length)
 
-    def _status_payload(
-        self, context: int, lengths: Lengths, states: States
-    ) -> tuple[ReplyType, bytes]:
-        descriptors = np.column_stack((lengths, states)).astype(">u8").tobytes()
-        head = wire.BLOCK_STATUS_EXT.pack(context, len(lengths))
-        return ReplyType.BLOCK_STATUS_EXT, head + descriptors
+    def _status_head(
+        self, flags: int, cookie: int, offset: int, context: int, count: int
+    ) -> tuple[bytes, str]:
+        length = wire.BLOCK_STATUS_EXT.size + count * wire.DESCRIPTOR_EXT.size
+        head = self._head(flags, _STATUS_EXT, cookie, offset, length)
+        return head + wire.BLOCK_STATUS_EXT.pack(context, count), ">u8"
 
 
 def dialect(*, structured: bool, extended: bool) -> Dialect:

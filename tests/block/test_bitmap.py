@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -116,6 +117,22 @@ async def test_one_call_is_bounded() -> None:
                 break
         # Ten times what it takes on an idle machine.
         assert longest < 0.1
+
+
+async def test_only_what_differs_is_unpacked() -> None:
+    """2^25 granules: what a call takes follows what it tells, not what is there."""
+    size = 1 << 34
+    bitmap = DirtyBitmap("b", size, 512)
+    for pattern, limit, most in ((b"\0", 1 << 20, 1 << 17), (b"\x55", 2, 5 << 20)):
+        bitmap.bits[:] = bitarray(np.frombuffer(pattern * (size // 512 // 8), np.uint8).tobytes())
+        tracemalloc.start()
+        try:
+            runs = await bitmap.runs(0, size, limit)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert len(runs) <= limit
+        assert peak < most
 
 
 async def test_the_bits_are_brought_when_needed_and_kept_when_loaded() -> None:

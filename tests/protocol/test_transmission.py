@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ BLOCK_STATUS_EXT = Struct(
 )
 
 
-def parsed(replies: Dialect, data: bytes) -> Any:
+def parsed(replies: Dialect, data: bytes | memoryview) -> Any:
     """The one chunk that ``data`` is; the extended one repeats the request's offset."""
     layout: Construct = EXTENDED_CHUNK if replies.extended else STRUCTURED_CHUNK
     chunk = layout.parse(data)
@@ -164,6 +165,20 @@ def test_status() -> None:
         " 00000007 00000002 0000000000010000 0000000000000000"
         " 0000000200000000 0000000000000003"
     )
+
+
+@pytest.mark.parametrize("replies", [STRUCTURED, EXTENDED])
+def test_descriptors_are_written_in_place(replies: Dialect) -> None:
+    """A long reply takes its own bytes, and no copy of them."""
+    lengths, states = np.full(100_000, 512), np.zeros(100_000, np.uint8)
+    tracemalloc.start()
+    try:
+        reply = replies.status(COOKIE, OFFSET, 7, lengths, states, last=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(reply) > 800_000
+    assert peak < len(reply) + 65536
 
 
 # The same bytes, parsed --------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pytest
+from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -201,6 +203,33 @@ async def test_one_extent_keeps_nothing_of_what_it_passed() -> None:
         tracemalloc.stop()
     assert answers == {0: [(1_000_000, 0)], 1: [(1_000_000, 1)]}
     assert peak < 1 << 20
+
+
+async def test_a_long_map_takes_few_answers() -> None:
+    """Two million extents of a bitmap: 131072 in each answer, as many as a reply may hold; and of
+    what they go through on their way there are not three copies.
+    """
+    bitmap = DirtyBitmap("b", 1 << 40, 1 << 16)
+    bitmap.bits[:] = bitarray(b"\xff\x00" * (1 << 20), endian="little")
+    node = ModelNode([(1 << 40, DATA)], 1 << 40)
+    contexts = dict(enumerate(standard_contexts(depth=False, bitmaps=[bitmap]).values()))
+    del contexts[0]
+    at = answers = 0
+    tracemalloc.start()
+    try:
+        while at < node.size:
+            status = await block_status(node, contexts, at, node.size - at, one=False)
+            lengths, states = status[1]
+            assert (lengths == 1 << 19).all()
+            assert (states == np.arange(1, len(states) + 1) % 2).all()
+            at += int(lengths.sum())
+            answers += 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert answers == 16
+    assert peak < 131072 * 8 * 4
+    assert node.asked == []
 
 
 async def test_extents_are_counted() -> None:
