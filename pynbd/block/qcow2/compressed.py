@@ -4,12 +4,17 @@ docs/interop/qcow2.rst, "Compressed Clusters Descriptor". Rules:
 
 1. What was decompressed is kept, bounded in bytes; the least recently used goes first. Requests
    that want the same cluster at the same time share one decompression; a failure is not remembered.
-2. Compressed bytes that are in the page cache are read in the loop, as everywhere; nothing is
+2. Who is the first to want a cluster gets its beginning, as far as he needs it, where that is less
+   work (deflate); who wants more of it later gets all of it. So nothing is decompressed more than
+   twice.
+3. Compressed bytes that are in the page cache are read in the loop, as everywhere; nothing is
    decompressed there.
-3. A hop into the pool costs as much as a cluster: what one turn of the loop asks for is shared out
-   among the processors, many clusters a hop, and what comes while all are busy waits for the next
-   hop. So the pool is never full of them, and a hop is short.
-4. Nobody decompresses what nobody waits for any more.
+4. A hop into the pool costs as much as a cluster, and threads that decompress fight each other and
+   the loop for the interpreter. So there are as many lanes as processors; a call that begins takes
+   all that was read by then, up to about a millisecond's work, and the next call of its lane
+   follows without a hop; a further lane begins only for what those to come will leave. The pool is
+   never full of them.
+5. Nobody decompresses what nobody waits for any more.
 """
 
 from __future__ import annotations
@@ -17,34 +22,55 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from pynbd.block.engine import NOWAIT_MAX, Buffer, HostFile
+from pynbd.block.pool import Lane
 from pynbd.block.qcow2.compression import decompress_all
 from pynbd.block.qcow2.entries import compressed_range
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.errors import CorruptImage
 
 # Decompressed clusters that are kept for the next request.
-CACHE_BYTES = 16 << 20
+CACHE_BYTES = 4 << 20
 # What one hop decompresses, in bytes of clusters (at least one): about half a millisecond's work.
 HOP_BYTES = 1 << 19
-# Hops of one image at the same time. The pool has twice as many threads, for the disk.
+# Lanes of one image. The pool has at least twice as many threads, for the disk.
 HOPS = min(os.cpu_count() or 1, 4)
 
-
-# A cluster, `CorruptImage` for a damaged stream, or what the disk said.
+# A cluster, or as much of it as is needed; `CorruptImage` for a damaged stream; or what the disk
+# said.
 Outcome = memoryview | CorruptImage | OSError
+Waiter = asyncio.Future[Outcome]
+
+
+class Wanted:
+    """A cluster that is being read or decompressed, and who waits for how many bytes of it."""
+
+    __slots__ = ("data", "descriptor", "length", "waiters")
+
+    def __init__(self, descriptor: int, length: int) -> None:
+        self.descriptor = descriptor
+        self.length = length  # the most that a waiter needs
+        self.data = memoryview(b"")  # compressed
+        self.waiters: list[tuple[Waiter, int]] = []
+
+    def is_wanted(self) -> bool:
+        return not all(waiter.done() for waiter, _ in self.waiters)
 
 
 class Place(NamedTuple):
     """Where the data of a cluster are: host bytes [start, end)."""
 
-    descriptor: int
+    wanted: Wanted
     start: int
     end: int
+
+
+# What a hop brings; None: nobody waited for it any more.
+Hop = list[tuple[Wanted, Buffer | CorruptImage | None]]
 
 
 class CompressedClusters:
@@ -59,48 +85,54 @@ class CompressedClusters:
         self._file = file
         self._type = compression_type
         self._bits = cluster_bits
-        self._most_kept = max(CACHE_BYTES >> cluster_bits, 1)
+        self._size = 1 << cluster_bits
         self._in_hop = max(HOP_BYTES >> cluster_bits, 1)
         self._kept: OrderedDict[int, memoryview] = OrderedDict()
-        # Who waits for each cluster that is being read or decompressed.
-        self._waiting: dict[int, list[asyncio.Future[Outcome]]] = {}
+        self._kept_bytes = 0
+        self._waiting: dict[int, Wanted] = {}
         self._reading: set[asyncio.Task[None]] = set()
-        self._read: deque[tuple[int, memoryview]] = deque()  # and not decompressed yet
-        self._hops = 0
+        self._read: deque[Wanted] = deque()  # and not decompressed yet
+        self._lanes = [Lane() for _ in range(HOPS)]
+        self._to_come = [False] * HOPS  # whether a lane has a call that did not begin
         self._hop_soon = False
         self.loads = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def start(self, descriptors: Iterable[int]) -> list[memoryview | asyncio.Future[Outcome]]:
-        """Each cluster, or a future of the caller's own, who cancels it if he does not wait."""
+    def start(self, pieces: Iterable[tuple[int, int]]) -> list[memoryview | Waiter]:
+        """For each (descriptor, length): the first ``length`` bytes of that cluster at least, or a
+        future of the caller's own, who cancels it if he does not wait.
+        """
         loop = asyncio.get_running_loop()
-        started: list[memoryview | asyncio.Future[Outcome]] = []
-        wanted: list[int] = []
-        for descriptor in descriptors:
+        started: list[memoryview | Waiter] = []
+        new: list[Wanted] = []
+        for descriptor, length in pieces:
             cluster = self._kept.get(descriptor)
             if cluster is not None:
-                self._kept.move_to_end(descriptor)
-                started.append(cluster)
-                continue
-            waiter: asyncio.Future[Outcome] = loop.create_future()
+                if length <= len(cluster):
+                    self._kept.move_to_end(descriptor)
+                    started.append(cluster)
+                    continue
+                length = self._size  # rule 2
+            waiter: Waiter = loop.create_future()
             started.append(waiter)
-            waiters = self._waiting.get(descriptor)
-            if waiters is None:
-                self._waiting[descriptor] = [waiter]
-                wanted.append(descriptor)
-            else:
-                waiters.append(waiter)
-        for group in self._neighbours(wanted):
+            wanted = self._waiting.get(descriptor)
+            if wanted is None:
+                wanted = self._waiting[descriptor] = Wanted(descriptor, length)
+                new.append(wanted)
+            elif wanted.length < length:
+                wanted.length = length
+            wanted.waiters.append((waiter, length))
+        for group in self._neighbours(new):
             self._read_group(loop, group)
         return started
 
-    def _neighbours(self, descriptors: Iterable[int]) -> Iterator[list[Place]]:
+    def _neighbours(self, new: Iterable[Wanted]) -> Iterator[list[Place]]:
         """The places of compressed data, those together that one call reads."""
         group: list[Place] = []
-        for descriptor in descriptors:
-            start, length = compressed_range(descriptor, self._bits)
+        for wanted in new:
+            start, length = compressed_range(wanted.descriptor, self._bits)
             end = start + length
             # Two neighbours may share a sector: one ends and the other begins in it.
             if group and not (
@@ -108,7 +140,7 @@ class CompressedClusters:
             ):
                 yield group
                 group = []
-            group.append(Place(descriptor, start, end))
+            group.append(Place(wanted, start, end))
         if group:
             yield group
 
@@ -128,7 +160,7 @@ class CompressedClusters:
             await self._file.read(data[done:], group[0].start + done)
         except OSError as error:
             if len(group) == 1:
-                self._finish(group[0].descriptor, error)
+                self._finish(group[0].wanted, error)
             for place in group if len(group) > 1 else ():  # a bad sector fails alone
                 await self._read_rest([place], memoryview(bytearray(place.end - place.start)), 0)
         else:
@@ -136,8 +168,9 @@ class CompressedClusters:
 
     def _was_read(self, group: list[Place], data: memoryview) -> None:
         base = group[0].start
-        for place in group:
-            self._read.append((place.descriptor, data[place.start - base : place.end - base]))
+        for wanted, start, end in group:
+            wanted.data = data[start - base : end - base]
+            self._read.append(wanted)
         if len(self._read) > self._in_hop // 2:  # the rest of this turn need not wait for them
             self._hop()
         elif not self._hop_soon:
@@ -145,49 +178,68 @@ class CompressedClusters:
             asyncio.get_running_loop().call_soon(self._hop)
 
     def _hop(self) -> None:
-        """Start as many hops as there may be, and as there is work for."""
+        """See that there are calls to come for all that was read, one in each lane at most."""
         self._hop_soon = False
-        while self._read and self._hops < HOPS:
-            share = -(-len(self._read) // (HOPS - self._hops))
-            batch: list[tuple[int, memoryview]] = []
-            while self._read and len(batch) < min(share, self._in_hop):
-                descriptor, data = self._read.popleft()
-                if all(waiter.done() for waiter in self._waiting[descriptor]):
-                    del self._waiting[descriptor]  # all of them were cancelled
-                else:
-                    batch.append((descriptor, data))
-            if batch:
-                self._hops += 1
-                self.loads += len(batch)
-                hop = self._file.engine.start(
-                    decompress_all, self._type, [data for _, data in batch], 1 << self._bits
+        calls = -(-len(self._read) // self._in_hop) - sum(self._to_come)
+        for lane in range(HOPS):
+            if calls > 0 and not self._to_come[lane]:
+                calls -= 1
+                self._to_come[lane] = True
+                hop = self._file.engine.start_in_lane(
+                    self._lanes[lane], self._decompress_some, lane
                 )
-                hop.add_done_callback(partial(self._landed, [place for place, _ in batch]))
+                hop.add_done_callback(self._landed)
 
-    def _landed(
-        self,
-        descriptors: Sequence[int],
-        hop: asyncio.Future[list[Buffer | CorruptImage]],
-    ) -> None:
-        self._hops -= 1
+    def _decompress_some(self, lane: int) -> Hop:
+        """In the pool: decompress what was read, as much as a hop may."""
+        self._to_come[lane] = False
+        taken: list[Wanted] = []
+        with suppress(IndexError):  # the other lanes take, too
+            while len(taken) < self._in_hop:
+                taken.append(self._read.popleft())
+        batch = [wanted for wanted in taken if wanted.is_wanted()]
+        streams = [(wanted.data, wanted.length) for wanted in batch]
+        outcomes = decompress_all(self._type, streams, self._size) if batch else []
+        hop: Hop = [*zip(batch, outcomes, strict=True)]
+        return hop + [(wanted, None) for wanted in taken if wanted not in batch]
+
+    def _landed(self, hop: asyncio.Future[Hop]) -> None:
         try:
-            outcomes = hop.result()
+            landed = hop.result()
         except asyncio.CancelledError:  # the engine was closed
-            for descriptor in descriptors:
-                for waiter in self._waiting.pop(descriptor):
+            self._read.clear()
+            while self._waiting:
+                for waiter, _ in self._waiting.popitem()[1].waiters:
                     waiter.cancel()
             return
-        for descriptor, outcome in zip(descriptors, outcomes, strict=True):
-            if isinstance(outcome, CorruptImage):
-                self._finish(descriptor, outcome)
-                continue
-            cluster = self._kept[descriptor] = memoryview(outcome)
-            if len(self._kept) > self._most_kept:
-                self._kept.popitem(last=False)
-            self._finish(descriptor, cluster)
-        self._hop()
+        for wanted, outcome in landed:
+            self.loads += outcome is not None
+            if outcome is None or isinstance(outcome, CorruptImage):
+                self._finish(wanted, outcome)
+            else:
+                self._finish(wanted, self._keep(wanted.descriptor, memoryview(outcome)))
+        if self._read:
+            self._hop()
 
-    def _finish(self, descriptor: int, outcome: Outcome) -> None:
-        for waiter in self._waiting.pop(descriptor):
-            if not waiter.done():
+    def _keep(self, descriptor: int, cluster: memoryview) -> memoryview:
+        before = self._kept.pop(descriptor, b"")
+        self._kept[descriptor] = cluster
+        self._kept_bytes += len(cluster) - len(before)
+        while self._kept_bytes > CACHE_BYTES and len(self._kept) > 1:
+            self._kept_bytes -= len(self._kept.popitem(last=False)[1])
+        return cluster
+
+    def _finish(self, wanted: Wanted, outcome: Outcome | None) -> None:
+        del self._waiting[wanted.descriptor]
+        late: list[tuple[Waiter, int]] = []
+        for waiter, length in wanted.waiters:
+            if waiter.done():
+                continue
+            if outcome is None or (isinstance(outcome, memoryview) and len(outcome) < length):
+                late.append((waiter, length))  # he came when it was being decompressed already
+            else:
                 waiter.set_result(outcome)
+        if late:
+            wanted.waiters, wanted.length = late, self._size
+            self._waiting[wanted.descriptor] = wanted
+            self._read.append(wanted)

@@ -163,7 +163,9 @@ class Qcow2Node(BlockNode):
     async def fetch_compressed(self, pieces: Sequence[tuple[int, int, int]]) -> list[Buffer]:
         size = self.header.cluster_size
         content: list[Buffer] = []
-        started = self.clusters.start([host for host, _, _ in pieces])
+        started = self.clusters.start(
+            [(host, min(offset % size + length, size)) for host, offset, length in pieces]
+        )
         try:
             for cluster, (_, offset, length) in zip(started, pieces, strict=True):
                 outcome = await cluster if isinstance(cluster, asyncio.Future) else cluster
