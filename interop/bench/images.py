@@ -1,4 +1,4 @@
-"""What is served: images built once into the cache folder, and warmed into the page cache.
+"""What is served: images built once into the cache folder, and kept in the page cache.
 
 Those that are only read, and those that are written in place, are kept; what has to be empty is
 made anew for each measurement, in the same way for every server.
@@ -6,6 +6,8 @@ made anew for each measurement, in the same way for every server.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import random
 import shutil
@@ -26,6 +28,8 @@ COMPRESSED_SIZE = 1 << 29  # more than any cache of decompressed clusters holds
 EMPTY_SIZE = 1 << 31  # so large that most of the writes of a job meet an unallocated cluster
 LAYERS = "base", "middle", "top"
 RUNS = 1, 2, 4, 8, 16, 32  # clusters that lie in one layer of the chain
+_libc = ctypes.CDLL(None)
+_kept: list[mmap.mmap] = []
 LETTERS = b"eeeeeetttttaaaaoooiiinnnssshhrrdlcumwfgypbvkjxqz"
 
 
@@ -40,10 +44,22 @@ def built(name: str, build: Callable[[Path], None]) -> Path:
         with unfinished.open("rb") as file:
             os.fsync(file)
         unfinished.rename(path)
+    keep_cached(path)
+    return path
+
+
+def keep_cached(path: Path) -> None:
+    """Have all of a file in the page cache, to the end of the run: a host that reclaims pages would
+    make some servers read from the disk, and others not. Who may not lock pages reads them once.
+    """
     with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        file.seek(0)
         while file.read(1 << 22):
             pass
-    return path
+    _kept.append(pages)
+    address = np.frombuffer(pages, np.uint8).ctypes.data
+    _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(len(pages)))
 
 
 def settle(path: Path) -> None:

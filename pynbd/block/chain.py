@@ -81,6 +81,9 @@ async def open_image(
         raise
     if engine is None:
         top.own_engine = opening.engine
+    layers = [node for node in top.chain() if isinstance(node, Qcow2Node)]
+    for node in layers:
+        node.share_memory(len(layers))
     return top
 
 

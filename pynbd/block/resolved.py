@@ -19,12 +19,13 @@ import numpy.typing as npt
 
 from pynbd.block.extent import DATA, Runs
 
-# Of all windows of one image: 1,300,000 runs, however long each is.
-RESOLVED_BYTES = 24 << 20
-_RUN_BYTES = 19
-_WINDOW_BYTES = 1000
-# Up to so many values a list is better: it is read faster, and takes more memory.
+# Of all windows of one image: 650,000 runs, however long each is.
+RESOLVED_BYTES = 12 << 20
+# Up to so many values a list is better: it is read faster, and takes more memory. What a window
+# and each of its runs take in lists, and in arrays:
 _LIST_MAX = 64
+_LISTS_BYTES = 800, 96
+_ARRAYS_BYTES = 2500, 19
 
 
 class Window:
@@ -44,7 +45,8 @@ class Window:
         self.kinds = _column(runs.kind)
         self.depths = _column(runs.depth)
         self.places = _column(np.where(plain, runs.host - runs.starts, runs.host))
-        self.weight = _WINDOW_BYTES + _RUN_BYTES * len(runs)
+        fixed, each = _LISTS_BYTES if len(runs) <= _LIST_MAX else _ARRAYS_BYTES
+        self.weight = fixed + each * len(runs)
 
     def rows(self, offset: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
         """(start, end, kind, place, depth) of the runs, cut to guest bytes [offset, end)."""

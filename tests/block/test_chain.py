@@ -18,6 +18,8 @@ from pynbd.block.chain import MAX_LAYERS, open_image
 from pynbd.block.engine import Engine
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.builder import Data, Image, InternalSnapshot
+from pynbd.block.qcow2.cache import TABLE_CACHE_BYTES
+from pynbd.block.qcow2.image import Qcow2Node
 from pynbd.errors import CorruptImage, ImageError, ImageLocked, UnsupportedFeature
 from tests.block.reading import contents, qemu_contents, qemu_rows, rows
 
@@ -348,3 +350,20 @@ async def test_a_writer_shares_with_nobody(tmp_path: Path) -> None:
     async with opened(path, format="raw"):
         node = await open_image(options, read_only=False)
         await node.close()
+
+
+async def test_a_long_chain_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+    """Each of ten layers keeps a tenth of the L2 tables that one image keeps."""
+    below: list[str] = []
+    for number in range(10):
+        path = tmp_path / f"{number}.qcow2"
+        peers.run("qemu-img", "create", "-q", "-f", "qcow2", *below, path, "1T")
+        below = ["-b", str(path), "-F", "qcow2"]
+    async with await open_image(tmp_path / "0.qcow2") as one, await open_image(path) as chain:
+        (alone,) = one.chain()
+        assert isinstance(alone, Qcow2Node)
+        most = alone.mapping.tables.limit
+        assert most == TABLE_CACHE_BYTES // 65536
+        for node in chain.chain():
+            assert isinstance(node, Qcow2Node)
+            assert node.mapping.tables.limit == most // 10

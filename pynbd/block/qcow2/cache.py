@@ -26,7 +26,7 @@ from pynbd.block.qcow2.widths import Values, decode, encode
 T = TypeVar("T")
 
 # Of L2 tables: the map of 128 GiB with clusters of 64 KiB.
-TABLE_CACHE_BYTES = 16 << 20
+TABLE_CACHE_BYTES = 12 << 20
 
 
 class SharedReads(Generic[T]):
@@ -44,7 +44,7 @@ class SharedReads(Generic[T]):
         weigh: Callable[[T], int] = lambda _: 1,
     ) -> None:
         self._read = read
-        self._limit = limit
+        self.limit = limit
         self._weigh = weigh
         self._weight = 0
         self._kept: OrderedDict[int, T] = OrderedDict()
@@ -83,7 +83,7 @@ class SharedReads(Generic[T]):
             self._weight -= self._weigh(self._kept.pop(key))
         self._kept[key] = result
         self._weight += self._weigh(result)
-        while self._weight > self._limit and len(self._kept) > 1:
+        while self._weight > self.limit and len(self._kept) > 1:
             _, dropped = self._kept.popitem(last=False)
             self._weight -= self._weigh(dropped)
 
@@ -165,6 +165,10 @@ class TableCache(SharedReads[Table]):
                 host_offset, decode(data, self._bits), self._bits
             )
         return table
+
+    def share(self, sharers: int) -> None:
+        """Keep no more than one of ``sharers`` may, which have the memory of one together."""
+        self.limit = max(self.limit // sharers, 1)
 
     def at_hand(self, host_offset: int) -> Table | None:
         """The table at a place, if it is in memory."""

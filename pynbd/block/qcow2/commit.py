@@ -40,6 +40,8 @@ HostRange = tuple[int, int]  # host offset and length, in bytes, of whole cluste
 
 # Changed tables in memory: a commit copies their pages in one step of the loop.
 MAX_CHANGED_PAGES = (4 << 20) // PAGE
+# A table with one changed page is in memory as a whole.
+MAX_CHANGED_TABLES = 12 << 20  # bytes
 # Ranges that were freed: to punch each of them takes a while, and flushes wait for it.
 MAX_FREED = 1 << 12
 # With lazy refcounts, blocks that wait for the end.
@@ -100,6 +102,7 @@ class Commits:
         self._lazy = lazy_refcounts
         # So many tables are never too much, and need not be counted.
         self._few_tables = MAX_CHANGED_PAGES * PAGE // max(1 << fields.cluster_bits, PAGE) - 1
+        self._many_tables = MAX_CHANGED_TABLES >> fields.cluster_bits
         # Changed tables, by what names them and what they name.
         self._new_tables: dict[Table, None] = {}
         self._new_blocks: dict[Table, None] = {}
@@ -155,8 +158,11 @@ class Commits:
         """Whether a commit is due, because so much has gathered."""
         if len(self._freed) > MAX_FREED:
             return True
-        if len(self._links) + len(self._new_tables) <= self._few_tables:
+        tables = len(self._links) + len(self._new_tables)
+        if tables <= self._few_tables:
             return False
+        if tables > self._many_tables:
+            return True
         pages = sum(len(table.pages) for table in (*self._links, *self._new_tables))
         return pages > MAX_CHANGED_PAGES
 

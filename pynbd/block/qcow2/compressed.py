@@ -89,6 +89,7 @@ class CompressedClusters:
         self._in_hop = max(HOP_BYTES >> cluster_bits, 1)
         self._kept: OrderedDict[int, memoryview] = OrderedDict()
         self._kept_bytes = 0
+        self._most_bytes = CACHE_BYTES
         self._waiting: dict[int, Wanted] = {}
         self._reading: set[asyncio.Task[None]] = set()
         self._read: deque[Wanted] = deque()  # and not decompressed yet
@@ -99,6 +100,10 @@ class CompressedClusters:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def share(self, sharers: int) -> None:
+        """Keep no more than one of ``sharers`` may, which have the memory of one together."""
+        self._most_bytes //= sharers
 
     def start(self, pieces: Iterable[tuple[int, int]]) -> list[memoryview | Waiter]:
         """For each (descriptor, length): the first ``length`` bytes of that cluster at least, or a
@@ -225,7 +230,7 @@ class CompressedClusters:
         before = self._kept.pop(descriptor, b"")
         self._kept[descriptor] = cluster
         self._kept_bytes += len(cluster) - len(before)
-        while self._kept_bytes > CACHE_BYTES and len(self._kept) > 1:
+        while self._kept_bytes > self._most_bytes and len(self._kept) > 1:
             self._kept_bytes -= len(self._kept.popitem(last=False)[1])
         return cluster
 

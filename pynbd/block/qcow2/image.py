@@ -135,6 +135,11 @@ class Qcow2Node(BlockNode):
             node.file.lends_pages = data_file is not None
         return node
 
+    def share_memory(self, layers: int) -> None:
+        """What is kept of an image is bounded for its chain, which has so many of them."""
+        self.mapping.tables.share(layers)
+        self.clusters.share(layers)
+
     def files(self) -> Sequence[HostFile]:
         if self.file is self.metadata_file:
             return (self.file,)
