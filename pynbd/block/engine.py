@@ -357,14 +357,15 @@ class HostFile:
         quick = self.engine.quick_writes
         if quick is None or self._changing or self._direct or self.cache.write_through:
             return None
-        length = 0
+        total = 0
         for data, offset in pieces:
-            length += len(data)
+            length = len(data)
+            total += length
             if isinstance(data, FileBytes):
                 return None
-            if (offset | len(data)) % _PAGE and not self._has_edges(offset, offset + len(data)):
+            if (offset | length) % _PAGE and not self._has_edges(offset, offset + length):
                 return None
-        if length > WRITE_NOW_MAX or not quick.allow(length):
+        if total > WRITE_NOW_MAX or not quick.allow(total):
             return None
         start = monotonic()
         errors = self._write_batch(pieces, False)
@@ -511,29 +512,33 @@ class HostFile:
     def _write_batch(self, pieces: Sequence[tuple[Data, int]], fua: bool) -> list[OSError | None]:
         if self.sync_failed:
             return [self._lost() for _ in pieces]
-        errors: list[OSError | None] = []
         with self._descriptor as fd:
-            for group in _neighbours(pieces):
-                if len(group) > 1 and not self._direct and _write_together(fd, group):
-                    errors += [None] * len(group)
-                    continue
-                for data, offset in group:
-                    try:
-                        buffer = _bytes_of(data)
-                        if self._direct:
-                            self._direct.write(fd, memoryview(buffer), offset)
-                        else:
-                            _write_fully(fd, buffer, offset)
-                    except OSError as error:
-                        errors.append(error)
+            if len(pieces) == 1 or self._direct:
+                errors = [self._write_piece(fd, data, offset) for data, offset in pieces]
+            else:
+                errors = []
+                for group in _neighbours(pieces):
+                    if len(group) > 1 and _write_together(fd, group):
+                        errors += [None] * len(group)
                     else:
-                        errors.append(None)
+                        errors += [self._write_piece(fd, data, offset) for data, offset in group]
         if (fua or self.cache.write_through) and not self.cache.no_flush and not all(errors):
             try:
                 self._sync()
             except OSError as error:
                 return [earlier or error for earlier in errors]
         return errors
+
+    def _write_piece(self, fd: int, data: Data, offset: int) -> OSError | None:
+        try:
+            buffer = bytes(data) if isinstance(data, FileBytes) else data
+            if self._direct:
+                self._direct.write(fd, memoryview(buffer), offset)
+            else:
+                _write_fully(fd, buffer, offset)
+        except OSError as error:
+            return error
+        return None
 
 
 class FileBytes:
@@ -611,10 +616,6 @@ def _read(fd: int, length: int, offset: int) -> bytes:
     return data
 
 
-def _bytes_of(data: Data) -> Buffer:
-    return bytes(data) if isinstance(data, FileBytes) else data
-
-
 def _neighbours(
     pieces: Sequence[tuple[Data, int]],
 ) -> Iterator[Sequence[tuple[Data, int]]]:
@@ -632,7 +633,7 @@ def _neighbours(
 def _write_together(fd: int, group: Sequence[tuple[Data, int]]) -> bool:
     """Write neighbours with one call; False if that did not write all of them."""
     try:
-        buffers = [_bytes_of(data) for data, _ in group]
+        buffers = [bytes(data) if isinstance(data, FileBytes) else data for data, _ in group]
         return os.pwritev(fd, buffers, group[0][1]) == sum(map(len, buffers))
     except OSError:
         return False  # whose fault it is shows when each is written by itself

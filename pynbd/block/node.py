@@ -270,6 +270,12 @@ class BlockNode(ABC):
 
     # Writing; a node that is not read-only overrides these
 
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write ``data`` in the loop's own time, if all that it takes is a short call; False if
+        not, or if that failed: then nothing is known of these bytes, and `pwrite_batch` has to.
+        """
+        return False
+
     async def pwrite_batch(
         self, pieces: Sequence[tuple[int, Buffer]], *, fua: bool = False
     ) -> list[OSError | None]:

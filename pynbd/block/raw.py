@@ -116,6 +116,11 @@ class RawNode(BlockNode):
         self._longer(pieces)
         return errors
 
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        if (self._guard and offset < GUARDED) or offset + len(data) > self._end:
+            return False
+        return self.file.write_now([(data, self.start + offset)]) == [None]
+
     def _longer(self, pieces: Sequence[tuple[int, Buffer]]) -> None:
         """The file may have grown into its last sector."""
         if self._end < self.size and any(at + len(data) > self._end for at, data in pieces):

@@ -80,6 +80,8 @@ class Dialect(ABC):
     magic: int = REQUEST_MAGIC
     data_head_size: int
     """Bytes before the data in the reply to a read that is answered in one piece."""
+    done_size: int
+    """Bytes of the whole reply to a command without data that succeeded."""
 
     def payload_length(self, flags: int, command: int, length: int) -> int:
         """How many bytes of payload follow this request header."""
@@ -92,6 +94,10 @@ class Dialect(ABC):
         """Write the head of a complete, successful READ reply; ``length`` bytes of data follow
         it.
         """
+
+    @abstractmethod
+    def put_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> None:
+        """Write `done` into a buffer."""
 
     @abstractmethod
     def data(self, cookie: int, offset: int, at: int, length: int) -> bytes:
@@ -134,11 +140,14 @@ class SimpleReplies(Dialect):
     """
 
     structured = False
-    data_head_size = wire.SIMPLE_REPLY.size
+    data_head_size = done_size = wire.SIMPLE_REPLY.size
 
     def put_data_head(
         self, buffer: bytearray, at: int, cookie: int, offset: int, length: int
     ) -> None:
+        wire.SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    def put_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> None:
         wire.SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def data(self, cookie: int, offset: int, at: int, length: int) -> bytes:
@@ -219,6 +228,7 @@ class StructuredReplies(_Chunks):
     """Compact requests, structured replies ("Structured reply chunk message")."""
 
     data_head_size = wire.STRUCTURED_DATA.size
+    done_size = wire.STRUCTURED_CHUNK.size
 
     def put_data_head(
         self, buffer: bytearray, at: int, cookie: int, offset: int, length: int
@@ -226,6 +236,9 @@ class StructuredReplies(_Chunks):
         wire.STRUCTURED_DATA.pack_into(
             buffer, at, STRUCTURED_REPLY_MAGIC, _DONE, _DATA, cookie, length + 8, offset
         )
+
+    def put_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> None:
+        wire.STRUCTURED_CHUNK.pack_into(buffer, at, STRUCTURED_REPLY_MAGIC, _DONE, _NONE, cookie, 0)
 
     def _head(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:
         return wire.STRUCTURED_CHUNK.pack(STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
@@ -245,6 +258,7 @@ class ExtendedReplies(_Chunks):
     request = wire.EXTENDED_REQUEST
     magic = EXTENDED_REQUEST_MAGIC
     data_head_size = wire.EXTENDED_DATA.size
+    done_size = wire.EXTENDED_CHUNK.size
 
     def payload_length(self, flags: int, command: int, length: int) -> int:
         # A WRITE without PAYLOAD_LEN breaks a rule, but its data are on the wire all the same.
@@ -255,6 +269,11 @@ class ExtendedReplies(_Chunks):
     ) -> None:
         wire.EXTENDED_DATA.pack_into(
             buffer, at, EXTENDED_REPLY_MAGIC, _DONE, _DATA, cookie, offset, length + 8, offset
+        )
+
+    def put_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> None:
+        wire.EXTENDED_CHUNK.pack_into(
+            buffer, at, EXTENDED_REPLY_MAGIC, _DONE, _NONE, cookie, offset, 0
         )
 
     def _head(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:

@@ -181,16 +181,20 @@ class Commands:
         fua = any(request.flags & _FUA for request in requests)
         pieces = [(request.offset, request.payload) for request in requests if request.payload]
         try:
-            errors = iter(await self._pwrite(pieces, fua=fua))
+            errors = await self._pwrite(pieces, fua=fua)
         except OSError as error:
             return [self.refusal(request, error) for request in requests]
         except Exception:
             log.exception("a defect in pynbd, while writing")
             failure = OSError(errno.EIO, "internal error")
             return [self.refusal(request, failure) for request in requests]
+        if not any(errors):
+            done = self._dialect.done
+            return (b"".join([done(request.cookie, request.offset) for request in requests]),)
+        failures = iter(errors)
         replies: list[Piece] = []
         for request in requests:
-            failed = next(errors) if request.payload else None
+            failed = next(failures) if request.payload else None
             replies.append(
                 self.refusal(request, failed)
                 if failed

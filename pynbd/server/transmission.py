@@ -5,7 +5,7 @@ go, and their replies leave in one send; the loop, a Task and a system call are 
 Its rules:
 
 1. A read of plain bytes that are in the page cache is served in the loop of `_serve_batch` itself:
-   one bisect, one system call, no coroutine.
+   one bisect, one system call, no coroutine. So is a short write that goes to where its bytes are.
 2. Everything else is a coroutine whose first step is taken by hand (`steps`). If it ends there, no
    Task was made; if it waits for a disk, a Task adopts it, and its reply leaves when it is ready.
 3. The writes of a batch share one hop into the pool.
@@ -29,13 +29,14 @@ from pynbd.errors import ProtocolError, RequestError
 from pynbd.protocol import wire
 from pynbd.protocol.handshake import Session
 from pynbd.protocol.transmission import Request, dialect
-from pynbd.protocol.values import MAX_PAYLOAD, Command
+from pynbd.protocol.values import MAX_PAYLOAD, Command, CommandFlag
 from pynbd.server.buffers import INLINE_SIZE, BufferPool, Lease
 from pynbd.server.commands import SEND_FILE_MIN, Commands
 from pynbd.server.contexts import MAX_EXTENTS_PER_REPLY
 from pynbd.server.export import Export
 from pynbd.server.patience import LONGEST, Patience
 from pynbd.server.stream import Piece, PlainStream, size_of
+from pynbd.server.zeroes import DetectZeroes
 
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
@@ -83,6 +84,7 @@ class Transmission:
         self._stream = stream
         self._loop = asyncio.get_running_loop()
         self._size = export.node.size
+        self._write_now = export.node.write_now
         # What the hot path reads, by the number of the window and by depth.
         self._windows, self._span = export.node.resolved.windows, export.node.resolved.span
         self._files = [export.node.file, *(node.file for node in export.node.chain())]
@@ -119,6 +121,10 @@ class Transmission:
         self._turn_ends = 0.0
         # The longest read that is served in place; -1 when every request is refused.
         self._inline_max = SEND_FILE_MIN - 1
+        # Flags of a write that is served in place; -1, which no flags are, where none is.
+        self._write_flags = int(CommandFlag.PAYLOAD_LEN) if session.extended else 0
+        if export.read_only or export.detect_zeroes is not DetectZeroes.OFF:
+            self._write_flags = -1
 
     async def run(self) -> None:
         """Serve until the session ends. Raises `ProtocolError` if the peer broke a rule."""
@@ -257,6 +263,8 @@ class Transmission:
         head, put_data_head = self._dialect.data_head_size, self._dialect.put_data_head
         magic_expected, size = self._dialect.magic, self._size
         windows, span, files = self._windows, self._span, self._files
+        view, write_now, write_flags = self._view, self._write_now, self._write_flags
+        done_size, put_done = self._dialect.done_size, self._dialect.put_done
         turn = TURN_REQUESTS
         while have - at >= request_size:
             if turn <= 0:
@@ -286,6 +294,19 @@ class Transmission:
                             used = data + length
                             at += request_size
                             continue
+            elif command == _WRITE and 0 < length <= self._inline_max and flags == write_flags:
+                after = at + request_size + length
+                if after <= have and offset + length <= size and magic == magic_expected:
+                    if used + done_size > INLINE_SIZE:
+                        self._inline_used = used
+                        self._flush()
+                        used = 0
+                    if write_now(offset, view[at + request_size : after]):
+                        put_done(inline, used, cookie, offset)
+                        used += done_size
+                        at = after
+                        turn -= length >> 13
+                        continue
             if magic != magic_expected:
                 self._violation = ProtocolError(f"a request with magic {magic:#x}")
                 self._closing = True
@@ -341,7 +362,7 @@ class Transmission:
         if here >= payload_length:
             payload = self._view[self._at : self._at + payload_length]
             self._at += payload_length
-            self._accept(request, payload)
+            self._take(request, payload)
         elif payload_length > RECEIVE_SIZE // 2:
             self._payload_buffer = self._pool.take(payload_length)
             self._payload = memoryview(self._payload_buffer)[:payload_length]
@@ -353,19 +374,23 @@ class Transmission:
         return True
 
     def _accept(self, request: Request, payload: memoryview) -> None:
-        """Take a request whose payload is complete."""
-        request = request._replace(payload=payload)
-        if request.command != _WRITE:
-            # A filter is short, and the buffer is received into again before it is answered.
-            request = request._replace(payload=memoryview(bytes(payload)))
-            self._start(self.commands.serve(request), _STATUS_HELD)
-            return
+        """Take a request whose payload is complete, but was not when its header came."""
         try:
             self.commands.validate(request)
         except RequestError as error:
             self._replies.append(self.commands.refusal(request, error))
         else:
-            self._writes.append(request)
+            self._take(request, payload)
+
+    def _take(self, request: Request, payload: memoryview) -> None:
+        """Take a request that is valid, with its payload."""
+        flags, command, cookie, offset, length, _ = request
+        if command == _WRITE:
+            self._writes.append(Request(flags, command, cookie, offset, length, payload))
+        else:
+            # A filter is short, and the buffer is received into again before it is answered.
+            request = request._replace(payload=memoryview(bytes(payload)))
+            self._start(self.commands.serve(request), _STATUS_HELD)
 
     def _make_room(self) -> None:
         """Move what is left of the buffer to its front, or into a fresh one if a write still needs
@@ -430,17 +455,9 @@ class Transmission:
         ``buffer`` holds their payloads and goes back to the pool after the last of them.
         """
         writes, self._writes = self._writes, []
-        hops: list[list[Request]] = []
-        total = 0
-        for request in writes:
-            if not hops or total + request.length > WRITE_HOP:
-                hops.append([])
-                total = 0
-            hops[-1].append(request)
-            total += request.length
+        hops = _hops(writes)
         lease = Lease(buffer, len(hops), self._pool)
-        for hop in hops:
-            held = sum(request.length for request in hop)
+        for hop, held in hops:
             self._start(self._write(hop, lease), held, changes=True)
 
     async def _write(self, requests: list[Request], lease: Lease) -> Sequence[Piece]:
@@ -525,3 +542,20 @@ class Transmission:
         self._closing = True
         self._cancel(self._tasks.keys() - self._changing)
         self._end()
+
+
+def _hops(writes: list[Request]) -> list[tuple[list[Request], int]]:
+    """The writes of a batch as they go to the pool together, and how many bytes that is."""
+    total = sum([request.length for request in writes])
+    if total <= WRITE_HOP:
+        return [(writes, total)]
+    hops: list[tuple[list[Request], int]] = []
+    hop: list[Request] = []
+    held = 0
+    for request in writes:
+        if hop and held + request.length > WRITE_HOP:
+            hops.append((hop, held))
+            hop, held = [], 0
+        hop.append(request)
+        held += request.length
+    return [*hops, (hop, held)]

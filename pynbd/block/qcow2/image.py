@@ -204,6 +204,9 @@ class Qcow2Node(BlockNode):
             return await super().pwrite_batch(pieces, fua=fua)
         return await self._writer.pwrite_batch(pieces, fua=fua or self._write_through)
 
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        return self._writer is not None and self._writer.write_now(offset, data)
+
     async def write_zeroes(
         self,
         offset: int,

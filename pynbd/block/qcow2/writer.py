@@ -194,6 +194,18 @@ class Writer:
                 return [earlier or failure for earlier in results]
         return results
 
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write to clusters that are all there, if nobody has to be waited for."""
+        if not self._begun or self._finished or self._marking is not None:
+            return False
+        places = self._cow.in_place(offset, data)
+        if places is None:
+            return False
+        self._tracking.record(offset, len(data))
+        assert self._node.file is not None
+        errors = self._node.file.write_now(places)
+        return errors is not None and not any(errors)
+
     async def write_zeroes(self, offset: int, length: int, space: Space, *, fast: bool) -> None:
         """`Zeroing.zero`."""
         await self._begin()
