@@ -9,36 +9,46 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from interop import peers
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
+from pynbd.block.qcow2 import entries
+from pynbd.block.qcow2.builder import Data, Image
+from pynbd.block.qcow2.mapping import GRANULES_PER_STEP
 from pynbd.server.buffers import BufferPool
-from pynbd.server.commands import Commands
+from pynbd.server.commands import EXTENTS_AT_ONCE, Commands
 from pynbd.server.connection import Connection
+from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
+from pynbd.server.stream import COPY_PIECE, COPY_TURN
 from pynbd.server.transmission import TURN_REQUESTS
-from tests.server.session import READ, Mode, talking
+from tests.block.reading import eventually
+from tests.server.counting import in_page_cache, tcp_pair
+from tests.server.session import BLOCK_STATUS, READ, REQ_ONE, WRITE, Mode, talking
 
+MIB = 1 << 20
 SIZE = 1 << 20
 UNKNOWN_COMMAND = 99
 IHAVEOPT = 0x49484156454F5054
 
 
 class Turns:
-    """Counts calls, and the most of them between two turns of the loop."""
+    """Counts calls (or what they do), and the most of them between two turns of the loop."""
 
     def __init__(self) -> None:
         self.calls = self.most = self.all = 0
 
-    def count(self) -> None:
-        self.calls += 1
-        self.all += 1
+    def count(self, amount: int = 1) -> None:
+        self.calls += amount
+        self.all += amount
 
     @asynccontextmanager
     async def counted(self) -> AsyncIterator[None]:
@@ -65,7 +75,7 @@ async def node(tmp_path: Path) -> AsyncIterator[BlockNode]:
 
 
 @pytest.fixture
-def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[Turns]:
+def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
     """Counts reads from the page cache and refused requests."""
     turns = Turns()
     preadv, refusal = os.preadv, Commands.refusal
@@ -109,6 +119,154 @@ async def test_one_long_read_over_a_flood(node: BlockNode, turns: Turns) -> None
         await sending
 
 
+@pytest.mark.parametrize("command", [READ, WRITE])
+async def test_one_read_over_a_flood_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: int
+) -> None:
+    """4000 reads or writes of 4 KiB. Who asks meanwhile waits for a few turns of the flood, which
+    has been answered in part by then.
+    """
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    moves = Turns()
+    for name in ("preadv", "pwrite", "pwritev"):
+        _count(monkeypatch, moves, os, name)
+    async with (
+        await open_image(path, format="raw", read_only=False) as node,
+        talking(node, Mode.SIMPLE) as flooding,
+        talking(node, Mode.SIMPLE) as polite,
+    ):
+        client = flooding.client
+        payload = bytes(4096) if command == WRITE else b""
+        # Every other page: no two of them are one system call.
+        flood = [
+            client.request(command, at % 128 * 8192, 4096, payload=payload) for at in range(4000)
+        ]
+        sending = asyncio.create_task(client.send(*flood))
+        await client.reply(1)
+        for _ in range(5):
+            asked_at = moves.all
+            await polite.client.ask(READ, 0, 512)
+            assert moves.all - asked_at <= 4 * TURN_REQUESTS
+        assert len(client.order) < 4000
+        await client.all_replies()
+        await sending
+
+
+async def test_a_read_of_many_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 MiB of which every other cluster of 4 KiB is data: 4096 reads of the page cache, as many
+    of them in a turn as `EXTENTS_AT_ONCE` says, with those of who asks meanwhile.
+    """
+    data = os.urandom(4096)
+    clusters = {at: Data(data) for at in range(0, 32 * MIB, 8192)}
+    Image(size=32 * MIB, clusters=clusters, cluster_bits=12).write(tmp_path / "x.qcow2")
+    turns = Turns()
+    async with (
+        await open_image(tmp_path / "x.qcow2", format="qcow2") as node,
+        talking(node, Mode.STRUCTURED) as long,
+        talking(node, Mode.STRUCTURED) as short,
+    ):
+        await short.client.ask(READ, 0, 4096)
+        _count(monkeypatch, turns, os, "preadv")
+        await long.client.send(long.client.request(READ, 0, 32 * MIB, cookie=1))
+        async with turns.counted():
+            while turns.all < 500:
+                assert (await short.client.ask(READ, 0, 4096)).data(0, 4096) == data
+            assert long.client.order == []
+            reply = await long.client.reply(1)
+    assert turns.all >= 4096
+    assert turns.most <= EXTENTS_AT_ONCE + 2
+    assert reply.data(0, 32 * MIB) == (data + bytes(4096)) * 4096
+
+
+async def test_a_read_of_32_mib_over_tcp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may not be lent is copied, `COPY_TURN` in a turn of the loop; who asks meanwhile is
+    answered long before the end.
+    """
+    monkeypatch.setattr(socket, "socketpair", tcp_pair)
+    content = os.urandom(32 * MIB)
+    (tmp_path / "disk").write_bytes(content)
+    path = tmp_path / "x.qcow2"
+    peers.run("qemu-img", "convert", "-O", "qcow2", tmp_path / "disk", path)
+    copied = Turns()
+    with in_page_cache(path):
+        async with (
+            await open_image(path, read_only=False) as node,
+            talking(node, Mode.STRUCTURED) as long,
+            talking(node, Mode.STRUCTURED) as short,
+        ):
+            await short.client.ask(READ, 0, 4096)
+            _count(monkeypatch, copied, os, "preadv", lambda count: count)
+            await long.client.send(long.client.request(READ, 0, 32 * MIB, cookie=1))
+            reading = asyncio.create_task(long.client.reply(1))
+            async with copied.counted():
+                await eventually(lambda: copied.all >= MIB)
+                before = copied.all
+                for _ in range(4):
+                    await short.client.ask(READ, 0, 4096)
+                assert copied.all - before <= 16 * MIB
+                assert (await reading).data(0, 32 * MIB) == content
+    assert copied.most <= COPY_TURN + COPY_PIECE + 4096
+
+
+def _many_extents(folder: Path) -> Path:
+    """1 TiB in 64 L2 tables; every other one of its two million clusters reads as zeroes."""
+    path = folder / "huge.qcow2"
+    options = ["-o", "cluster_size=512k,preallocation=metadata"]
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", *options, path, "1T")
+    with path.open("r+b") as file:
+        file.seek(36)
+        length, offset = struct.unpack(">IQ", file.read(12))
+        file.seek(offset)
+        l1 = np.frombuffer(file.read(8 * length), ">u8")
+        for entry in l1:
+            table = int(entry) & 0x00FFFFFFFFFFFE00
+            file.seek(table)
+            words = np.frombuffer(file.read(512 << 10), ">u8").copy()
+            words[::2] |= np.uint64(1)  # "All bytes of the cluster read as zeros"
+            file.seek(table)
+            file.write(words.tobytes())
+    return path
+
+
+async def test_a_huge_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests for all of it, a batch of them, and one that has to be followed to its end: between
+    two turns of the loop no more than two steps' worth of table entries are looked at. Who asks
+    meanwhile waits for as much, on its way in and on its way out.
+    """
+    looked_at = Turns()
+    decode = entries.decode
+
+    def counted(tables: Any, first: int, count: int, *rest: Any) -> Any:
+        looked_at.count(count)
+        return decode(tables, first, count, *rest)
+
+    path = _many_extents(tmp_path)
+    contexts = standard_contexts(depth=True, bitmaps=[])
+    async with (
+        await open_image(path) as node,
+        talking(node, Mode.EXTENDED, contexts=contexts) as mapping,
+        talking(node, Mode.EXTENDED, contexts=contexts) as short,
+    ):
+        await short.client.ask(READ, 0, 4096)
+        monkeypatch.setattr(entries, "decode", counted)
+        client, size = mapping.client, 1 << 40
+        depth = struct.pack(">QI", size, 1)
+        batch = [client.request(BLOCK_STATUS, at << 35, size - (at << 35)) for at in range(8)]
+        batch.append(client.request(BLOCK_STATUS, 0, payload=depth, flags=REQ_ONE))
+        await client.send(*batch)
+        reading = asyncio.create_task(client.all_replies())
+        async with looked_at.counted():
+            while not reading.done():
+                before = looked_at.all
+                assert not (await short.client.ask(READ, 0, 4096)).error
+                assert looked_at.all - before <= 8 * GRANULES_PER_STEP
+        await reading
+    assert client.replies[9].status == {1: [(size, 1)]}
+    assert looked_at.all >= size >> 19
+    assert looked_at.most <= 2 * GRANULES_PER_STEP
+
+
 @pytest.mark.parametrize("data", [b"", bytes(300_000)], ids=["options", "data"])
 async def test_a_flood_of_options(
     node: BlockNode, monkeypatch: pytest.MonkeyPatch, data: bytes
@@ -141,6 +299,24 @@ async def test_a_flood_of_options(
         await running
     assert turns.all >= count
     assert turns.most <= 8  # a header and its parts
+
+
+def _count(
+    patch: pytest.MonkeyPatch,
+    turns: Turns,
+    owner: Any,
+    name: str,
+    amount: Callable[[Any], int] = lambda _: 1,
+) -> None:
+    """Count the calls of ``name``, by what they give back."""
+    call = getattr(owner, name)
+
+    def counted(*args: Any) -> Any:
+        value = call(*args)
+        turns.count(amount(value))
+        return value
+
+    patch.setattr(owner, name, counted)
 
 
 class _Counting:
