@@ -334,17 +334,6 @@ async def test_a_batch_of_writes_in_place(
         assert table_lookups(served.node) == before
 
 
-@pytest.mark.parametrize("image", [raw, qcow2], ids=lambda make: make.__name__)
-async def test_neighbours_are_written_together(tmp_path: Path, costs: Costs, image: Make) -> None:
-    """Pages that follow one another in the file are one system call."""
-    async with serving(image(tmp_path), costs, read_only=False) as served:
-        await writes(served, [0])
-        costs.start()
-        await writes(served, [128 * K + at * 4 * K for at in range(BATCH)])
-        costs.stop()
-        assert costs.writes() == [BATCH * 4 * K]
-
-
 async def test_batches_of_writes_to_new_clusters(tmp_path: Path, costs: Costs) -> None:
     """Sixteen clusters each that are not there, in an L2 table that is. They are looked for once,
     and come from the end of the file, where all is zero: only what the guest gave is written. All
