@@ -210,6 +210,8 @@ class HostFile:
         self._direct = DirectAccess(alignment_of(fd, _CALLS), _CALLS) if cache.direct else None
         self._nowait = hasattr(os, "RWF_NOWAIT") and not cache.direct
         self._cachestat = not cache.direct
+        # Whether the kernel makes writes one after the other; to devices it does not.
+        self.writes_in_turn = not (self._direct or self.is_device)
         # On tmpfs there is no disk to wait for; but device nodes are there as well (devtmpfs).
         self._always_read = not self.is_device and _is_tmpfs(fd)
         self._fallocate_refused: set[int] = set()
@@ -385,7 +387,7 @@ class HostFile:
         """`write_batch` in the pool, for who has to know when it ends although he does not wait for
         it.
         """
-        if fua or self._direct or self.is_device:
+        if fua or not self.writes_in_turn:
             return self._start_change(self._write_batch, pieces, fua)
         return self._under_way(
             self.engine.start_in_lane(self._lane, self._write_batch, pieces, fua)

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import socket
+import struct
 import sys
 import time
 from collections import Counter
@@ -22,12 +23,14 @@ import pytest
 
 from interop import peers
 from interop.samples import qemu_io
+from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.chain import open_image
 from pynbd.block.engine import HostFile
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.image import Qcow2Node
 from pynbd.block.qcow2.refcounts import Refcounts
 from pynbd.block.resolved import ResolvedWindows
+from pynbd.server.contexts import standard_contexts
 from pynbd.server.stream import COPY_PIECE
 from tests.conformance import client as conformance
 from tests.server.counting import (
@@ -40,7 +43,7 @@ from tests.server.counting import (
     tcp_pair,
     untimed,
 )
-from tests.server.session import FLUSH, READ, WRITE, Mode, Talk, talking
+from tests.server.session import BLOCK_STATUS, FLUSH, READ, WRITE, Mode, Talk, talking
 
 K, M = 1 << 10, 1 << 20
 SIZE = 4 * M
@@ -459,6 +462,34 @@ async def test_flushes_that_come_together_share(tmp_path: Path, costs: Costs) ->
         await client.all_replies()
         costs.stop()
         assert costs.syncs() <= 2
+
+
+# Block status
+
+
+@pytest.mark.parametrize("wanted, maps", [([0], 1), ([1], 1), ([0, 1], 1), ([5], 0), ([2, 7], 0)])
+async def test_a_block_status_of_some_contexts(
+    tmp_path: Path, costs: Costs, wanted: list[int], maps: int
+) -> None:
+    """Of eight, six of which are bitmaps: the image is mapped once for those that need it, and not
+    at all for bitmaps; bitmaps that are not wanted are not looked into.
+    """
+    path = qcow2(tmp_path).path
+    for number in range(6):
+        peers.run("qemu-img", "bitmap", "--add", "-g", "64k", path, f"b{number}")
+    async with await open_image(path) as node:
+        contexts = standard_contexts(depth=True, bitmaps=node.bitmaps())
+        async with talking(node, Mode.EXTENDED, contexts=contexts) as talk:
+            await talk.client.ask(BLOCK_STATUS, 0, SIZE)
+            mapped, looked = costs.times(BlockNode, "map"), costs.times(DirtyBitmap, "runs")
+            costs.start()
+            chosen = struct.pack(f">Q{len(wanted)}I", SIZE, *wanted)
+            reply = await talk.client.ask(BLOCK_STATUS, 0, payload=chosen)
+            costs.stop()
+    assert len(contexts) == 8
+    assert list(reply.status) == wanted
+    assert len(mapped) == maps
+    assert len(looked) == sum(number >= 2 for number in wanted)
 
 
 # Compressed clusters

@@ -101,6 +101,8 @@ class CopyOnWrite:
         self._places = places
         self._in_flight = in_flight
         self._raw = raw
+        self.writing = 0
+        """Batches whose bytes are on their way to the file."""
         self._bits = self._layout.cluster_bits
         self._size = self._layout.cluster_size
         self._subcluster = self._size // SUBCLUSTERS
@@ -262,7 +264,13 @@ class CopyOnWrite:
                 for within, data in cluster.parts:
                     writes.append((data, cluster.host_offset + within))
                     owners.append(cluster)
-        errors = await self._file.write_batch(writes) if writes else []
+        if not writes:
+            return
+        self.writing += 1
+        try:
+            errors = await self._file.write_batch(writes)
+        finally:
+            self.writing -= 1
         if any(errors):
             for owner, error in zip(owners, errors, strict=True):
                 owner.error = owner.error or error
@@ -387,7 +395,7 @@ class CopyOnWrite:
             at, length = extent.offset - start, extent.end - extent.offset
             if extent.kind == ZERO_EXTENT:
                 parts.append((at, _ZEROES[:length]))
-            elif extent.file is not None:
+            elif extent.file is not None and extent.file.resident(extent.host, length):
                 past_end = extent.node.past_end
                 parts.append((at, FileBytes(extent.file, extent.host, length, past_end)))
             else:

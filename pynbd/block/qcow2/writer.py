@@ -107,6 +107,8 @@ class Writer:
         self._bits = header.cluster_bits
         self._per_step = min(CLUSTERS_PER_STEP, _BYTES_PER_STEP >> self._bits)
         self._tasks: set[asyncio.Task[Any]] = set()
+        # Writes that wait for the next batch, and where their outcome goes.
+        self._gathered: list[tuple[Sequence[Piece], asyncio.Future[list[OSError | None]]]] = []
         self._begun = self._finished = self._stored = False
         self._beginning = asyncio.Lock()
         self._marking: asyncio.Task[None] | None = None  # once damage was found
@@ -176,7 +178,7 @@ class Writer:
                 owners += [index] * len(places)
         allocated = None
         if others:
-            allocated = self._start(self._allocating([pieces[index] for index in others]))
+            allocated = self._allocate([pieces[index] for index in others])
         if direct:
             at_once = fua and not others and not self._commits.pending
             errors = await self._in_place(direct, fua=at_once)
@@ -285,6 +287,32 @@ class Writer:
         writing.add_done_callback(lambda _: pinned.end())
         return await asyncio.shield(writing)
 
+    def _allocate(
+        self, pieces: Sequence[Piece]
+    ) -> Finished[list[OSError | None]] | asyncio.Future[list[OSError | None]]:
+        """`_allocating`, at once, or together with all others that come while a batch is on its way
+        to the file: this takes one write at a time, and many cost little more than one.
+        """
+        assert self._node.file is not None
+        if not (self._cow.writing and self._node.file.writes_in_turn):
+            return self._start(self._allocating(pieces))
+        results: asyncio.Future[list[OSError | None]] = asyncio.get_running_loop().create_future()
+        self._gathered.append((pieces, results))
+        return results
+
+    async def _allocate_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        try:
+            pieces = [piece for batch, _ in gathered for piece in batch]
+            errors = iter(await self._allocating(pieces))
+            for batch, results in gathered:
+                results.set_result([next(errors) for _ in batch])
+        except Exception as defect:
+            for _, results in gathered:
+                if not results.done():
+                    results.set_exception(defect)
+            raise
+
     async def _allocating(self, pieces: Sequence[Piece]) -> list[OSError | None]:
         """Write pieces that may need new clusters, so many clusters at a time."""
         results: list[OSError | None] = [None] * len(pieces)
@@ -343,6 +371,8 @@ class Writer:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # it was seen, even if nobody waits for it any more
+        if self._gathered and not self._cow.writing:
+            self._start(self._allocate_gathered())
 
     async def _apart(self, work: Coroutine[Any, Any, None]) -> None:
         """Do ``work`` to its end, even if nobody waits for it any more."""
@@ -378,7 +408,7 @@ class Writer:
             log.error("%s: it could not be marked corrupt: %s", self._file.path, error)
 
 
-async def _outcome(step: Finished[T] | asyncio.Task[T]) -> T:
+async def _outcome(step: Finished[T] | asyncio.Future[T]) -> T:
     return step.value if isinstance(step, Finished) else await asyncio.shield(step)
 
 

@@ -67,6 +67,32 @@ async def test_a_late_write_hits_nobody_else(tmp_path: Path, discard: bool) -> N
     assert qemu_contents(path)[CLUSTER : 2 * CLUSTER] == b"\1" * CLUSTER
 
 
+async def test_what_comes_while_a_batch_is_written_shares_the_next(tmp_path: Path) -> None:
+    """The kernel makes the writes of a file one after the other."""
+    path = create(tmp_path / "x.qcow2", 8 * MiB)
+    with watched() as host:
+        async with writable(path) as node:
+            await node.flush()
+            assert node.file is not None
+            node.file.writes_in_turn = True
+            gate = host.gate(lambda call: call.name == "write")
+            first = asyncio.create_task(write(node, 0, b"\0first" * 100))
+            await gate.reached()
+            others = [
+                asyncio.create_task(write(node, number * CLUSTER, bytes([number]) * 4096))
+                for number in range(1, 9)
+            ]
+            await asyncio.sleep(0)
+            others[0].cancel()  # what was begun is finished
+            gate.opened.set()
+            await first
+            await asyncio.gather(*others, return_exceptions=True)
+            assert len([call for call in host.calls if call.name == "write"]) == 2
+            for number in range(1, 9):
+                assert await node.pread(number * CLUSTER, 4096) == bytes([number]) * 4096
+    await sound(path)
+
+
 async def test_a_late_read_sees_nobody_else(tmp_path: Path) -> None:
     path = create(tmp_path / "x.qcow2", 8 * MiB)
     with watched() as host:

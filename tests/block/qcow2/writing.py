@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 from interop import peers
 from pynbd.block.chain import open_image
-from pynbd.block.engine import Buffer, Data, Engine, HostFile
+from pynbd.block.engine import Buffer, Engine, HostFile
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.check import check
 from pynbd.block.qcow2.header import Header
@@ -178,14 +178,12 @@ class WatchedFile(HostFile):
 
     host: Host
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.writes_in_turn = False  # who waits at a gate is in nobody's way
+
     def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> None:
         """What is made in the loop cannot wait at a gate."""
-
-    def start_write_batch(
-        self, pieces: Sequence[tuple[Data, int]], *, fua: bool = False
-    ) -> asyncio.Future[list[OSError | None]]:
-        """As if the host made writes side by side: who waits at a gate is not in the way."""
-        return self._start_change(self._write_batch, pieces, fua)
 
     def _call(self, name: str, *ranges: tuple[int, int], data: tuple[Buffer, ...] = ()) -> int:
         return self.host.arrives(Call(name, os.path.basename(self.path), ranges, data))
