@@ -46,6 +46,7 @@ clean: ## Remove the virtual environment and every cache in the checkout
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m compileall -q pynbd
 	@touch $@
 
 .venv/tested: .venv/installed
