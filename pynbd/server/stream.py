@@ -37,9 +37,12 @@ log = logging.getLogger("pynbd")
 IOV_MAX = 1024
 # What is skipped during the handshake goes through a buffer of this size.
 SKIP_PIECE = 1 << 16
-# File bytes that are copied at a time, and those after which the loop has its turn.
+# Bytes after which the loop has its turn, however fast the peer takes them; those of a file that
+# are copied count as so many times more.
+SEND_TURN = 1 << 22
+COPY_COST = 4
+# File bytes that are copied at a time.
 COPY_PIECE = 1 << 18
-COPY_TURN = 1 << 20
 # Seconds between two looks at what the peer has taken.
 TAKEN_EVERY = 0.01
 # Bytes of socket buffer that are asked for, so that a batch of replies leaves in one call; the
@@ -112,7 +115,7 @@ class PlainStream:
         self._tells_taken = sock.family == socket.AF_UNIX
         self._sent = 0  # bytes that ever left
         self._lent: deque[tuple[int, ReplyEnd]] = deque()  # where the reply ends, of all that left
-        self._may_copy = 0  # bytes, before the loop has its turn
+        self._may_send = 0  # bytes, before the loop has its turn
         self.reading = False
         """Whether `on_readable` is called when there is something to receive."""
         self.queued = 0
@@ -252,9 +255,11 @@ class PlainStream:
 
     def _send_queue(self) -> None:
         queue = self._queue
-        self._may_copy = COPY_TURN
+        self._may_send = SEND_TURN
         try:
             while queue:
+                if self._may_send <= 0:
+                    raise BlockingIOError  # the socket calls again, after the others
                 piece = queue[0]
                 if isinstance(piece, FilePiece):
                     self._send_file(piece)
@@ -276,6 +281,7 @@ class PlainStream:
     def _send_buffers(self) -> None:
         queue = self._queue
         buffers: list[Buffer] = []
+        room = self._may_send
         for piece in queue:
             if isinstance(piece, ReplyEnd) and not piece.broken:
                 self._end_reading(piece)
@@ -284,11 +290,17 @@ class PlainStream:
                 break
             else:
                 buffers.append(piece)
-            if len(buffers) == IOV_MAX:
+            room -= len(buffers[-1])
+            if room <= 0 or len(buffers) == IOV_MAX:
                 break
-        sent = self._sock.send(buffers[0]) if len(buffers) == 1 else self._sock.sendmsg(buffers)
+        if room < 0:
+            now: list[Buffer] = [*buffers[:-1], memoryview(buffers[-1])[:room]]
+        else:
+            now = buffers
+        sent = self._sock.send(now[0]) if len(now) == 1 else self._sock.sendmsg(now)
         self.queued -= sent
         self._sent += sent
+        self._may_send -= sent
         for buffer in buffers:
             size = len(buffer)
             if sent < size:
@@ -302,7 +314,9 @@ class PlainStream:
             if piece.read and not self._tells_taken:
                 sent = self._copy(piece.read, piece)
             else:
-                sent = os.sendfile(self._fd, piece.fd, piece.offset, piece.length)
+                length = min(piece.length, self._may_send)
+                sent = os.sendfile(self._fd, piece.fd, piece.offset, length)
+                self._may_send -= sent
         except (BlockingIOError, InterruptedError, ConnectionError):
             raise
         except OSError as error:  # if it was the socket's after all, the zeroes meet it again
@@ -325,10 +339,8 @@ class PlainStream:
 
     def _copy(self, read: Callable[[memoryview, int], int], piece: FilePiece) -> int:
         """How many bytes have left."""
-        if self._may_copy <= 0:
-            raise BlockingIOError  # the socket calls again, after the others
         count = read(_copied[: min(piece.length, COPY_PIECE)], piece.offset)
-        self._may_copy -= count
+        self._may_send -= count * COPY_COST
         return self._sock.send(_copied[:count]) if count else 0
 
     def _end_reading(self, end: ReplyEnd) -> None:

@@ -6,16 +6,19 @@ import asyncio
 import os
 import random
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from pynbd.server.stream import (
+    COPY_COST,
     COPY_PIECE,
-    COPY_TURN,
+    SEND_TURN,
     TAKEN_EVERY,
     FilePiece,
     Piece,
@@ -438,7 +441,7 @@ async def test_what_is_lent_is_released_when_the_peer_is_lost(file: int, waits: 
 
 async def test_over_tcp_what_may_not_be_lent_is_copied(file: int) -> None:
     """TCP tells what was acknowledged, which the peer may not have taken yet."""
-    length = 3 * COPY_TURN + 1000
+    length = 3 * SEND_TURN // COPY_COST + 1000
     listener = socket.create_server(("127.0.0.1", 0))
     peer = socket.create_connection(listener.getsockname())
     ours, _ = listener.accept()
@@ -452,7 +455,7 @@ async def test_over_tcp_what_may_not_be_lent_is_copied(file: int) -> None:
         end.release = partial(released.append, None)
         stream.send([b"head", FilePiece(file, 10, length, end, reads(file, calls)), end, b"next"])
         # One turn's worth, however much the socket takes.
-        assert sum(count for count, _ in calls) <= COPY_TURN + COPY_PIECE
+        assert sum(count for count, _ in calls) <= SEND_TURN // COPY_COST + COPY_PIECE
         assert released == []
         expected = b"head" + DATA[10 : 10 + length] + b"donenext"
         assert await received(peer, len(expected)) == expected
@@ -461,3 +464,37 @@ async def test_over_tcp_what_may_not_be_lent_is_copied(file: int) -> None:
     finally:
         stream.close()
         peer.close()
+
+
+@pytest.mark.parametrize("kind", ["one buffer", "buffers", "file"])
+async def test_one_turn_sends_so_much_however_fast_the_peer_is(file: int, kind: str) -> None:
+    """A peer that takes everything at once would otherwise have the loop for itself."""
+    ours, theirs = socket.socketpair()
+    stream = PlainStream(asyncio.get_running_loop(), ours)
+    turns: list[int] = []
+    taken = bytearray()
+
+    def take() -> None:
+        while len(taken) < len(DATA):
+            taken.extend(theirs.recv(1 << 20))
+
+    taking = threading.Thread(target=take)
+    taking.start()
+    try:
+        if kind == "file":
+            end = ReplyEnd(b"", None)
+            stream.send([FilePiece(file, 0, len(DATA), end), end])
+        else:
+            step = len(DATA) if kind == "one buffer" else 10_000
+            stream.send([DATA[at : at + step] for at in range(0, len(DATA), step)])
+        while stream.queued:
+            turns.append(stream.queued)
+            await asyncio.sleep(0)
+        turns.append(0)
+        assert len(DATA) - turns[0] <= SEND_TURN
+        assert all(before - after <= SEND_TURN for before, after in pairwise(turns))
+    finally:
+        taking.join(20)
+        stream.close()
+        theirs.close()
+    assert taken == DATA
