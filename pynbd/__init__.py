@@ -42,9 +42,9 @@ from pynbd.errors import (
 
 if TYPE_CHECKING:
     from pynbd.block.bitmap import DirtyBitmap
+    from pynbd.block.cache_modes import Cache
     from pynbd.block.chain import open_image
     from pynbd.block.creation import create_image
-    from pynbd.block.engine import Cache
     from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, UNALLOCATED, ZERO, Runs
     from pynbd.block.node import BlockNode
     from pynbd.client.connecting import connect, list_exports
@@ -105,7 +105,7 @@ _HOMES = {
     "UNALLOCATED": "pynbd.block.extent",
     "ZERO": "pynbd.block.extent",
     "BlockNode": "pynbd.block.node",
-    "Cache": "pynbd.block.engine",
+    "Cache": "pynbd.block.cache_modes",
     "Client": "pynbd.client.connection",
     "DirtyBitmap": "pynbd.block.bitmap",
     "Disk": "pynbd.server.disk",

@@ -23,8 +23,8 @@ from interop.soak.plans import SNAPSHOT, Files, Plan, unknown_autoclear
 from interop.soak.recording import SteppedEngine
 from interop.soak.replay import SECTOR
 from pynbd.block.bitmap import DirtyBitmap
+from pynbd.block.cache_modes import Cache
 from pynbd.block.chain import open_image
-from pynbd.block.engine import Cache
 from pynbd.block.extent import DATA, ZERO
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.check import check

@@ -26,7 +26,7 @@ from pynbd.block.engine import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
     FALLOC_ZERO_RANGE,
-    Buffer,
+    Data,
     Engine,
     HostFile,
 )
@@ -114,9 +114,7 @@ def recording_file(timeline: Timeline) -> type[HostFile]:
         def _known_as(self) -> str:
             return Path(self.path).name
 
-        def _write_batch(
-            self, pieces: Sequence[tuple[Buffer, int]], fua: bool
-        ) -> list[OSError | None]:
+        def _write_batch(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None]:
             # One by one: each has its own moments, and a crash may come between two of them.
             errors: list[OSError | None] = []
             for data, offset in pieces:
@@ -126,12 +124,10 @@ def recording_file(timeline: Timeline) -> type[HostFile]:
                     copy = copy[: len(copy) // 1024 * 512]
                 change = Change(self._known_as, 0, offset, len(copy), data=copy)
                 timeline.begin(change)
-                (error,) = super()._write_batch([(copy, offset)], False)
+                (error,) = super()._write_batch([(copy, offset)])
                 assert not error
                 change.end = timeline.tick()
                 errors.append(OSError(errno.ENOSPC, "there is no room") if fails else None)
-            if fua and not all(errors):
-                self._sync()
             return errors
 
         def _sync(self) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
-from pynbd.block.engine import Cache, Engine, HostFile
+from pynbd.block.cache_modes import Cache
+from pynbd.block.engine import Engine, HostFile
 from pynbd.block.file import open_host_file
 from pynbd.block.image_options import JSON_PREFIX, nested, parse_json_name
 from pynbd.block.node import BlockNode

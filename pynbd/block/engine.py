@@ -29,11 +29,11 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from enum import StrEnum
 from functools import wraps
 from time import monotonic
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from pynbd.block.cache_modes import CacheMode
 from pynbd.block.direct import Calls, DirectAccess, alignment_of
 from pynbd.block.pool import Lane, Pool
 from pynbd.block.quick_writes import QuickWrites
@@ -74,36 +74,7 @@ _syscall.restype = ctypes.c_long
 _FLOCK = struct.Struct("hhqqi0q")
 
 
-class CacheMode(NamedTuple):
-    """How a file is cached. ``direct``: past the page cache. ``write_through``: what was written is
-    on stable storage before the write is done. ``no_flush``: nothing is ever asked to be there.
-    """
-
-    direct: bool = False
-    write_through: bool = False
-    no_flush: bool = False
-
-
 _WRITEBACK = CacheMode()
-
-
-class Cache(StrEnum):
-    """QEMU's names for cache modes (``--cache`` of its tools)."""
-
-    NONE = "none"
-    WRITEBACK = "writeback"
-    WRITETHROUGH = "writethrough"
-    DIRECTSYNC = "directsync"
-    UNSAFE = "unsafe"
-
-    @property
-    def mode(self) -> CacheMode:
-        return CacheMode(
-            direct=self in (Cache.NONE, Cache.DIRECTSYNC),
-            write_through=self in (Cache.WRITETHROUGH, Cache.DIRECTSYNC),
-            no_flush=self is Cache.UNSAFE,
-        )
-
 
 _CALLS = Calls(
     read=lambda fd, view, offset: os.preadv(fd, (view,), offset),
@@ -197,7 +168,8 @@ class HostFile:
         self.cache = cache
         self.sync_failed = False
         self._sync_lock = threading.Lock()
-        self._syncs = 0
+        self._syncs = self._synced = 0  # how many began, and which of them ended last, and well
+        self._flushing = asyncio.Lock()
         self._changing = 0  # calls in the pool that change the file, or flush it
         self._lane = Lane()  # of writes, which the kernel makes one after the other
         # Whether send-file may lend this file's pages to a socket: a page that is overwritten
@@ -346,11 +318,18 @@ class HostFile:
     async def write_batch(
         self, pieces: Sequence[tuple[Data, int]], *, fua: bool = False
     ) -> list[OSError | None]:
-        """Write each (buffer, offset) at once or in one hop; what went wrong with each. ``fua``: on
-        stable storage.
+        """Write each (buffer, offset) at once or in one hop; what went wrong with each. ``fua``:
+        then `flush`.
         """
-        errors = None if fua else self.write_now(pieces)
-        return await self.start_write_batch(pieces, fua=fua) if errors is None else errors
+        errors = self.write_now(pieces)
+        if errors is None:
+            errors = await self.start_write_batch(pieces)
+        if fua and not all(errors):
+            try:
+                await self.flush()
+            except OSError as failure:
+                return [earlier or failure for earlier in errors]
+        return errors
 
     def write_now(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None] | None:
         """`write_batch` in the loop's own time; None if that might take long, and nothing was
@@ -370,7 +349,7 @@ class HostFile:
         if total > WRITE_NOW_MAX or not quick.allow(total):
             return None
         start = monotonic()
-        errors = self._write_batch(pieces, False)
+        errors = self._write_batch(pieces)
         quick.took(monotonic() - start)
         return errors
 
@@ -382,16 +361,14 @@ class HostFile:
         )
 
     def start_write_batch(
-        self, pieces: Sequence[tuple[Data, int]], *, fua: bool = False
+        self, pieces: Sequence[tuple[Data, int]]
     ) -> asyncio.Future[list[OSError | None]]:
         """`write_batch` in the pool, for who has to know when it ends although he does not wait for
         it.
         """
-        if fua or not self.writes_in_turn:
-            return self._start_change(self._write_batch, pieces, fua)
-        return self._under_way(
-            self.engine.start_in_lane(self._lane, self._write_batch, pieces, fua)
-        )
+        if not self.writes_in_turn:
+            return self._start_change(self._write_batch, pieces)
+        return self._under_way(self.engine.start_in_lane(self._lane, self._write_batch, pieces))
 
     async def write(self, data: Buffer, offset: int, *, fua: bool = False) -> None:
         """Write one buffer."""
@@ -401,8 +378,15 @@ class HostFile:
             raise error
 
     async def flush(self) -> None:
-        """Everything written so far onto stable storage (fdatasync)."""
-        if self.writable and not self.cache.no_flush:
+        """Everything written so far onto stable storage (fdatasync). Who comes while one is under
+        way shares the next with all who wait: here, as threads that wait would fill the pool.
+        """
+        if not self.writable or self.cache.no_flush:
+            return
+        asked_after = self._syncs
+        async with self._flushing:
+            if self._synced > asked_after and not self.sync_failed:
+                return
             await self._start_change(self._sync)
 
     async def resize(self, size: int) -> None:
@@ -497,12 +481,9 @@ class HostFile:
             os.ftruncate(fd, size)
 
     def _sync(self) -> None:
-        asked_after = self._syncs
-        with self._sync_lock:
+        with self._sync_lock:  # Linux tells an error once: to one of several at the same time
             if self.sync_failed:
                 raise self._lost()
-            if self._syncs > asked_after:
-                return  # while this one waited, one for all who waited began and ended
             self._syncs += 1
             try:
                 with self._descriptor as fd:
@@ -510,8 +491,9 @@ class HostFile:
             except OSError:
                 self.sync_failed = True
                 raise
+            self._synced = self._syncs
 
-    def _write_batch(self, pieces: Sequence[tuple[Data, int]], fua: bool) -> list[OSError | None]:
+    def _write_batch(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None]:
         if self.sync_failed:
             return [self._lost() for _ in pieces]
         with self._descriptor as fd:
@@ -524,7 +506,7 @@ class HostFile:
                         errors += [None] * len(group)
                     else:
                         errors += [self._write_piece(fd, data, offset) for data, offset in group]
-        if (fua or self.cache.write_through) and not self.cache.no_flush and not all(errors):
+        if self.cache.write_through and not self.cache.no_flush and not all(errors):
             try:
                 self._sync()
             except OSError as error:

@@ -12,12 +12,11 @@ import errno
 import logging
 from enum import IntEnum
 
+from pynbd.block.cache_modes import Cache, CacheMode
 from pynbd.block.engine import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
     FALLOC_ZERO_RANGE,
-    Cache,
-    CacheMode,
     Engine,
     HostFile,
 )

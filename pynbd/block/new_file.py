@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 
-from pynbd.block.engine import Cache, CacheMode, Engine, HostFile
+from pynbd.block.cache_modes import Cache, CacheMode
+from pynbd.block.engine import Engine, HostFile
 from pynbd.block.file import open_host_file, write_zeroes
 from pynbd.errors import ImageError, ImageLocked
 

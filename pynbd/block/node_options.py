@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pynbd.block.engine import CacheMode
+from pynbd.block.cache_modes import CacheMode
 from pynbd.block.sizes import parse_size
 from pynbd.block.window import SECTOR
 from pynbd.errors import ImageError, UnsupportedFeature

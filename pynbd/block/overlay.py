@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from pynbd.block.cache_modes import Cache
 from pynbd.block.chain import open_image
-from pynbd.block.engine import Cache, Engine
+from pynbd.block.engine import Engine
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.create import NewImage, create
 from pynbd.block.slice import SliceNode

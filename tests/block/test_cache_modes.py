@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pynbd.block.cache_modes import Cache, CacheMode
 from pynbd.block.chain import open_image
-from pynbd.block.engine import Cache, CacheMode
 from pynbd.errors import ImageError
 
 

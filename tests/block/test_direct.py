@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from pynbd.block.cache_modes import Cache
 from pynbd.block.direct import Calls, DirectAccess, alignment_of
-from pynbd.block.engine import Cache, Engine, HostFile
+from pynbd.block.engine import Engine, HostFile
 from pynbd.block.file import discard, open_host_file, write_zeroes
 from pynbd.errors import ImageError
 

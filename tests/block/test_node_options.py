@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from pynbd.block.engine import Cache, CacheMode
+from pynbd.block.cache_modes import Cache, CacheMode
 from pynbd.block.image_options import parse_image_opts
 from pynbd.block.node_options import FileOptions, ImageOptions, image_options
 from pynbd.errors import ImageError, UnsupportedFeature

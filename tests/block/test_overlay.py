@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pynbd.block.engine import Cache
+from pynbd.block.cache_modes import Cache
 from pynbd.block.overlay import open_with_overlay
 from pynbd.block.qcow2.builder import Compressed, Data, Image, InternalSnapshot, Subclusters, Zero
 from pynbd.errors import ImageError

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pynbd.block.cache_modes import Cache
 from pynbd.block.chain import open_image
-from pynbd.block.engine import Cache, Engine, HostFile
+from pynbd.block.engine import Engine, HostFile
 from pynbd.block.qcow2.builder import Data, Image
 from pynbd.block.window import WindowFile, check_window
 from pynbd.errors import ImageError, ImageLocked, UnsupportedFeature

@@ -21,7 +21,7 @@ import pytest
 import uvloop
 
 from pynbd.block.chain import open_image
-from pynbd.block.engine import Buffer, Engine, HostFile
+from pynbd.block.engine import Data, Engine, HostFile
 from pynbd.block.node import BlockNode
 from pynbd.block.raw import RawNode
 from pynbd.server.contexts import standard_contexts
@@ -68,15 +68,15 @@ class HeldFile(HostFile):
         super()._sync()
         self.events.append("sync")
 
-    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> None:
+    def write_now(self, pieces: Sequence[tuple[Data, int]]) -> None:
         """What is made in the loop cannot be held."""
 
-    def _write_batch(self, pieces: Sequence[tuple[Buffer, int]], fua: bool) -> list[OSError | None]:
+    def _write_batch(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None]:
         self._wait()
         if self.failure:
             return [self.failure for _ in pieces]
         self.events.append("write")
-        return super()._write_batch(pieces, fua)
+        return super()._write_batch(pieces)
 
     def _wait(self) -> None:
         self.entered.release()

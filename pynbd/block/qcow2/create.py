@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pynbd.block.engine import Cache, CacheMode, Engine, HostFile
+from pynbd.block.cache_modes import Cache, CacheMode
+from pynbd.block.engine import Engine, HostFile
 from pynbd.block.new_file import Preallocation, empty, new_file, preallocate
 from pynbd.block.qcow2.format import (
     COPIED,

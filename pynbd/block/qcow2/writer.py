@@ -180,18 +180,18 @@ class Writer:
         if others:
             allocated = self._allocate([pieces[index] for index in others])
         if direct:
-            at_once = fua and not others and not self._commits.pending
-            errors = await self._in_place(direct, fua=at_once)
+            errors = await self._in_place(direct)
             for index, error in zip(owners, errors, strict=True):
                 results[index] = results[index] or error
-            fua = fua and not at_once
         if allocated:
             errors = await _outcome(allocated)
             for index, error in zip(others, errors, strict=True):
                 results[index] = error
-        if fua:
+        if fua and not all(results):
+            only_data = not others and not self._commits.pending
+            assert self._node.file is not None
             try:
-                await self.flush()
+                await (self._node.file.flush() if only_data else self.flush())
             except OSError as failure:
                 return [earlier or failure for earlier in results]
         return results
@@ -273,16 +273,15 @@ class Writer:
                 await self._tracking.begin()
                 self._begun = True
 
-    async def _in_place(
-        self, writes: Sequence[tuple[Buffer, int]], *, fua: bool
-    ) -> list[OSError | None]:
+    async def _in_place(self, writes: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
         """Write to host clusters that were looked up in this step of the loop."""
         assert self._node.file is not None
-        if not fua and (errors := self._node.file.write_now(writes)) is not None:
+        errors = self._node.file.write_now(writes)
+        if errors is not None:
             return errors
         pinned = self._pins.hold()
         pinned.begin()
-        writing = self._node.file.start_write_batch(writes, fua=fua)
+        writing = self._node.file.start_write_batch(writes)
         # The call outlives a request that is cancelled, and where it writes stays pinned so long.
         writing.add_done_callback(lambda _: pinned.end())
         return await asyncio.shield(writing)

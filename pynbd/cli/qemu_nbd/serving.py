@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 
 import click
 
-from pynbd.block.engine import Cache
+from pynbd.block.cache_modes import Cache
 from pynbd.block.image_options import JSON_PREFIX, parse_image_opts
 from pynbd.block.node import BlockNode
 from pynbd.cli.loops import FASTEST, LOOPS

@@ -38,9 +38,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str | int]:
     """What is done to files: "sync", or where something is written."""
     done: list[str | int] = []
 
-    def write_batch(file: HostFile, pieces: Any, fua: bool) -> list[OSError | None]:
+    def write_batch(file: HostFile, pieces: Any) -> list[OSError | None]:
         done.extend(offset for _, offset in pieces)
-        return really_write(file, pieces, fua)
+        return really_write(file, pieces)
 
     def sync(file: HostFile) -> None:
         done.append("sync")
@@ -77,10 +77,10 @@ def test_what_a_crash_leaves_is_no_image(
     really_write = HostFile._write_batch
     left = 0
 
-    def write_batch(file: HostFile, pieces: Any, fua: bool) -> list[OSError | None]:
+    def write_batch(file: HostFile, pieces: Any) -> list[OSError | None]:
         nonlocal left
         left -= 1
-        return [OSError(errno.EIO, "bad disk")] if left < 0 else really_write(file, pieces, fua)
+        return [OSError(errno.EIO, "bad disk")] if left < 0 else really_write(file, pieces)
 
     monkeypatch.setattr(HostFile, "_write_batch", write_batch)
     path, new = tmp_path / "old", tmp_path / "new"

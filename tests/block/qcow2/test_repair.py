@@ -33,9 +33,9 @@ class Recorded(HostFile):
 
     log: list[tuple[bytes, int] | None]
 
-    def _write_batch(self, pieces: list[tuple[Buffer, int]], fua: bool) -> list[OSError | None]:
+    def _write_batch(self, pieces: list[tuple[Buffer, int]]) -> list[OSError | None]:
         self.log += [(bytes(data), offset) for data, offset in pieces]
-        return super()._write_batch(pieces, fua)
+        return super()._write_batch(pieces)
 
     def _sync(self) -> None:
         self.log.append(None)
