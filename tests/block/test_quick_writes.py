@@ -102,7 +102,7 @@ async def test_nothing_is_written_in_the_loop_beside_a_flush(file: HostFile) -> 
 async def test_part_of_a_page_that_is_not_cached_goes_to_the_pool(
     file: HostFile, offset: int, length: int
 ) -> None:
-    assert file.write_now([(b"x" * length, offset)]) == [None]
+    await file.write(b"x" * length, offset)
     drop_cache(file)
     assert file.write_now([(b"x" * length, offset)]) is None
     assert file.write_now([(b"x" * PAGE, 8 * PAGE)]) == [None]  # whole pages need no reading

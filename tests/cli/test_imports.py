@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,15 @@ SERVE = "from pynbd.__main__ import main; sys.argv[0] = 'pynbd'; main()"
 QEMU_NBD = "from pynbd.qemu_nbd import main; sys.argv[0] = 'pynbd-qemu-nbd'; main()"
 
 
+def wait_for_greeting(process: subprocess.Popen[str], path: Path) -> None:
+    """Until the loop runs: a signal before that ends the program at once."""
+    with socket.socket(socket.AF_UNIX) as client:
+        while client.connect_ex(str(path)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert client.recv(8) == b"NBDMAGIC"
+
+
 def served(*args: str | Path, program: str = SERVE, tmp_path: Path) -> dict[str, Any]:
     """What a server without clients has to tell of itself, and how many threads it has."""
     line = [sys.executable, "-c", TOLD_AT_THE_END + program]
@@ -40,9 +50,7 @@ def served(*args: str | Path, program: str = SERVE, tmp_path: Path) -> dict[str,
     with subprocess.Popen(
         [*line, *args, "-k", str(path)], stdout=subprocess.PIPE, text=True
     ) as process:
-        while not path.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_for_greeting(process, path)
         threads = len(os.listdir(f"/proc/{process.pid}/task"))
         process.terminate()
         said, _ = process.communicate(timeout=20)
