@@ -70,7 +70,10 @@ def _unzstd_whole(streams: Sequence[memoryview], cluster_size: int) -> list[byte
     if any(zstandard.frame_content_size(stream) != cluster_size for stream in streams):
         raise zstandard.ZstdError
     frames: list[Buffer] = [stream[: zstd.get_frame_size(stream)] for stream in streams]
-    context = _zstd_contexts.pop() if _zstd_contexts else zstandard.ZstdDecompressor()
+    try:
+        context = _zstd_contexts.pop()
+    except IndexError:  # others have them all; to look first would be too early
+        context = zstandard.ZstdDecompressor()
     clusters = context.multi_decompress_to_buffer(frames)
     _zstd_contexts.append(context)
     return [clusters[at].tobytes() for at in range(len(clusters))]
