@@ -22,9 +22,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(images, "FRESH", tmp_path / "fresh")
     monkeypatch.setattr(images, "SIZE", 32 << 20)
     monkeypatch.setattr(images, "COMPRESSED_SIZE", 8 << 20)
-    images.built.cache_clear()
+    images.let_go()
     yield
-    images.built.cache_clear()
+    images.let_go()
 
 
 def told(command: str, image: Path) -> Any:

@@ -70,6 +70,12 @@ def keep_cached(path: Path) -> None:
     _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(len(pages)))
 
 
+def let_go() -> None:
+    """Keep nothing in the page cache any more, and look at every file again."""
+    built.cache_clear()
+    _kept.clear()
+
+
 def settle(path: Path) -> None:
     """After a measurement: no writeback is left over that could disturb the next one."""
     if path.parent == FRESH:
