@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -102,12 +102,10 @@ def late_pins() -> Patch:
     """A write in place waits between its map and its pin."""
     in_place = Writer._in_place
 
-    async def late(
-        writer: Writer, writes: Sequence[tuple[Buffer, int]], *, fua: bool
-    ) -> list[OSError | None]:
+    async def late(writer: Writer, writes: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
         for _ in range(1000):
             await asyncio.sleep(0)
-        return await in_place(writer, writes, fua=fua)
+        return await in_place(writer, writes)
 
     return patch.object(Writer, "_in_place", late)
 
@@ -117,11 +115,7 @@ def no_copy() -> Patch:
 
 
 def nobody_waits() -> Patch:
-    @asynccontextmanager
-    async def alone(in_flight: InFlight, ranges: object) -> AsyncIterator[None]:
-        yield
-
-    return patch.object(InFlight, "alone", alone)
+    return patch.object(InFlight, "overlap", lambda *_: False)
 
 
 def shared_tables_in_place() -> Patch:

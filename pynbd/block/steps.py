@@ -60,6 +60,8 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         # Not cancelled if one fails: a task that never began could not end what its first step did.
         await asyncio.gather(*waiting, return_exceptions=True)
     if failure:
+        for work in works:
+            work.close()  # those that never began
         raise failure
     return [result.result() if isinstance(result, asyncio.Task) else result for result in results]
 

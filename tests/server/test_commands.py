@@ -308,10 +308,10 @@ async def test_fua(
         assert engine.calls == calls
 
 
-async def test_fua_writes_are_one_hop(path: Path, engine: WatchedEngine) -> None:
+async def test_fua_writes_are_flushed(path: Path, engine: WatchedEngine) -> None:
     async with talk_of(path, engine) as (talk, _):
         assert not (await talk.client.ask(WRITE, 0, payload=b"x", flags=FUA)).error
-        assert engine.calls == ["_write_batch"]
+        assert engine.calls == ["_write_batch", "_sync"]
 
 
 @pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.value)

@@ -419,8 +419,8 @@ async def test_a_budget_of_requests(path: Path, engine: WatchedEngine) -> None:
         talking(node, budget=Budget(requests=5)) as talk,
     ):
         client = talk.client
-        engine.held = {"_sync"}
-        await client.send(*(client.request(FLUSH) for _ in range(40)))
+        engine.held = {"_fallocate_errno"}
+        await client.send(*(client.request(TRIM, n * 4096, 4096) for n in range(40)))
         await asyncio.sleep(0.05)
         assert engine.hops == 5
         assert not talk.stream.reading
