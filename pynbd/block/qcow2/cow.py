@@ -172,12 +172,8 @@ class CopyOnWrite:
         `CorruptImage` if the metadata forbids it.
         """
         parts = self._parts(pieces)
-        ranges = ranges_of(sorted(parts))
-        await self._in_flight.enter(ranges)
-        try:
+        async with self._in_flight.alone(ranges_of(sorted(parts))):
             return await self._write_parts(parts, len(pieces))
-        finally:
-            self._in_flight.leave(ranges)
 
     async def write_alone(self, pieces: Sequence[Piece]) -> list[OSError | None]:
         """`write`, for who is alone with these clusters already (`InFlight`)."""

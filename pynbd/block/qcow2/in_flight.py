@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 
 
 class InFlight:
@@ -17,15 +18,15 @@ class InFlight:
         """Whether somebody changes one of clusters [first, last)."""
         return any(first < end and start < last for start, end in self._ranges)
 
-    def alone(self, ranges: Sequence[tuple[int, int]]) -> _Alone:
-        """A context manager: nobody else changes these ranges of clusters (first, last + 1) inside.
+    def alone(self, ranges: Sequence[tuple[int, int]]) -> AbstractAsyncContextManager[None]:
+        """Nobody else changes these ranges of clusters (first, last + 1) inside the block.
 
         All are entered at once, so that no two can wait for each other.
         """
         return _Alone(self, ranges)
 
     async def enter(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Wait for everybody who is in one of ``ranges``."""
+        """The beginning of `alone`."""
         while self._ranges and any(self.overlap(first, last) for first, last in ranges):
             waiter = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
@@ -33,7 +34,7 @@ class InFlight:
         self._ranges += ranges
 
     def leave(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Let those in who wait for one of ``ranges``."""
+        """The end of `alone`."""
         for entered in ranges:
             self._ranges.remove(entered)
         waiting, self._waiting = self._waiting, []
@@ -42,7 +43,11 @@ class InFlight:
                 waiter.set_result(None)
 
 
-class _Alone:
+class _Alone(AbstractAsyncContextManager[None]):
+    """Every write that allocates comes through here: a generator would cost it several times
+    more.
+    """
+
     def __init__(self, in_flight: InFlight, ranges: Sequence[tuple[int, int]]) -> None:
         self._in_flight = in_flight
         self._ranges = ranges
