@@ -138,6 +138,13 @@ async def write_zeroes(
         offset += count
 
 
+async def reserve(file: HostFile, offset: int, length: int) -> bool:
+    """Give a range of the file space on the host, whatever its bytes are; False if the file's
+    system cannot, and nothing happened. A device has all its space.
+    """
+    return file.is_device or await file.fallocate(0, offset, length)
+
+
 async def discard(file: HostFile, offset: int, length: int) -> None:
     """Give a range of the file back to the host, if it takes it; then it reads as zeroes."""
     await file.fallocate(FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)

@@ -17,7 +17,7 @@ from enum import Enum
 import numpy as np
 
 from pynbd.block import file as host
-from pynbd.block.engine import FALLOC_KEEP_SIZE, HostFile
+from pynbd.block.engine import HostFile
 from pynbd.block.extent import COMPRESSED as COMPRESSED_EXTENT
 from pynbd.block.extent import CORRUPT
 from pynbd.block.extent import ZERO as ZERO_EXTENT
@@ -86,11 +86,17 @@ class Zeroing:
         first, last, edges = self._divided(offset, length)
         if self._layout.version < 3 and not self._unallocates(space):
             return False
-        if edges and space is Space.RESERVED:
+        if space is Space.RESERVED and (edges or not await self._can_reserve()):
             return False
         if self._layout.extended and await self._has_compressed(first, last):
             return False
         return all([await self._rest_is_zero(*edge) for edge in edges])
+
+    async def _can_reserve(self) -> bool:
+        """Whether the host gives space without writes: tried with the header, which has its own."""
+        if self._layout.data_file:
+            return True  # `_zero_data_file` sees it before it touches anything
+        return await host.reserve(self._file, 0, self._layout.cluster_size)
 
     async def _has_compressed(self, first: int, last: int) -> bool:
         """Whether granules at either end of [first, last) are parts of a compressed cluster, whose
@@ -202,7 +208,7 @@ class Zeroing:
             async with self._in_flight.alone([clusters]):
                 await self._zero_data_file(first, stop, space, fast=fast)
                 if not self._is_zero_already(first, stop, space):
-                    await self._change_table(first, stop, space, discard=discard, fast=fast)
+                    await self._change_table(first, stop, space, discard=discard)
             first = stop
             if self._commits.much:
                 await self._commits.commit()
@@ -231,9 +237,7 @@ class Zeroing:
         elif unmap:
             await host.discard(self._file, start, end - start)
 
-    async def _change_table(
-        self, first: int, last: int, space: Space, *, discard: bool, fast: bool = False
-    ) -> None:
+    async def _change_table(self, first: int, last: int, space: Space, *, discard: bool) -> None:
         """Change granules [first, last) of one L2 table; nobody else changes them."""
         in_cluster, layout = self._in_cluster, self._layout
         table = await self._links.table(first // in_cluster >> layout.l2_bits)
@@ -242,20 +246,20 @@ class Zeroing:
             await self._change_subclusters(table, first, last, space, discard=discard)
         else:
             if head < tail:
-                await self._change_clusters(table, head, tail, space, discard=discard, fast=fast)
+                await self._change_clusters(table, head, tail, space, discard=discard)
             for start, stop in ((first, head * in_cluster), (tail * in_cluster, last)):
                 if start < stop:
                     await self._change_subclusters(table, start, stop, space, discard=discard)
 
     async def _change_clusters(
-        self, table: Table, first: int, last: int, space: Space, *, discard: bool, fast: bool
+        self, table: Table, first: int, last: int, space: Space, *, discard: bool
     ) -> None:
         layout = self._layout
         at = first & layout.l2_entries - 1
         rows = slice(at * layout.entry_words, (at + last - first) * layout.entry_words)
         self._check(table, at, first, last)
         words = table.values[rows][:: layout.entry_words]
-        homes = await self._homes(words, first, space, fast=fast)
+        homes = await self._homes(words, first, space)
         # From here on nothing waits. What was looked up is as it was: nobody else changes it.
         old = words.copy()
         zero = np.uint64(0 if layout.extended or layout.version < 3 else ZERO)
@@ -275,7 +279,7 @@ class Zeroing:
         self._commits.link(table, rows.start, rows.stop)
         self._node.resolved.forget(first << self._bits, last << self._bits)
 
-    async def _homes(self, words: UInt64s, first: int, space: Space, *, fast: bool) -> UInt64s:
+    async def _homes(self, words: UInt64s, first: int, space: Space) -> UInt64s:
         """Host offset and COPIED flag that the clusters from ``first``, with the entries ``words``,
         are to have; 0 for no host cluster.
         """
@@ -291,19 +295,21 @@ class Zeroing:
             return numbers << np.uint64(self._bits) | np.uint64(COPIED)
         own = _own(words)
         for host_offset, size in self._references(words[own]):
-            await self._file.fallocate(FALLOC_KEEP_SIZE, host_offset, size)
-        runs = await self._reserve(int(np.count_nonzero(~own)), fast=fast)
+            await host.reserve(self._file, host_offset, size)
+        runs = await self._reserve(int(np.count_nonzero(~own)))
         homes[~own] = _host_offsets(runs, self._bits) | np.uint64(COPIED)
         return homes
 
-    async def _reserve(self, clusters: int, *, fast: bool) -> list[Run]:
-        """New host clusters, with space on the host for all their bytes."""
+    async def _reserve(self, clusters: int) -> list[Run]:
+        """New host clusters, with space on the host for all their bytes: whatever these are, the
+        entries say that they read as zeroes.
+        """
         runs = await self._refcounts.allocate(clusters) if clusters else []
         try:
             for run in runs:
                 offset, length = run.host_offset, run.clusters << self._bits
-                await host.write_zeroes(self._file, offset, length, may_unmap=False, fast=fast)
-                await self._file.fallocate(0, offset, length)  # the file reaches as far, too
+                if not await host.reserve(self._file, offset, length):
+                    await host.write_zeroes(self._file, offset, length, may_unmap=False, fast=False)
         except OSError:
             await self._refcounts.unallocate(runs)
             raise

@@ -11,6 +11,7 @@ import errno
 import random
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -224,6 +225,46 @@ async def test_a_raw_data_file_without_fallocate(tmp_path: Path) -> None:
             assert not any(bytes_of(tmp_path / "x.data")[:131072])
             await node.discard(131072, 131072)
             assert not any(await node.pread(131072, 131072))
+
+
+async def reserved_fast(node: BlockNode, offset: int, length: int) -> None:
+    await node.write_zeroes(offset, length, may_unmap=False, fast=True, no_hole=True)
+
+
+async def small_clusters(folder: Path) -> tuple[Path, bytes]:
+    """64 clusters a table; the first table's are there, the second's are not."""
+    path = create(folder / "small.qcow2", 256 * KiB, "cluster_size=512")
+    async with writable(path) as node:
+        await write(node, 0, b"x" * 32 * KiB)
+        return path, await contents(node)
+
+
+async def test_fast_zeroes_that_reserve_space_on_a_tmpfs() -> None:
+    """It gives space and cannot zero what is there, which nothing needs."""
+    with TemporaryDirectory(dir="/dev/shm") as folder:
+        path, before = await small_clusters(Path(folder))
+        async with writable(path) as node:
+            await reserved_fast(node, 0, 64 * KiB)
+            assert await contents(node) == bytes(64 * KiB) + before[64 * KiB :]
+            await node.flush()
+            assert allocated(path) >= 64 * KiB
+        await sound(path)
+
+
+async def test_fast_zeroes_where_no_space_can_be_reserved(tmp_path: Path) -> None:
+    """Not even those that were zeroed before it showed."""
+    path, before = await small_clusters(tmp_path)
+    with watched() as host:
+        host.trouble = lambda call: errno.EOPNOTSUPP * (call.name == "fallocate")
+        async with writable(path) as node:
+            with pytest.raises(OSError, match="would have to be written"):
+                await reserved_fast(node, 0, 64 * KiB)
+            assert await contents(node) == before
+            await reserved(node, 0, 64 * KiB)
+            assert await contents(node) == bytes(64 * KiB) + before[64 * KiB :]
+            await node.flush()
+            assert allocated(path) >= 64 * KiB
+    await sound(path)
 
 
 @pytest.mark.parametrize("discard", [False, True])
