@@ -1,4 +1,5 @@
-"""The engine: the only place that makes disk system calls.
+"""The engine: with `pynbd.block.syscalls`, which nobody else uses, the only place that makes disk
+system calls.
 
 Its rules:
 
@@ -14,7 +15,8 @@ Its rules:
 5. A file that is opened past the page cache (O_DIRECT) has nothing in it: all goes to the pool, and
    by whole blocks (`pynbd.block.direct`).
 6. A call in the pool outlives a request that is cancelled. The number of its descriptor is not
-   given back before it returns: the next file or socket to get the number would get the call.
+   given back before it returns: the next file or socket to get the number would get the call
+   (`Descriptor`).
 """
 
 from __future__ import annotations
@@ -22,21 +24,34 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
-import fcntl
 import os
 import stat
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import wraps
 from time import monotonic
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from pynbd.block.cache_modes import CacheMode
 from pynbd.block.direct import Calls, DirectAccess, alignment_of
 from pynbd.block.pool import Lane, Pool
 from pynbd.block.quick_writes import QuickWrites
+from pynbd.block.syscalls import (
+    SYS_CACHESTAT,
+    Descriptor,
+    byte_is_locked,
+    data_runs,
+    empty,
+    fallocate,
+    is_hole,
+    is_tmpfs,
+    lock_byte,
+    read_bytes,
+    read_fully,
+    syscall,
+    will_need,
+    write_fully,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,8 +61,6 @@ Buffer = bytes | bytearray | memoryview
 NOWAIT_MAX = 256 * 1024
 # The same for the writes of a batch, in all.
 WRITE_NOW_MAX = 256 * 1024
-# What Linux reads ahead for one posix_fadvise, unless the device is set to less; it drops the rest.
-WILL_NEED_PIECE = 128 * 1024
 
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
@@ -58,21 +71,8 @@ _NO_CACHESTAT = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 # Of a range that the page cache holds, one byte is read in every piece of this size.
 _PROBE_STEP = 256 * 1024
 _PROBE = bytearray(1)
-_TMPFS = 0x0102_1994  # the f_type of statfs(2)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
-_SYS_CACHESTAT = 451  # the same number on every architecture (Linux 6.5)
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate = _libc.fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_fstatfs = _libc.fstatfs
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
-
-# struct flock of <fcntl.h>: type, whence, start, length, pid; native alignment and size.
-_FLOCK = struct.Struct("hhqqi0q")
-
 
 _WRITEBACK = CacheMode()
 
@@ -114,33 +114,6 @@ class Engine:
     def close(self) -> None:
         """Wait for the system calls under way, then end the threads."""
         self._pool.close()
-
-
-class Descriptor:
-    """The descriptor of an open file (rule 6): ``with`` it, a call has the number for itself."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._users = 1  # its file; and each call that is under way
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> int:
-        with self._lock:
-            if not self._users:
-                raise OSError(errno.EBADF, "the file was closed")
-            self._users += 1
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """One user less; the last one closes."""
-        with self._lock:
-            self._users -= 1
-            last = not self._users
-        if last:
-            os.close(self._fd)
 
 
 class HostFile:
@@ -185,7 +158,7 @@ class HostFile:
         # Whether the kernel makes writes one after the other; to devices it does not.
         self.writes_in_turn = not (self._direct or self.is_device)
         # On tmpfs there is no disk to wait for; but device nodes are there as well (devtmpfs).
-        self._always_read = not self.is_device and _is_tmpfs(fd)
+        self._always_read = not self.is_device and is_tmpfs(fd)
         self._fallocate_refused: set[int] = set()
 
     @classmethod
@@ -280,7 +253,7 @@ class HostFile:
             return False
         asked = (ctypes.c_uint64 * 2)(offset, length)
         answer = (ctypes.c_uint64 * 5)()
-        if _syscall(_SYS_CACHESTAT, self.fd, asked, answer, 0):
+        if syscall(SYS_CACHESTAT, self.fd, asked, answer, 0):
             if ctypes.get_errno() in _NO_CACHESTAT:
                 self._cachestat = False
             return False
@@ -302,7 +275,7 @@ class HostFile:
         Past the end of the file is no data. A file system without SEEK_DATA says that all is data.
         """
         return await self.engine.run(
-            _data_runs, self._descriptor, self.start + offset, length, limit
+            data_runs, self._descriptor, self.start + offset, length, limit
         )
 
     def read_here(self, length: int, offset: int) -> bytes:
@@ -397,7 +370,7 @@ class HostFile:
 
     async def empty(self, size: int) -> None:
         """Make a regular file ``size`` bytes that are one hole, whatever it was."""
-        await self._start_change(_empty, self._descriptor, size)
+        await self._start_change(empty, self._descriptor, size)
 
     async def fallocate(self, mode: int, offset: int, length: int) -> bool:
         """fallocate(2); False if this file or its file system does not do ``mode``, and nothing
@@ -422,7 +395,7 @@ class HostFile:
     async def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Ask the host to read each (offset, length) ahead."""
         if self._direct is None:
-            await self.engine.run(_will_need, self._descriptor, self.start, ranges)
+            await self.engine.run(will_need, self._descriptor, self.start, ranges)
 
     # Locks
 
@@ -430,15 +403,11 @@ class HostFile:
         """Take a shared open-file-description lock on one byte. ``OSError`` if somebody forbids
         it.
         """
-        fcntl.fcntl(
-            self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, position, 1, 0)
-        )
+        lock_byte(self.fd, position)
 
     def byte_is_locked(self, position: int) -> bool:
         """Whether another open file description holds any lock on that byte."""
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, position, 1, 0)
-        answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, asked)
-        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+        return byte_is_locked(self.fd, position)
 
     def _start_change(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """``call(*args)``, which changes the file or flushes it, in the pool."""
@@ -459,14 +428,14 @@ class HostFile:
         with self._descriptor as fd:
             if self._direct:
                 return self._direct.read(fd, view, offset)
-            return _read_fully(fd, view, offset)
+            return read_fully(fd, view, offset)
 
     def _read_unless_hole(self, length: int, offset: int, sparse: bool) -> bytes | None:
         with self._descriptor as fd:
-            if sparse and _is_hole(fd, length, offset):
+            if sparse and is_hole(fd, length, offset):
                 return None
             if self._direct is None:
-                return _read(fd, length, offset)
+                return read_bytes(fd, length, offset)
             data = bytearray(length)
             return bytes(data[: self._direct.read(fd, memoryview(data), offset)])
 
@@ -474,7 +443,7 @@ class HostFile:
         with self._descriptor as fd:
             alone = self._direct.changing(fd, offset, offset + length) if self._direct else None
             with alone or nullcontext():
-                return _fallocate_again(fd, mode, offset, length)
+                return fallocate(fd, mode, offset, length)
 
     def _resize(self, size: int) -> None:
         with self._descriptor as fd:
@@ -519,7 +488,7 @@ class HostFile:
             if self._direct:
                 self._direct.write(fd, memoryview(buffer), offset)
             else:
-                _write_fully(fd, buffer, offset)
+                write_fully(fd, buffer, offset)
         except OSError as error:
             return error
         return None
@@ -553,53 +522,6 @@ class FileBytes:
 Data = Buffer | FileBytes
 
 
-def _with_descriptor(
-    call: Callable[Concatenate[int, P], T],
-) -> Callable[Concatenate[Descriptor, P], T]:
-    """Rule 6, for a call whose first argument is the number."""
-
-    @wraps(call)
-    def held(descriptor: Descriptor, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with descriptor as fd:
-            return call(fd, *args, **kwargs)
-
-    return held
-
-
-def _is_tmpfs(fd: int) -> bool:
-    status = (ctypes.c_long * 32)()  # struct statfs, and to spare: f_type comes first
-    return not _fstatfs(fd, status) and status[0] == _TMPFS
-
-
-def _read_fully(fd: int, view: memoryview, offset: int) -> int:
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, (view[done:],), offset + done)
-        if not count:
-            break
-        done += count
-    return done
-
-
-def _is_hole(fd: int, length: int, offset: int) -> bool:
-    """Whether the file has no data in a range, all of which is inside it."""
-    end = offset + length
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA) >= end
-    except OSError as error:  # no data from here on, or a file that cannot tell
-        return error.errno == errno.ENXIO and os.lseek(fd, 0, os.SEEK_END) >= end
-
-
-def _read(fd: int, length: int, offset: int) -> bytes:
-    data = os.pread(fd, length, offset)  # into memory that nobody zeroed before
-    while len(data) < length:
-        more = os.pread(fd, length - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
 def _neighbours(
     pieces: Sequence[tuple[Data, int]],
 ) -> Iterator[Sequence[tuple[Data, int]]]:
@@ -621,61 +543,3 @@ def _write_together(fd: int, group: Sequence[tuple[Data, int]]) -> bool:
         return os.pwritev(fd, buffers, group[0][1]) == sum(map(len, buffers))
     except OSError:
         return False  # whose fault it is shows when each is written by itself
-
-
-def _write_fully(fd: int, data: Buffer, offset: int) -> None:
-    done = os.pwrite(fd, data, offset)
-    if done < len(data):
-        view = memoryview(data)
-        while done < len(view):
-            count = os.pwrite(fd, view[done:], offset + done)
-            if not count:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            done += count
-
-
-@_with_descriptor
-def _empty(fd: int, size: int) -> None:
-    os.ftruncate(fd, size)  # a size that it cannot have is refused before anything is lost
-    os.ftruncate(fd, 0)
-    os.ftruncate(fd, size)
-
-
-@_with_descriptor
-def _data_runs(fd: int, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
-    runs: list[tuple[int, bool]] = []
-    end = offset + length
-    while offset < end and len(runs) < limit:
-        try:
-            data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # no data from here to the end of the file
-                data = end
-            else:
-                return [*runs, (end - offset, True)]
-        if data > offset:
-            runs.append((data - offset, False))
-        if data < end:
-            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
-            if hole > data:  # else somebody punched it since
-                runs.append((hole - data, True))
-            offset = hole
-        else:
-            offset = end
-    return runs[:limit]
-
-
-@_with_descriptor
-def _will_need(fd: int, start: int, ranges: Sequence[tuple[int, int]]) -> None:
-    for offset, length in ranges:
-        end = start + offset + length
-        for at in range(start + offset, end, WILL_NEED_PIECE):
-            os.posix_fadvise(fd, at, min(WILL_NEED_PIECE, end - at), os.POSIX_FADV_WILLNEED)
-
-
-def _fallocate_again(fd: int, mode: int, offset: int, length: int) -> int:
-    while _fallocate(fd, mode, offset, length):
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            return code
-    return 0

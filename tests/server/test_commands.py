@@ -294,8 +294,8 @@ async def test_a_guarded_sector(path: Path, engine: WatchedEngine) -> None:
         (TRIM, FUA, ["_fallocate_errno", "_sync"]),
         (WRITE_ZEROES, 0, ["_fallocate_errno"]),
         (WRITE_ZEROES, FUA, ["_fallocate_errno", "_sync"]),
-        (CACHE, FUA, ["_will_need"]),
-        (BLOCK_STATUS, FUA, ["_data_runs"]),
+        (CACHE, FUA, ["will_need"]),
+        (BLOCK_STATUS, FUA, ["data_runs"]),
     ],
 )
 async def test_fua(
