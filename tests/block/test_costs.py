@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pynbd.block.engine import NOWAIT_MAX, WRITE_NOW_MAX, Engine, HostFile
-from tests.server.counting import Costs, in_page_cache, peak_memory, untimed
+from tests.server.counting import Costs, in_page_cache, peak_memory
 
 K, M = 1 << 10, 1 << 20
 SIZE = 8 * M
@@ -27,12 +27,6 @@ def file(tmp_path: Path) -> Iterator[HostFile]:
         yield file
         file.close()
         engine.close()
-
-
-@pytest.fixture
-def costs(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> Costs:
-    untimed(monkeypatch)
-    return Costs(monkeypatch)
 
 
 @pytest.mark.parametrize("length", [1, 4 * K, NOWAIT_MAX])

@@ -63,16 +63,22 @@ class CountedSocket(socket.socket):
 
 
 class Costs:
-    """What was spent since `start`. `wrap` is for the server's socket."""
+    """What was spent since `start`. `wrap` is for the server's socket.
+
+    It must not depend on when a busy machine lets us run, or on its dirty pages.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._loop_thread = threading.get_ident()
         self._counting = False
         self._disk: list[Call] = []
-        self._socket: list[str] = []
+        self.socket_calls: list[str] = []  # in their order
         self._patch = patch
         self.tasks = 0
         self.hops = 0
+        patch.setattr(transmission, "TURN_SECONDS", 60.0)
+        patch.setattr(quick_writes, "SLOW", 60.0)
+        patch.setattr(quick_writes, "writers_run_free", lambda _: True)
         for name in (*_READS, *_WRITES, *_SYNCS, "sendfile"):
             patch.setattr(os, name, self._counted(name, getattr(os, name)))
         for name in ("start", "start_in_lane"):
@@ -81,7 +87,7 @@ class Costs:
     def start(self) -> None:
         """Begin to count, in a running loop."""
         self._disk.clear()
-        self._socket.clear()
+        self.socket_calls.clear()
         self.tasks = self.hops = 0
         self._counting = True
         asyncio.get_running_loop().set_task_factory(self._task)
@@ -103,11 +109,11 @@ class Costs:
                 return
 
     def wrap(self, sock: socket.socket) -> socket.socket:
-        return CountedSocket(sock, self._socket)
+        return CountedSocket(sock, self.socket_calls)
 
     @property
     def socket(self) -> Counter[str]:
-        return Counter(self._socket)
+        return Counter(self.socket_calls)
 
     def calls(self, *names: str, in_loop: bool | None = None) -> list[int]:
         """What each of these calls gave back; those of the loop's thread or the others', or all."""
@@ -169,13 +175,6 @@ class Costs:
     def _task(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **rest: Any) -> Any:
         self.tasks += 1
         return asyncio.Task(coroutine, loop=loop, **rest)
-
-
-def untimed(patch: pytest.MonkeyPatch) -> None:
-    """What is counted must not depend on when a busy machine lets us run, or on its dirty pages."""
-    patch.setattr(transmission, "TURN_SECONDS", 60.0)
-    patch.setattr(quick_writes, "SLOW", 60.0)
-    patch.setattr(quick_writes, "writers_run_free", lambda _: True)
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:

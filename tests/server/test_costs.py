@@ -41,7 +41,6 @@ from tests.server.counting import (
     table_lookups,
     take,
     tcp_pair,
-    untimed,
 )
 from tests.server.session import BLOCK_STATUS, FLUSH, READ, WRITE, Mode, Talk, talking
 
@@ -102,12 +101,6 @@ def overlay(folder: Path) -> Disk:
     backing = ["-b", base.name, "-F", "raw"]
     peers.run("qemu-img", "create", "-q", "-f", "qcow2", *backing, path)
     return Disk(path, [base, path], BYTES)
-
-
-@pytest.fixture
-def costs(monkeypatch: pytest.MonkeyPatch) -> Costs:
-    untimed(monkeypatch)
-    return Costs(monkeypatch)
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -420,17 +413,24 @@ async def test_whole_clusters_are_not_copied(tmp_path: Path, costs: Costs) -> No
 # Flushes
 
 
+async def flush_of_a_batch(served: Served, costs: Costs, before: int) -> None:
+    """Count the FLUSH of a batch of writes. What the first write of all brings with it was flushed
+    before: that was to ``before``.
+    """
+    await writes(served, [before])
+    await served.talk.client.ask(FLUSH)
+    await writes(served, spread(BATCH, 64 * K))
+    costs.start()
+    reply = await served.talk.client.ask(FLUSH)
+    costs.stop()
+    assert not reply.error
+
+
 @pytest.mark.parametrize("image", [raw, qcow2], ids=lambda make: make.__name__)
 async def test_a_flush_of_nothing_but_data(tmp_path: Path, costs: Costs, image: Make) -> None:
     """One hop that makes one fdatasync, and writes nothing."""
     async with serving(image(tmp_path), costs, read_only=False) as served:
-        await writes(served, [0])
-        await served.talk.client.ask(FLUSH)
-        await writes(served, spread(BATCH, 64 * K))
-        costs.start()
-        reply = await served.talk.client.ask(FLUSH)
-        costs.stop()
-        assert not reply.error
+        await flush_of_a_batch(served, costs, before=0)
         assert (costs.syncs(), costs.hops) == (1, 1)
         assert costs.writes() == []
 
@@ -440,13 +440,7 @@ async def test_a_flush_of_new_clusters(tmp_path: Path, costs: Costs) -> None:
     links before it is answered (FREED). Two barriers, and a write for each page of the two tables.
     """
     async with serving(empty(tmp_path), costs, read_only=False) as served:
-        await writes(served, [60 * M])
-        await served.talk.client.ask(FLUSH)
-        await writes(served, spread(BATCH, 64 * K))
-        costs.start()
-        reply = await served.talk.client.ask(FLUSH)
-        costs.stop()
-        assert not reply.error
+        await flush_of_a_batch(served, costs, before=60 * M)
         assert costs.syncs() == 2
         assert len(costs.writes()) == 2
         assert sum(costs.writes()) == 2 * 4 * K

@@ -24,7 +24,7 @@ from pynbd.block.node import BlockNode
 from pynbd.block.pool import Lane
 from pynbd.server.buffers import BufferPool
 from tests.block.reading import eventually
-from tests.server.counting import Costs, in_page_cache, tcp_pair, untimed
+from tests.server.counting import Costs, in_page_cache, tcp_pair
 from tests.server.session import FLUSH, READ, WRITE, Client, Mode, Talk, talking
 
 K, M = 1 << 10, 1 << 20
@@ -72,12 +72,6 @@ def engine() -> Iterator[GatedEngine]:
     yield engine
     engine.open_gate()
     engine.close()
-
-
-@pytest.fixture
-def costs(monkeypatch: pytest.MonkeyPatch) -> Costs:
-    untimed(monkeypatch)
-    return Costs(monkeypatch)
 
 
 class Stage:

@@ -14,16 +14,10 @@ from interop.samples import qemu_io
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.image import Qcow2Node
 from tests.block.qcow2.writing import KiB, MiB, create, sound, writable, write, zero
-from tests.server.counting import Costs, in_page_cache, spread, table_lookups, untimed
+from tests.server.counting import Costs, in_page_cache, spread, table_lookups
 
 BYTES = random.Random(53).randbytes(4 * MiB)
 BATCH = 16
-
-
-@pytest.fixture
-def costs(monkeypatch: pytest.MonkeyPatch) -> Costs:
-    untimed(monkeypatch)
-    return Costs(monkeypatch)
 
 
 def full(folder: Path) -> Path:
