@@ -14,6 +14,7 @@ from functools import partial
 
 from pynbd.block.node import BlockNode
 from pynbd.cli.logs import line_of
+from pynbd.cli.memory import keep_freed_blocks
 from pynbd.cli.output import drop_standard_output
 from pynbd.cli.signals import watch
 from pynbd.errors import PynbdError, UsageError
@@ -37,6 +38,7 @@ async def run_server(
 
     ``ready`` is called once clients can connect. ``thrown_away``: nobody misses what was written.
     """
+    keep_freed_blocks()
     with closing(listen()) as listening:
         watch().clean = listening.remove
         if not thrown_away:

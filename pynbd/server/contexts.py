@@ -39,11 +39,6 @@ from pynbd.protocol.values import State
 # context leaves over is for those after it.
 MAX_EXTENTS_PER_REPLY = 1 << 17
 
-# Answers go through arrays of a megabyte. From one block of this size that was freed, the allocator
-# of the C library learns to keep such blocks, and twice as much at the end of its heap. Otherwise
-# each is given back, and the page faults of the next one cost more than all that is done with it.
-bytearray(1 << 22)
-
 Ends = npt.NDArray[np.int64]
 Lengths = npt.NDArray[np.int64]
 States = npt.NDArray[np.integer[Any]]  # as narrow as they come
