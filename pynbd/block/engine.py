@@ -296,12 +296,25 @@ class HostFile:
         """
         errors = self.write_now(pieces)
         if errors is None:
-            errors = await self.start_write_batch(pieces)
+            errors = await self._write_in_turns(pieces)
         if fua and not all(errors):
             try:
                 await self.flush()
             except OSError as failure:
                 return [earlier or failure for earlier in errors]
+        return errors
+
+    async def _write_in_turns(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None]:
+        """In each turn of the loop as much as `write_now` takes, while it does; the rest in the
+        pool.
+        """
+        errors: list[OSError | None] = []
+        for group in _turns(pieces):
+            done = self.write_now(group)
+            if done is None:
+                return errors + await self.start_write_batch(pieces[len(errors) :])
+            errors += done
+            await asyncio.sleep(0)
         return errors
 
     def write_now(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None] | None:
@@ -315,7 +328,7 @@ class HostFile:
         for data, offset in pieces:
             length = len(data)
             total += length
-            if isinstance(data, FileBytes):
+            if isinstance(data, FileBytes) and not data.resident:
                 return None
             if (offset | length) % _PAGE and not self._has_edges(offset, offset + length):
                 return None
@@ -495,12 +508,13 @@ class HostFile:
 
 
 class FileBytes:
-    """``length`` bytes from ``offset`` of a file, to be written elsewhere: they are read in the hop
-    that writes them. ``past_end`` gives what is missing at the end of the file, or raises
-    ``OSError``.
+    """``length`` bytes from ``offset`` of a file, to be written elsewhere: they are read by who
+    writes them. ``past_end`` gives what is missing at the end of the file, or raises ``OSError``.
+
+    ``resident``: they were, when this was made.
     """
 
-    __slots__ = ("_file", "_length", "_offset", "_past_end")
+    __slots__ = ("_file", "_length", "_offset", "_past_end", "resident")
 
     def __init__(
         self, file: HostFile, offset: int, length: int, past_end: Callable[[int], bytes]
@@ -509,6 +523,7 @@ class FileBytes:
         self._offset = offset
         self._length = length
         self._past_end = past_end
+        self.resident = file.resident(offset, length)
 
     def __len__(self) -> int:
         return self._length
@@ -520,6 +535,17 @@ class FileBytes:
 
 
 Data = Buffer | FileBytes
+
+
+def _turns(pieces: Sequence[tuple[Data, int]]) -> Iterator[Sequence[tuple[Data, int]]]:
+    """``pieces`` in groups of what may be written in one turn of the loop, if each of them may."""
+    first = total = 0
+    for index, (data, _) in enumerate(pieces):
+        total += len(data)
+        if total > WRITE_NOW_MAX and index > first:
+            yield pieces[first:index]
+            first, total = index, len(data)
+    yield pieces[first:]
 
 
 def _neighbours(

@@ -15,6 +15,7 @@ from operator import itemgetter
 
 from pynbd.block.engine import Buffer, Data, FileBytes, HostFile
 from pynbd.block.extent import ZERO as ZERO_EXTENT
+from pynbd.block.extent import Extent
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.cache import Table
 from pynbd.block.qcow2.commit import Commits, HostRange
@@ -391,17 +392,23 @@ class CopyOnWrite:
             at, length = extent.offset - start, extent.end - extent.offset
             if extent.kind == ZERO_EXTENT:
                 parts.append((at, _ZEROES[:length]))
-            elif extent.file is not None and extent.file.resident(extent.host, length):
-                past_end = extent.node.past_end
-                parts.append((at, FileBytes(extent.file, extent.host, length, past_end)))
             else:
-                view = memoryview(bytearray(length))
-                await backing.fetch(extent, extent.offset, view)
-                parts.append((at, view))
+                parts.append((at, await self._below(extent, length)))
         beyond = max(first, end - start)
         if beyond < last:
             parts.append((beyond, _ZEROES[: last - beyond]))
         return parts
+
+    async def _below(self, extent: Extent, length: int) -> Data:
+        """What is cached is read by who writes it; a disk is waited for here, beside others."""
+        if extent.file is not None:
+            data = FileBytes(extent.file, extent.host, length, extent.node.past_end)
+            if data.resident:
+                return data
+        view = memoryview(bytearray(length))
+        assert self._node.backing is not None
+        await self._node.backing.fetch(extent, extent.offset, view)
+        return view
 
     async def _from_cluster(self, cluster: Cluster, first: int, last: int) -> Data:
         """Bytes of the cluster as it is."""
