@@ -26,7 +26,7 @@ from pynbd.block.engine import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
     FALLOC_ZERO_RANGE,
-    Data,
+    Buffer,
     Engine,
     HostFile,
 )
@@ -114,7 +114,7 @@ def recording_file(timeline: Timeline) -> type[HostFile]:
         def _known_as(self) -> str:
             return Path(self.path).name
 
-        def _write_batch(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None]:
+        def _write_batch(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
             # One by one: each has its own moments, and a crash may come between two of them.
             errors: list[OSError | None] = []
             for data, offset in pieces:

@@ -278,18 +278,10 @@ class HostFile:
             data_runs, self._descriptor, self.start + offset, length, limit
         )
 
-    def read_here(self, length: int, offset: int) -> bytes:
-        """Up to ``length`` bytes from ``offset``, fewer only at the end of the file; for who is in
-        the pool already.
-        """
-        data = self._read_unless_hole(length, self.start + offset, False)
-        assert data is not None
-        return data
-
     # Writing
 
     async def write_batch(
-        self, pieces: Sequence[tuple[Data, int]], *, fua: bool = False
+        self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
     ) -> list[OSError | None]:
         """Write each (buffer, offset) at once or in one hop; what went wrong with each. ``fua``:
         then `flush`.
@@ -304,7 +296,7 @@ class HostFile:
                 return [earlier or failure for earlier in errors]
         return errors
 
-    async def _write_in_turns(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None]:
+    async def _write_in_turns(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
         """In each turn of the loop as much as `write_now` takes, while it does; the rest in the
         pool.
         """
@@ -317,19 +309,17 @@ class HostFile:
             await asyncio.sleep(0)
         return errors
 
-    def write_now(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None] | None:
+    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None] | None:
         """`write_batch` in the loop's own time; None if that might take long, and nothing was
         written.
         """
-        quick = self.engine.quick_writes
-        if quick is None or self._changing or self._direct or self.cache.write_through:
+        quick = self._quick()
+        if quick is None:
             return None
         total = 0
         for data, offset in pieces:
             length = len(data)
             total += length
-            if isinstance(data, FileBytes) and not data.resident:
-                return None
             if (offset | length) % _PAGE and not self._has_edges(offset, offset + length):
                 return None
         if total > WRITE_NOW_MAX or not quick.allow(total):
@@ -339,6 +329,12 @@ class HostFile:
         quick.took(monotonic() - start)
         return errors
 
+    def _quick(self) -> QuickWrites | None:
+        """What says whether the loop may change the file itself; None: it may not."""
+        if self._changing or self._direct or self.cache.write_through:
+            return None
+        return self.engine.quick_writes
+
     def _has_edges(self, offset: int, end: int) -> bool:
         """Whether the page cache has the pages that a write of [offset, end) covers in part."""
         return bool(
@@ -347,7 +343,7 @@ class HostFile:
         )
 
     def start_write_batch(
-        self, pieces: Sequence[tuple[Data, int]]
+        self, pieces: Sequence[tuple[Buffer, int]]
     ) -> asyncio.Future[list[OSError | None]]:
         """`write_batch` in the pool, for who has to know when it ends although he does not wait for
         it.
@@ -379,7 +375,13 @@ class HostFile:
         """Make a regular file ``size`` bytes long; what it gains reads as zeroes."""
         if self.sync_failed:
             raise self._lost()
-        await self._start_change(self._resize, size)
+        quick = self._quick()
+        if quick and size >= self.size() and quick.allow(0):  # nothing but the inode is touched
+            start = monotonic()
+            self._resize(size)
+            quick.took(monotonic() - start)
+        else:
+            await self._start_change(self._resize, size)
 
     async def empty(self, size: int) -> None:
         """Make a regular file ``size`` bytes that are one hole, whatever it was."""
@@ -475,7 +477,7 @@ class HostFile:
                 raise
             self._synced = self._syncs
 
-    def _write_batch(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None]:
+    def _write_batch(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
         if self.sync_failed:
             return [self._lost() for _ in pieces]
         with self._descriptor as fd:
@@ -495,49 +497,18 @@ class HostFile:
                 return [earlier or error for earlier in errors]
         return errors
 
-    def _write_piece(self, fd: int, data: Data, offset: int) -> OSError | None:
+    def _write_piece(self, fd: int, data: Buffer, offset: int) -> OSError | None:
         try:
-            buffer = bytes(data) if isinstance(data, FileBytes) else data
             if self._direct:
-                self._direct.write(fd, memoryview(buffer), offset)
+                self._direct.write(fd, memoryview(data), offset)
             else:
-                write_fully(fd, buffer, offset)
+                write_fully(fd, data, offset)
         except OSError as error:
             return error
         return None
 
 
-class FileBytes:
-    """``length`` bytes from ``offset`` of a file, to be written elsewhere: they are read by who
-    writes them. ``past_end`` gives what is missing at the end of the file, or raises ``OSError``.
-
-    ``resident``: they were, when this was made.
-    """
-
-    __slots__ = ("_file", "_length", "_offset", "_past_end", "resident")
-
-    def __init__(
-        self, file: HostFile, offset: int, length: int, past_end: Callable[[int], bytes]
-    ) -> None:
-        self._file = file
-        self._offset = offset
-        self._length = length
-        self._past_end = past_end
-        self.resident = file.resident(offset, length)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __bytes__(self) -> bytes:
-        data = self._file.read_here(self._length, self._offset)
-        missing = self._length - len(data)
-        return data + self._past_end(missing) if missing else data
-
-
-Data = Buffer | FileBytes
-
-
-def _turns(pieces: Sequence[tuple[Data, int]]) -> Iterator[Sequence[tuple[Data, int]]]:
+def _turns(pieces: Sequence[tuple[Buffer, int]]) -> Iterator[Sequence[tuple[Buffer, int]]]:
     """``pieces`` in groups of what may be written in one turn of the loop, if each of them may."""
     first = total = 0
     for index, (data, _) in enumerate(pieces):
@@ -549,8 +520,8 @@ def _turns(pieces: Sequence[tuple[Data, int]]) -> Iterator[Sequence[tuple[Data, 
 
 
 def _neighbours(
-    pieces: Sequence[tuple[Data, int]],
-) -> Iterator[Sequence[tuple[Data, int]]]:
+    pieces: Sequence[tuple[Buffer, int]],
+) -> Iterator[Sequence[tuple[Buffer, int]]]:
     """``pieces`` in groups that follow one another in the file without a gap."""
     first, end = 0, -1
     for index, (data, offset) in enumerate(pieces):
@@ -562,10 +533,10 @@ def _neighbours(
         yield pieces[first:]
 
 
-def _write_together(fd: int, group: Sequence[tuple[Data, int]]) -> bool:
+def _write_together(fd: int, group: Sequence[tuple[Buffer, int]]) -> bool:
     """Write neighbours with one call; False if that did not write all of them."""
     try:
-        buffers = [bytes(data) if isinstance(data, FileBytes) else data for data, _ in group]
+        buffers = [data for data, _ in group]
         return os.pwritev(fd, buffers, group[0][1]) == sum(map(len, buffers))
     except OSError:
         return False  # whose fault it is shows when each is written by itself

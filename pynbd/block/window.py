@@ -65,9 +65,6 @@ class WindowFile(HostFile):
         length = max(min(length, self._size - offset), 0)
         return await super().read_unless_hole(length, offset, sparse=sparse)
 
-    def read_here(self, length: int, offset: int) -> bytes:
-        return super().read_here(max(min(length, self._size - offset), 0), offset)
-
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         room = max(self._size - offset, 0)
         if length <= room:

@@ -21,7 +21,7 @@ import pytest
 import uvloop
 
 from pynbd.block.chain import open_image
-from pynbd.block.engine import Data, Engine, HostFile
+from pynbd.block.engine import Buffer, Engine, HostFile
 from pynbd.block.node import BlockNode
 from pynbd.block.raw import RawNode
 from pynbd.server.contexts import standard_contexts
@@ -68,10 +68,10 @@ class HeldFile(HostFile):
         super()._sync()
         self.events.append("sync")
 
-    def write_now(self, pieces: Sequence[tuple[Data, int]]) -> None:
+    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> None:
         """What is made in the loop cannot be held."""
 
-    def _write_batch(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None]:
+    def _write_batch(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
         self._wait()
         if self.failure:
             return [self.failure for _ in pieces]

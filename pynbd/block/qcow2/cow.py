@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from operator import itemgetter
 
-from pynbd.block.engine import Buffer, Data, FileBytes, HostFile
+from pynbd.block.engine import Buffer, HostFile
 from pynbd.block.extent import ZERO as ZERO_EXTENT
-from pynbd.block.extent import Extent
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.cache import Table
 from pynbd.block.qcow2.commit import Commits, HostRange
@@ -37,11 +36,13 @@ from pynbd.block.steps import together
 from pynbd.errors import CorruptImage
 
 Piece = tuple[int, Buffer]  # guest offset, data
-Part = tuple[int, Data]  # offset inside a cluster, data
+Part = tuple[int, Buffer]  # offset inside a cluster, data
 # By number of the cluster: offset inside, data, which piece.
 Parts = dict[int, list[tuple[int, memoryview, int]]]
 
 ALL = (1 << SUBCLUSTERS) - 1
+# What is copied for clusters before they are written, in bytes.
+_COPIED_TOGETHER = 1 << 20
 _ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
 
 
@@ -183,8 +184,10 @@ class CopyOnWrite:
     async def _write_parts(self, parts: Parts, pieces: int) -> list[OSError | None]:
         clusters = [await self._find(number, parts[number]) for number in sorted(parts)]
         await self._find_homes(clusters)
-        await self._fill_all(clusters)
-        await self._write(clusters)
+        for group, gaps in self._groups(clusters):
+            if gaps:
+                await together(self._fill(*gap) for gap in gaps)
+            await self._write(group)
         self._link(clusters)
         errors: list[OSError | None] = [None] * pieces
         failed = [cluster for cluster in clusters if cluster.error]
@@ -254,7 +257,7 @@ class CopyOnWrite:
 
     async def _write(self, clusters: Sequence[Cluster]) -> None:
         """Write the new bytes, and what is around them; errors stay with the clusters."""
-        writes: list[tuple[Data, int]] = []
+        writes: list[tuple[Buffer, int]] = []
         owners: list[Cluster] = []
         for cluster in clusters:
             if not cluster.error:
@@ -359,28 +362,88 @@ class CopyOnWrite:
             for first, last in ranges_of([n for n in range(SUBCLUSTERS) if which >> n & 1]):
                 yield first * size, last * size, source
 
-    async def _fill_all(self, clusters: Sequence[Cluster]) -> None:
-        """Add what is around the new bytes to the parts of each."""
-        gaps = [(cluster, list(self._gaps(cluster))) for cluster in clusters]
-        await together(self._fill(cluster, there) for cluster, there in gaps if there)
+    def _groups(
+        self, clusters: Sequence[Cluster]
+    ) -> Iterator[tuple[Sequence[Cluster], list[tuple[Cluster, list[Gap]]]]]:
+        """(clusters to be written together, those of them that have gaps): so much is copied at a
+        time.
+        """
+        first = copied = 0
+        gaps: list[tuple[Cluster, list[Gap]]] = []
+        for index, cluster in enumerate(clusters):
+            there = list(self._gaps(cluster))
+            if there:
+                gaps.append((cluster, there))
+                copied += self._size
+                if copied >= _COPIED_TOGETHER:
+                    yield clusters[first : index + 1], gaps
+                    first, copied, gaps = index + 1, 0, []
+        if first < len(clusters):
+            yield clusters[first:], gaps
 
-    async def _fill(self, cluster: Cluster, gaps: Sequence[Gap]) -> None:
+    async def _fill(self, cluster: Cluster, gaps: list[Gap]) -> None:
+        """Add what is around the new bytes to the parts."""
         try:
+            if len(gaps) > 1 and await self._fill_at_once(cluster, gaps):
+                return
             for first, last, source in gaps:
-                if source is Source.BELOW:
-                    cluster.parts += await self._from_below(cluster, first, last)
-                elif source is Source.CLUSTER:
-                    cluster.parts.append((first, await self._from_cluster(cluster, first, last)))
-                else:
-                    cluster.parts.append((first, _ZEROES[: last - first]))
+                cluster.parts += await self._from(cluster, first, last, source)
         except OSError as error:
             cluster.error = error
         cluster.parts.sort(key=itemgetter(0))
 
+    async def _fill_at_once(self, cluster: Cluster, gaps: list[Gap]) -> bool:
+        """Lay the new bytes over one copy of all that is around them, if that lies in one piece and
+        is most of it.
+        """
+        first, last, source = gaps[0][0], gaps[-1][1], gaps[0][2]
+        needed = sum(after - at for at, after, _ in gaps)
+        new = sum(len(data) for within, data in cluster.parts if first <= within < last)
+        # With subclusters there may be something in between that is to stay.
+        if needed + new != last - first or needed < new:
+            return False
+        if any(each is not source for _, _, each in gaps):
+            return False
+        copy = memoryview(bytearray(last - first))
+        if source is Source.CLUSTER and not cluster.entry & COMPRESSED:
+            await self._read_cluster(cluster, first, copy)
+        elif source is Source.BELOW:
+            backing, offset = self._backing, (cluster.number << self._bits) + first
+            if offset + len(copy) > backing.size:
+                return False
+            extents = await backing.resolve(offset, offset + len(copy))
+            if len(extents) > 1 or extents[0].file is None:
+                return False
+            await backing.fetch(extents[0], offset, copy)
+        else:
+            return False
+        parts, cluster.parts = cluster.parts, [(first, copy)]
+        for within, data in parts:
+            if first <= within < last:
+                copy[within - first : within - first + len(data)] = data
+            else:
+                cluster.parts.append((within, data))
+        cluster.parts.sort(key=itemgetter(0))
+        return True
+
+    async def _from(self, cluster: Cluster, first: int, last: int, source: Source) -> list[Part]:
+        """Bytes [first, last) of a cluster as they are now."""
+        if source is Source.BELOW:
+            return await self._from_below(cluster, first, last)
+        if source is Source.ZEROES:
+            return [(first, _ZEROES[: last - first])]
+        if cluster.entry & COMPRESSED:
+            descriptor = cluster.entry & L2E_DESCRIPTOR_MASK
+            offset = (cluster.number << self._bits) + first
+            (content,) = await self._node.fetch_compressed([(descriptor, offset, last - first)])
+            return [(first, content)]
+        copy = memoryview(bytearray(last - first))
+        await self._read_cluster(cluster, first, copy)
+        return [(first, copy)]
+
     async def _from_below(self, cluster: Cluster, first: int, last: int) -> list[Part]:
         """Bytes of the backing node; nothing if they are zeroes, and the cluster is blank."""
-        backing = self._node.backing
-        assert backing is not None
+        backing = self._backing
         start = cluster.number << self._bits
         end = min(start + last, backing.size)
         extents = await backing.resolve(start + first, end) if start + first < end else []
@@ -393,32 +456,22 @@ class CopyOnWrite:
             if extent.kind == ZERO_EXTENT:
                 parts.append((at, _ZEROES[:length]))
             else:
-                parts.append((at, await self._below(extent, length)))
+                copy = memoryview(bytearray(length))
+                await backing.fetch(extent, extent.offset, copy)
+                parts.append((at, copy))
         beyond = max(first, end - start)
         if beyond < last:
             parts.append((beyond, _ZEROES[: last - beyond]))
         return parts
 
-    async def _below(self, extent: Extent, length: int) -> Data:
-        """What is cached is read by who writes it; a disk is waited for here, beside others."""
-        if extent.file is not None:
-            data = FileBytes(extent.file, extent.host, length, extent.node.past_end)
-            if data.resident:
-                return data
-        view = memoryview(bytearray(length))
+    @property
+    def _backing(self) -> BlockNode:
         assert self._node.backing is not None
-        await self._node.backing.fetch(extent, extent.offset, view)
-        return view
+        return self._node.backing
 
-    async def _from_cluster(self, cluster: Cluster, first: int, last: int) -> Data:
-        """Bytes of the cluster as it is."""
-        if cluster.entry & COMPRESSED:
-            descriptor = cluster.entry & L2E_DESCRIPTOR_MASK
-            offset = (cluster.number << self._bits) + first
-            (content,) = await self._node.fetch_compressed([(descriptor, offset, last - first)])
-            return content
-        host_offset = cluster.entry & L2E_OFFSET_MASK
-        return FileBytes(self._file, host_offset + first, last - first, bytes)
+    async def _read_cluster(self, cluster: Cluster, first: int, copy: memoryview) -> None:
+        """Bytes of the host cluster from ``first`` on; what is past the end of the file is zero."""
+        await self._file.read(copy, (cluster.entry & L2E_OFFSET_MASK) + first)
 
 
 def references(entry: int, cluster_bits: int) -> list[HostRange]:

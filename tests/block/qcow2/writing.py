@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 from interop import peers
 from pynbd.block.chain import open_image
-from pynbd.block.engine import Buffer, Data, Engine, HostFile
+from pynbd.block.engine import Buffer, Engine, HostFile
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.check import check
 from pynbd.block.qcow2.header import Header
@@ -182,13 +182,13 @@ class WatchedFile(HostFile):
         super().__init__(*args, **options)
         self.writes_in_turn = False  # who waits at a gate is in nobody's way
 
-    def write_now(self, pieces: Sequence[tuple[Data, int]]) -> None:
+    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> None:
         """What is made in the loop cannot wait at a gate."""
 
     def _call(self, name: str, *ranges: tuple[int, int], data: tuple[Buffer, ...] = ()) -> int:
         return self.host.arrives(Call(name, os.path.basename(self.path), ranges, data))
 
-    def _write_batch(self, pieces: Sequence[tuple[Data, int]]) -> list[OSError | None]:
+    def _write_batch(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
         ranges = [(offset, len(data)) for data, offset in pieces]
         code = self._call("write", *ranges, data=tuple(data for data, _ in pieces))
         if not code:
