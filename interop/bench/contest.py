@@ -1,9 +1,10 @@
 """Rounds of A B A B, and of their ratios the median.
 
 Each row measures every server in turn, round after round, so that whatever disturbs the machine
-disturbs all of them; and another one is the first in each round, as the first to write is given
-memory that nobody has used for a while, which is slow. Of qemu-nbd's two ways of asynchronous I/O the slower drops out after the
-first round. A ratio above 1 means that pynbd is the better one.
+disturbs all of them. Each round begins with another one: who writes first is given memory that
+nobody has used for a while, which the host of a virtual machine is slow to give. Of qemu-nbd's two
+ways of asynchronous I/O the slower drops out after the first round. A ratio above 1 means that
+pynbd is the better one.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 
 from interop import peers
 from interop.samples import qemu_io
+from pynbd.block.engine import WRITE_NOW_MAX
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.image import Qcow2Node
 from tests.block.qcow2.writing import KiB, MiB, create, sound, writable, write, zero
@@ -147,7 +148,9 @@ async def test_a_commit_writes_changed_pages_only(tmp_path: Path, costs: Costs) 
 
 
 async def test_a_batch_goes_into_one_run(tmp_path: Path, costs: Costs) -> None:
-    """Whole clusters that follow one another are written by one system call, in the loop or not."""
+    """Whole clusters that follow one another are written by one system call, and in the loop by one
+    in each turn.
+    """
     path = create(tmp_path / "x.qcow2", "64M")
     with in_page_cache(path):
         async with writable(path) as node:
@@ -155,6 +158,6 @@ async def test_a_batch_goes_into_one_run(tmp_path: Path, costs: Costs) -> None:
             costs.start()
             await write(node, 0, b"x" * MiB)
             costs.stop()
-            assert costs.writes() == [MiB]
+            assert costs.writes() in ([WRITE_NOW_MAX] * 4, [MiB])
             assert costs.reads() == []
     await sound(path)
