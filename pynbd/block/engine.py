@@ -283,7 +283,7 @@ class HostFile:
     async def write_batch(
         self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
     ) -> list[OSError | None]:
-        """Write each (buffer, offset) at once or in one hop; what went wrong with each. ``fua``:
+        """Write each (buffer, offset); what went wrong with each. ``fua``:
         then `flush`.
         """
         errors = self.write_now(pieces)

@@ -7,13 +7,13 @@ docs/interop/qcow2.rst, "Compressed Clusters Descriptor". Rules:
 2. Who is the first to want a cluster gets its beginning, as far as he needs it, where that is less
    work (deflate); who wants more of it later gets all of it. So nothing is decompressed more than
    twice.
-3. Compressed bytes that are in the page cache are read in the loop, as everywhere; nothing is
-   decompressed there.
-4. A hop into the pool costs as much as a cluster, and threads that decompress fight each other and
-   the loop for the interpreter. So there are as many lanes as processors; a call that begins takes
-   all that was read by then, up to about a millisecond's work, and the next call of its lane
-   follows without a hop; a further lane begins only for what those to come will leave. The pool is
-   never full of them.
+3. Compressed bytes that are in the page cache are read in the loop, as everywhere, and in each of
+   its turns a few clusters are decompressed there: a hop into the pool takes longer than a cluster.
+4. The rest goes to the pool, where threads that decompress fight each other and the loop for the
+   interpreter. So there are no more lanes than other processors; a call that begins takes all that
+   was read by then, up to about half a millisecond's work, and the next call of its lane follows
+   without a hop; a further lane begins only for what those to come will leave. The pool is never
+   full of them.
 5. Nobody decompresses what nobody waits for any more.
 """
 
@@ -37,8 +37,10 @@ from pynbd.errors import CorruptImage
 CACHE_BYTES = 4 << 20
 # What one hop decompresses, in bytes of clusters (at least one): about half a millisecond's work.
 HOP_BYTES = 1 << 19
+# What the loop decompresses in one turn, in bytes of clusters; larger ones all go to the pool.
+TURN_BYTES = 1 << 18
 # Lanes of one image. The pool has at least twice as many threads, for the disk.
-HOPS = min(os.cpu_count() or 1, 4)
+HOPS = max(min((os.cpu_count() or 1) - 1, 4), 1)
 
 # A cluster, or as much of it as is needed; `CorruptImage` for a damaged stream; or what the disk
 # said.
@@ -87,6 +89,7 @@ class CompressedClusters:
         self._bits = cluster_bits
         self._size = 1 << cluster_bits
         self._in_hop = max(HOP_BYTES >> cluster_bits, 1)
+        self._in_turn = TURN_BYTES >> cluster_bits
         self._kept: OrderedDict[int, memoryview] = OrderedDict()
         self._kept_bytes = 0
         self._most_bytes = CACHE_BYTES
@@ -95,7 +98,7 @@ class CompressedClusters:
         self._read: deque[Wanted] = deque()  # and not decompressed yet
         self._lanes = [Lane() for _ in range(HOPS)]
         self._to_come = [False] * HOPS  # whether a lane has a call that did not begin
-        self._hop_soon = False
+        self._turn_soon = False
         self.loads = 0
 
     def __len__(self) -> int:
@@ -176,31 +179,43 @@ class CompressedClusters:
         for wanted, start, end in group:
             wanted.data = data[start - base : end - base]
             self._read.append(wanted)
-        if len(self._read) > self._in_hop // 2:  # the rest of this turn need not wait for them
-            self._hop()
-        elif not self._hop_soon:
-            self._hop_soon = True
-            asyncio.get_running_loop().call_soon(self._hop)
+        self._send()
+        self._have_turn()
 
-    def _hop(self) -> None:
-        """See that there are calls to come for all that was read, one in each lane at most."""
-        self._hop_soon = False
-        calls = -(-len(self._read) // self._in_hop) - sum(self._to_come)
+    def _have_turn(self) -> None:
+        if self._read and not self._turn_soon:
+            self._turn_soon = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Decompress as much as the loop may, and see to the rest."""
+        self._turn_soon = False
+        self._land(self._decompress_some(self._in_turn))
+        if self._in_turn:
+            self._have_turn()
+
+    def _send(self) -> None:
+        """See that there are calls to come for what the loop will not do in its turn."""
+        calls = -(-(len(self._read) - self._in_turn) // self._in_hop) - sum(self._to_come)
         for lane in range(HOPS):
             if calls > 0 and not self._to_come[lane]:
                 calls -= 1
                 self._to_come[lane] = True
                 hop = self._file.engine.start_in_lane(
-                    self._lanes[lane], self._decompress_some, lane
+                    self._lanes[lane], self._decompress_in_lane, lane
                 )
                 hop.add_done_callback(self._landed)
 
-    def _decompress_some(self, lane: int) -> Hop:
-        """In the pool: decompress what was read, as much as a hop may."""
+    def _decompress_in_lane(self, lane: int) -> Hop:
+        """In the pool."""
         self._to_come[lane] = False
+        return self._decompress_some(self._in_hop)
+
+    def _decompress_some(self, most: int) -> Hop:
+        """Decompress what was read, as much as a hop or a turn may."""
         taken: list[Wanted] = []
-        with suppress(IndexError):  # the other lanes take, too
-            while len(taken) < self._in_hop:
+        with suppress(IndexError):  # the others take, too
+            while len(taken) < most:
                 taken.append(self._read.popleft())
         batch = [wanted for wanted in taken if wanted.is_wanted()]
         streams = [(wanted.data, wanted.length) for wanted in batch]
@@ -216,15 +231,18 @@ class CompressedClusters:
             while self._waiting:
                 for waiter, _ in self._waiting.popitem()[1].waiters:
                     waiter.cancel()
-            return
+        else:
+            self._land(landed)
+            self._have_turn()
+
+    def _land(self, landed: Hop) -> None:
         for wanted, outcome in landed:
             self.loads += outcome is not None
             if outcome is None or isinstance(outcome, CorruptImage):
                 self._finish(wanted, outcome)
             else:
                 self._finish(wanted, self._keep(wanted.descriptor, memoryview(outcome)))
-        if self._read:
-            self._hop()
+        self._send()
 
     def _keep(self, descriptor: int, cluster: memoryview) -> memoryview:
         before = self._kept.pop(descriptor, b"")

@@ -3,7 +3,7 @@
 docs/interop/qcow2.rst, "Cluster mapping" and "Extended L2 Entries". A cluster gets a new host
 cluster if it has none, shares the one it has with a snapshot, or is compressed; what the write
 leaves out is copied. With extended L2 that is done for subclusters. All bytes of many clusters go
-to the file in one hop; only then are the clusters linked, in one step of the loop.
+to the file together; only then are the clusters linked, in one step of the loop.
 """
 
 from __future__ import annotations

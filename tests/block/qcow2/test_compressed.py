@@ -11,14 +11,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from pynbd.block.chain import open_image
-from pynbd.block.engine import HostFile
+from pynbd.block.engine import Engine, HostFile
 from pynbd.block.qcow2 import compressed, compression
 from pynbd.block.qcow2.builder import Compressed, Image
-from pynbd.block.qcow2.compressed import CACHE_BYTES, HOP_BYTES, HOPS
+from pynbd.block.qcow2.compressed import CACHE_BYTES, HOP_BYTES, HOPS, TURN_BYTES
 from pynbd.block.qcow2.entries import compressed_range
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.block.qcow2.image import Qcow2Node
@@ -84,7 +85,7 @@ async def test_a_long_read_takes_few_hops(
     assert b"".join(pieces) == b"".join(map(content, range(16)))
     assert sum(hops.sizes) == 16
     assert max(hops.sizes) <= HOP_BYTES // K64
-    assert len(hops.sizes) <= 2 * HOPS
+    assert len(hops.sizes) <= 16 // (TURN_BYTES // K64) + 1
 
 
 async def test_neighbours_are_read_together(
@@ -111,7 +112,32 @@ async def test_what_one_turn_asks_for_shares_hops(tmp_path: Path, hops: Hops) ->
     assert [bytes(answer) for answer in answers] == [content(at)[100:4196] for at in places]
     assert len(hops.sizes) < 16 // 2
     assert sum(hops.sizes) == 16
-    assert hops.most <= HOPS  # the rest of the pool is the disk's
+    assert hops.most <= 1 + HOPS  # the rest of the pool is the disk's
+
+
+async def test_one_short_read_needs_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path / "x") as node:
+        monkeypatch.setattr(Engine, "start_in_lane", lambda *_: pytest.fail("a hop"))
+        assert await node.pread(5 * K64 + 100, 4096) == content(5)[100:4196]
+
+
+async def test_large_clusters_are_not_decompressed_in_the_loop(tmp_path: Path) -> None:
+    threads = set()
+
+    def told(*args: Any) -> Any:
+        threads.add(threading.current_thread())
+        return compression.decompress_all(*args)
+
+    bits = TURN_BYTES.bit_length()
+    data = content(1) * (2 * TURN_BYTES // K64)
+    Image(size=1 << bits, cluster_bits=bits, clusters={0: Compressed(data)}).write(tmp_path / "x")
+    async with await open_image(tmp_path / "x", format="qcow2") as node:
+        with patch.object(compressed, "decompress_all", told):
+            assert await node.pread(0, 1 << bits) == data
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 async def test_the_cache_is_bounded_in_bytes(
