@@ -309,6 +309,26 @@ class HostFile:
             await asyncio.sleep(0)
         return errors
 
+    def put_now(self, data: Buffer, offset: int) -> bool:
+        """Write one buffer in the loop's own time. False if that might take long, and where
+        something went wrong, which is told to who writes it another way.
+        """
+        quick = self._quick()
+        if quick is None:
+            return False
+        length = len(data)
+        if length > WRITE_NOW_MAX or not quick.allow(length):
+            return False
+        if (offset | length) % _PAGE and not self._has_edges(offset, offset + length):
+            return False
+        start = monotonic()
+        try:
+            done = os.pwrite(self.fd, data, offset)
+        except OSError:
+            return False
+        quick.took(monotonic() - start)
+        return done == length
+
     def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None] | None:
         """`write_batch` in the loop's own time; None if that might take long, and nothing was
         written.
@@ -331,7 +351,7 @@ class HostFile:
 
     def _quick(self) -> QuickWrites | None:
         """What says whether the loop may change the file itself; None: it may not."""
-        if self._changing or self._direct or self.cache.write_through:
+        if self._changing or self._direct or self.sync_failed or self.cache.write_through:
             return None
         return self.engine.quick_writes
 

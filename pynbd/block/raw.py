@@ -119,7 +119,7 @@ class RawNode(BlockNode):
     def write_now(self, offset: int, data: Buffer) -> bool:
         if (self._guard and offset < GUARDED) or offset + len(data) > self._end:
             return False
-        return self.file.write_now([(data, self.start + offset)]) == [None]
+        return self.file.put_now(data, self.start + offset)
 
     def _longer(self, pieces: Sequence[tuple[int, Buffer]]) -> None:
         """The file may have grown into its last sector."""

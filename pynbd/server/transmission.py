@@ -170,8 +170,8 @@ class Transmission:
     # Receiving
 
     def _on_readable(self) -> None:
-        if not self._stream.reading:
-            return  # the turn that was asked for comes too late
+        if self._yielding or not self._stream.reading:
+            return  # not now; or the turn that was asked for comes too late
         self._turn_ends = monotonic() + TURN_SECONDS
         if self._buffer is _NO_BUFFER:
             self._buffer = self._pool.take(RECEIVE_SIZE)
@@ -422,7 +422,6 @@ class Transmission:
 
     def _yield(self) -> None:
         """Give the loop its turn, with requests left in the buffer."""
-        self._stream.pause_reading()
         if not self._yielding:
             self._yielding = True
             self._loop.call_soon(self._go_on)

@@ -1,9 +1,10 @@
 """Short writes are made in the loop while nothing can make them wait."""
 
 import asyncio
+import errno
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest_asyncio
 
 from pynbd.block import quick_writes
 from pynbd.block.cache_modes import CacheMode
-from pynbd.block.engine import WRITE_NOW_MAX, Engine, HostFile
+from pynbd.block.engine import WRITE_NOW_MAX, Buffer, Engine, HostFile
 from pynbd.block.pool import Lane
 from pynbd.block.quick_writes import COUNTED_EVERY, SLOW, QuickWrites, writers_run_free
 
@@ -66,9 +67,8 @@ async def test_a_short_batch_takes_no_hop(file: HostFile) -> None:
 
 
 @pytest.mark.parametrize("length", [WRITE_NOW_MAX, WRITE_NOW_MAX + PAGE])
-async def test_a_long_batch_goes_to_the_pool(file: HostFile, length: int) -> None:
-    half = bytes(length // 2)
-    await file.write_batch([(half, 0), (bytes(length - len(half)), len(half))])
+async def test_a_long_buffer_goes_to_the_pool(file: HostFile, length: int) -> None:
+    await file.write_batch([(bytes(length), 0)])
     assert hops(file) == ["_write_batch"] * (length > WRITE_NOW_MAX)
 
 
@@ -165,3 +165,42 @@ def test_this_host_tells() -> None:
     text = Path("/proc/vmstat").read_text()
     assert "\nnr_dirty_threshold " in text
     assert isinstance(writers_run_free(Path("/proc/vmstat")), bool)
+
+
+async def test_one_buffer(file: HostFile) -> None:
+    assert file.put_now(b"x" * PAGE, 3 * PAGE)
+    assert hops(file) == []
+    assert await file.read_bytes(PAGE, 3 * PAGE) == b"x" * PAGE
+    assert not file.put_now(bytes(WRITE_NOW_MAX + PAGE), 0)
+    assert await file.read_bytes(PAGE, 0) == DATA[:PAGE]
+
+
+async def test_one_buffer_that_cannot_be_written(tmp_path: Path) -> None:
+    """Who writes it another way is told why."""
+    (tmp_path / "file").write_bytes(DATA)
+    engine = TalliedEngine()
+    file = HostFile.open(engine, str(tmp_path / "file"), writable=False)
+    assert not file.put_now(b"x" * PAGE, 0)
+    (error,) = await file.write_batch([(b"x" * PAGE, 0)])
+    assert error is not None
+    assert error.errno == errno.EBADF
+    file.close()
+    engine.close()
+
+
+async def test_a_batch_is_written_in_turns(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So much in one turn of the loop, then others have theirs."""
+    turns: list[int | str] = []
+    write_batch = HostFile._write_batch
+
+    def told(file: HostFile, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
+        turns.append(sum(len(data) for data, _ in pieces))
+        asyncio.get_running_loop().call_soon(turns.append, "another")
+        return write_batch(file, pieces)
+
+    monkeypatch.setattr(HostFile, "_write_batch", told)
+    piece = bytes(WRITE_NOW_MAX // 2)
+    assert await file.write_batch([(piece, at * len(piece)) for at in range(5)]) == [None] * 5
+    assert hops(file) == []
+    whole = WRITE_NOW_MAX
+    assert turns == [whole, "another", whole, "another", whole // 2, "another"]

@@ -68,7 +68,7 @@ class HeldFile(HostFile):
         super()._sync()
         self.events.append("sync")
 
-    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> None:
+    def _quick(self) -> None:
         """What is made in the loop cannot be held."""
 
     def _write_batch(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:

@@ -205,8 +205,7 @@ class Writer:
             return False
         self._tracking.record(offset, len(data))
         assert self._node.file is not None
-        errors = self._node.file.write_now(places)
-        return errors is not None and not any(errors)
+        return all(self._node.file.put_now(part, at) for part, at in places)
 
     async def write_zeroes(self, offset: int, length: int, space: Space, *, fast: bool) -> None:
         """`Zeroing.zero`."""

@@ -182,7 +182,7 @@ class WatchedFile(HostFile):
         super().__init__(*args, **options)
         self.writes_in_turn = False  # who waits at a gate is in nobody's way
 
-    def write_now(self, pieces: Sequence[tuple[Buffer, int]]) -> None:
+    def _quick(self) -> None:
         """What is made in the loop cannot wait at a gate."""
 
     def _call(self, name: str, *ranges: tuple[int, int], data: tuple[Buffer, ...] = ()) -> int:
