@@ -108,16 +108,31 @@ async def test_parts_of_pages_cost_a_probe_for_each_edge(file: HostFile, costs: 
     assert len(costs.writes()) == 2
 
 
-@pytest.mark.parametrize("pieces", [1, 16, 2000])
-async def test_longer_writes_are_one_hop(file: HostFile, costs: Costs, pieces: int) -> None:
-    """However many pieces; neighbours share a call up to 1024 of them (IOV_MAX)."""
-    length = WRITE_NOW_MAX // pieces // 512 * 512 + 512
+async def test_a_longer_write_is_one_hop(file: HostFile, costs: Costs) -> None:
+    length = WRITE_NOW_MAX + 512
+    costs.start()
+    assert not any(await file.write_batch([(bytes(length), 0)]))
+    costs.stop()
+    assert costs.hops == 1
+    assert costs.writes() == [length]
+    assert costs.syncs() == 0
+
+
+@pytest.mark.parametrize("pieces", [16, 2000])
+@pytest.mark.parametrize("quick", [True, False])
+async def test_batches(file: HostFile, costs: Costs, pieces: int, quick: bool) -> None:
+    """A call for each turn of the loop, or in one hop, however many pieces: neighbours share one,
+    up to 1024 of them (IOV_MAX).
+    """
+    if not quick:
+        file.engine.quick_writes = None
+    length = 2 * WRITE_NOW_MAX // pieces // 512 * 512
     batch = [(bytes(length), at * length) for at in range(pieces)]
     costs.start()
     assert not any(await file.write_batch(batch))
     costs.stop()
-    assert costs.hops == 1
-    assert len(costs.writes()) == -(-pieces // 1024)
+    assert costs.hops == (not quick)
+    assert len(costs.writes()) == (2 if quick else -(-pieces // 1024))
     assert sum(costs.writes()) == pieces * length
     assert costs.syncs() == 0
 
