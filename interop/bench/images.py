@@ -204,12 +204,16 @@ def build_text(path: Path) -> None:
         file.truncate(COMPRESSED_SIZE)
 
 
-def empty() -> Path:
+def empty(size: int = EMPTY_SIZE) -> Path:
     """A new image with nothing in it."""
     FRESH.mkdir(parents=True, exist_ok=True)
     path = FRESH / "empty.qcow2"
-    peers.run("qemu-img", "create", "-q", "-f", "qcow2", path, str(EMPTY_SIZE))
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", path, str(size))
     return path
+
+
+def empty_tebibyte() -> Path:
+    return empty(1 << 40)
 
 
 def overlay() -> Path:

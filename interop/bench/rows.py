@@ -168,6 +168,27 @@ ROWS = (
         jobs.memory(steady("read", "1M", 8)),
         limit=KEPT + 8,
     ),
+    Row(
+        "memory, zstd read 1M qd4",
+        images.zstd,
+        QCOW2,
+        jobs.memory(steady("read", "1M", 4, PACKED)),
+        limit=KEPT + 4,
+    ),
+    Row(
+        "memory, fragmented randread 4k",
+        images.fragmented,
+        READ_ONLY,
+        jobs.memory(steady("randread", "4k", 16, FAR)),
+        limit=KEPT,
+    ),
+    Row(
+        "memory, empty 1 TiB randwrite 4k",
+        images.empty_tebibyte,
+        QCOW2,
+        jobs.memory(steady("randwrite", "4k", 16, 1 << 40)),
+        limit=KEPT,
+    ),
     Row("memory, depth map", images.tebibyte, DEPTH, jobs.memory(jobs.map_cpu(DEPTHS)), limit=KEPT),
     Row(
         "memory, 500 connections",

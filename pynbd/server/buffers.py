@@ -7,7 +7,7 @@ idle connection needs none. Whoever takes a buffer owns it until it is given bac
 from __future__ import annotations
 
 # Bytes of idle buffers that are kept.
-IDLE_MAX = 32 << 20
+IDLE_MAX = 8 << 20
 # Replies that are built in place before they have to leave.
 INLINE_SIZE = 1 << 19
 

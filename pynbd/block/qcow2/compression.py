@@ -6,7 +6,7 @@ produced a cluster of data". No more than that is ever produced.
 
 The work is done outside the GIL, and each time that a thread wants it back may cost as much as a
 tenth of a cluster: what known writers make, streams of exactly one cluster, goes through calls that
-give it up once (zstd: once for all of a hop). What these refuse is looked at again with care.
+give it up once. What these refuse is looked at again with care.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def _unzstd_whole(streams: Sequence[memoryview], cluster_size: int) -> list[byte
         context = _zstd_contexts.pop()
     except IndexError:  # others have them all; to look first would be too early
         context = zstandard.ZstdDecompressor()
-    clusters = context.multi_decompress_to_buffer(frames)
+    clusters = [context.decompress(frame) for frame in frames]
     _zstd_contexts.append(context)
-    return [clusters[at].tobytes() for at in range(len(clusters))]
+    return clusters
 
 
 def _outcome(

@@ -60,6 +60,9 @@ _CLUSTERS_IN_PLACE = 1 << 10
 # worth, and their bytes, which may all have to be copied.
 CLUSTERS_PER_STEP = 1 << 8
 _BYTES_PER_STEP = 64 << 20
+# Batches on their way to the file: one that is written, and the next, so that nobody waits for the
+# loop in between.
+_BATCHES = 2
 # L1 tables of snapshots whose L2 tables have their places known.
 _SNAPSHOT_L1_BYTES = MAX_L1_BYTES
 _KNOWN_AUTOCLEAR = Autoclear.BITMAPS | Autoclear.RAW_EXTERNAL_DATA
@@ -288,11 +291,11 @@ class Writer:
     def _allocate(
         self, pieces: Sequence[Piece]
     ) -> Finished[list[OSError | None]] | asyncio.Future[list[OSError | None]]:
-        """`_allocating`, at once, or together with all others that come while a batch is on its way
-        to the file: this takes one write at a time, and many cost little more than one.
+        """`_allocating`, at once, or together with all others that come while batches are on their
+        way to the file: this takes one write at a time, and many cost little more than one.
         """
         assert self._node.file is not None
-        if not (self._cow.writing and self._node.file.writes_in_turn):
+        if self._cow.writing < _BATCHES or not self._node.file.writes_in_turn:
             return self._start(self._allocating(pieces))
         results: asyncio.Future[list[OSError | None]] = asyncio.get_running_loop().create_future()
         self._gathered.append((pieces, results))
@@ -369,7 +372,7 @@ class Writer:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # it was seen, even if nobody waits for it any more
-        if self._gathered and not self._cow.writing:
+        if self._gathered and self._cow.writing < _BATCHES:
             self._start(self._allocate_gathered())
 
     async def _apart(self, work: Coroutine[Any, Any, None]) -> None:
