@@ -28,7 +28,7 @@ _ONE = np.uint64(1)
 # What one call looks at, in stretches of so many words: about a millisecond's worth, whether the
 # bits are all alike or all different.
 _BITS_PER_STEP = 1 << 23
-_RUNS_PER_STEP = 1 << 16
+_RUNS_PER_STEP = 1 << 17
 _STRETCH = 1 << 11
 
 

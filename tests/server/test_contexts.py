@@ -227,8 +227,8 @@ async def test_a_long_map_takes_few_answers() -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert answers == 32
-    assert peak < 65536 * 8 * 4
+    assert answers == 16
+    assert peak < 131072 * 8 * 4
     assert node.asked == []
 
 
