@@ -107,6 +107,12 @@ class BlockNode(ABC):
         """
         raise AssertionError("only qcow2 has compressed clusters")
 
+    def read_compressed_now(self, descriptor: int, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` with guest bytes from ``offset`` on, which are in the compressed cluster of
+        this layer, if that takes no longer than a turn of the loop may. False: `fetch_compressed`.
+        """
+        raise AssertionError("only qcow2 has compressed clusters")
+
     async def fetch_own(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with this layer's data from guest offset ``offset``; for a node without a
         host file.

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from pynbd.block.extent import DATA, Runs
 
-# Of all windows of one image: 650,000 runs, however long each is.
-RESOLVED_BYTES = 12 << 20
+# Of all windows of one image: more than a million runs, however long each is.
+RESOLVED_BYTES = 24 << 20
 # Up to so many values a list is better: it is read faster, and takes more memory. What a window
 # and each of its runs take in lists, and in arrays:
 _LIST_MAX = 64

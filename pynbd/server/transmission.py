@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import Any, Final
 
-from pynbd.block.extent import DATA
+from pynbd.block.extent import COMPRESSED, DATA
 from pynbd.block.steps import Finished, first_step
 from pynbd.errors import ProtocolError, RequestError
 from pynbd.protocol import wire
@@ -53,6 +53,8 @@ RECEIVE_SIZE = 1 << 18
 TURN_REQUESTS = 256
 TURN_SECONDS = 0.001
 FLUSH_COST = 32
+DECOMPRESSION_COST = 16
+_STORED: Final = (DATA, COMPRESSED)
 # Writes that share one hop into the pool, in bytes: longer batches are spread over its threads.
 WRITE_HOP = 1 << 18
 
@@ -88,6 +90,7 @@ class Transmission:
         # What the hot path reads, by the number of the window and by depth.
         self._windows, self._span = export.node.resolved.windows, export.node.resolved.span
         self._files = [export.node.file, *(node.file for node in export.node.chain())]
+        self._layers = [export.node, *export.node.chain()]  # by depth; there is none of depth 0
         self._dialect = dialect(structured=session.structured, extended=session.extended)
         self.commands = Commands(export, session, self._dialect)
         self._budget = budget or Budget()
@@ -262,7 +265,8 @@ class Transmission:
         request_size, unpack_from = self._dialect.request.size, self._dialect.request.unpack_from
         head, put_data_head = self._dialect.data_head_size, self._dialect.put_data_head
         magic_expected, size = self._dialect.magic, self._size
-        windows, span, files = self._windows, self._span, self._files
+        windows, span = self._windows, self._span
+        files, layers = self._files, self._layers
         view, write_now, write_flags = self._view, self._write_now, self._write_flags
         done_size, put_done = self._dialect.done_size, self._dialect.put_done
         turn = TURN_REQUESTS
@@ -277,7 +281,8 @@ class Transmission:
                 window = windows.get(offset // span)
                 if window is not None and offset + length <= size and magic == magic_expected:
                     row = bisect_right(window.ends, offset)
-                    if window.kinds[row] == DATA and offset + length <= window.ends[row]:
+                    kind = window.kinds[row]
+                    if kind in _STORED and offset + length <= window.ends[row]:
                         if used + head + length > INLINE_SIZE:
                             self._inline_used = used
                             self._flush()
@@ -287,9 +292,16 @@ class Transmission:
                                 break
                         data = used + head
                         target = inline_view[data : data + length]
-                        file = files[window.depths[row]]
-                        at_host = offset + window.places[row]
-                        if file is not None and file.read_now(target, at_host) == length:
+                        depth, place = window.depths[row], window.places[row]
+                        if kind == DATA:
+                            file = files[depth]
+                            served = (
+                                file is not None and file.read_now(target, offset + place) == length
+                            )
+                        else:
+                            served = layers[depth].read_compressed_now(place, offset, target)
+                            turn -= DECOMPRESSION_COST
+                        if served:
                             put_data_head(inline, used, cookie, offset, length)
                             used = data + length
                             at += request_size

@@ -9,6 +9,7 @@ docs/interop/qcow2.rst, "Compressed Clusters Descriptor". Rules:
    twice.
 3. Compressed bytes that are in the page cache are read in the loop, as everywhere, and in each of
    its turns a few clusters are decompressed there: a hop into the pool takes longer than a cluster.
+   Short reads come first, which then need not wait at all (`read_now`).
 4. The rest goes to the pool, where threads that decompress fight each other and the loop for the
    interpreter. So there are no more lanes than other processors; a call that begins takes all that
    was read by then, up to about half a millisecond's work, and the next call of its lane follows
@@ -30,7 +31,7 @@ from pynbd.block.engine import NOWAIT_MAX, Buffer, HostFile
 from pynbd.block.pool import Lane
 from pynbd.block.qcow2.compression import decompress_all
 from pynbd.block.qcow2.entries import compressed_range
-from pynbd.block.qcow2.format import CompressionType
+from pynbd.block.qcow2.format import SECTOR, CompressionType
 from pynbd.errors import CorruptImage
 
 # Decompressed clusters that are kept for the next request.
@@ -38,7 +39,7 @@ CACHE_BYTES = 4 << 20
 # What one hop decompresses, in bytes of clusters (at least one): about half a millisecond's work.
 HOP_BYTES = 1 << 19
 # What the loop decompresses in one turn, in bytes of clusters; larger ones all go to the pool.
-TURN_BYTES = 1 << 18
+TURN_BYTES = 1 << 19
 # Lanes of one image. The pool has at least twice as many threads, for the disk.
 HOPS = max(min((os.cpu_count() or 1) - 1, 4), 1)
 
@@ -99,6 +100,8 @@ class CompressedClusters:
         self._lanes = [Lane() for _ in range(HOPS)]
         self._to_come = [False] * HOPS  # whether a lane has a call that did not begin
         self._turn_soon = False
+        self._left = TURN_BYTES  # what `read_now` may still decompress in this turn of the loop
+        self._stored = memoryview(bytearray(self._size + SECTOR if self._in_turn else 0))
         self.loads = 0
 
     def __len__(self) -> int:
@@ -107,6 +110,41 @@ class CompressedClusters:
     def share(self, sharers: int) -> None:
         """Keep no more than one of ``sharers`` may, which have the memory of one together."""
         self._most_bytes //= sharers
+
+    def read_now(self, descriptor: int, first: int, view: memoryview) -> bool:
+        """Fill ``view`` with bytes from ``first`` on of a cluster, which has as many. False if it
+        is not kept, and cannot be had in this turn of the loop; or if it is damaged, which `start`
+        tells.
+        """
+        end = first + len(view)
+        cluster = self._kept.get(descriptor)
+        if cluster is not None and len(cluster) >= end:
+            self._kept.move_to_end(descriptor)
+        else:
+            cluster = self._decompress_now(descriptor, self._size if cluster else end)
+            if cluster is None:
+                return False
+        view[:] = cluster[first:end]
+        return True
+
+    def _decompress_now(self, descriptor: int, length: int) -> memoryview | None:
+        if self._left < self._size or descriptor in self._waiting:
+            return None
+        start, stored = compressed_range(descriptor, self._bits)
+        data = self._stored[:stored]
+        if self._file.read_now(data, start) < stored:
+            return None
+        if self._left == TURN_BYTES:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._left -= self._size
+        (outcome,) = decompress_all(self._type, [(data, length)], self._size)
+        if isinstance(outcome, CorruptImage):
+            return None
+        self.loads += 1
+        return self._keep(descriptor, memoryview(outcome))
+
+    def _next_turn(self) -> None:
+        self._left = TURN_BYTES
 
     def start(self, pieces: Iterable[tuple[int, int]]) -> list[memoryview | Waiter]:
         """For each (descriptor, length): the first ``length`` bytes of that cluster at least, or a
