@@ -245,31 +245,36 @@ async def test_long_writes(tmp_path: Path, engine: GatedEngine) -> None:
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 @pytest.mark.usefixtures("cold")
 async def test_compressed_clusters(tmp_path: Path, engine: GatedEngine, kind: str) -> None:
-    """While clusters are being decompressed, all others of the image are read: plain ones, cold
-    ones (decompression never has all threads), those that are not there, the decompressed.
+    """While clusters are being decompressed, in the loop and in the pool, all others of the image
+    are read: plain ones, cold ones (decompression never has all threads), those that are not there,
+    the decompressed. The loop takes a few in each of its turns, and so does whoever asks for short
+    pieces.
     """
     async with set_up(engine, tmp_path) as stage:
         path = tmp_path / "disk.qcow2"
         create = ["create", "-q", "-f", "qcow2", "-o", f"compression_type={kind}"]
-        peers.run("qemu-img", *create, path, "16M")
-        qemu_io(path, *(f"write -q -c -P {at} {at * 64}k 64k" for at in range(64)))
-        qemu_io(path, "write -q -P 77 8M 6M")
+        peers.run("qemu-img", *create, path, "32M")
+        qemu_io(path, *(f"write -q -c -P {at & 127} {at * 64}k 64k" for at in range(256)))
+        qemu_io(path, "write -q -P 77 24M 6M")
         node = await stage.open(path, "qcow2")
         slow, other = await stage.talk(node), await stage.talk(node)
         await other.client.ask(READ, 0, 64 * K)  # which decompresses it
         engine.holds = lambda call: "decompress" in call.__name__
-        offsets = [at * 64 * K for at in range(1, 64)]
-        await slow.client.send(*(slow.client.request(READ, at, 4 * K) for at in offsets))
-        await engine.somebody_waits()
-        for offset, byte in ((0, 0), (8 * M, 77), (8 * M + 5 * M, 77), (15 * M, 0)):
+        offsets = [*range(M, 15 * M, M), *range(15 * M, 16 * M, 64 * K)]
+        lengths = [M] * 14 + [4 * K] * 16
+        requests = zip(offsets, lengths, strict=True)
+        await slow.client.send(*(slow.client.request(READ, *request) for request in requests))
+        for offset, byte in ((0, 0), (24 * M, 77), (24 * M + 5 * M, 77), (31 * M, 0)):
             reply = await other.client.ask(READ, offset, 4 * K)
             assert reply.data(offset, 4 * K) == bytes([byte]) * 4 * K
-        assert slow.client.order == []
+        assert len(slow.client.order) < len(offsets)
+        await engine.somebody_waits()
         engine.open_gate()
         await slow.client.all_replies()
-        for cookie, at in enumerate(offsets, 1):
+        for cookie, (at, length) in enumerate(zip(offsets, lengths, strict=True), 1):
             reply = slow.client.replies[cookie]
-            assert reply.data(at, 4 * K) == bytes([at >> 16]) * 4 * K
+            expected = (bytes([at >> 16 & 127]) * 64 * K for at in range(at, at + length, 64 * K))
+            assert reply.data(at, length) == b"".join(expected)[:length]
 
 
 # Readers
