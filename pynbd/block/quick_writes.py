@@ -20,7 +20,7 @@ from time import monotonic
 # A write that took so long (seconds) was slow; then none is made in the loop for so many times as
 # long. Time that another process had the processor counts as well, as nobody can tell.
 SLOW = 0.004
-PAUSE = 50
+PAUSE = 20
 # While there are too many dirty pages (seconds).
 PRESSED = 0.5
 # The dirty pages are counted again after so many bytes.
