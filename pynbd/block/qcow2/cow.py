@@ -398,12 +398,14 @@ class CopyOnWrite:
         """
         first, last, source = gaps[0][0], gaps[-1][1], gaps[0][2]
         needed = sum(after - at for at, after, _ in gaps)
-        new = sum(len(data) for within, data in cluster.parts if first <= within < last)
-        # With subclusters there may be something in between that is to stay.
-        if needed + new != last - first or needed < new:
+        if 2 * needed < last - first or any(each is not source for _, _, each in gaps):
             return False
-        if any(each is not source for _, _, each in gaps):
-            return False
+        at = first
+        known = [(within, within + len(data)) for within, data in cluster.parts]
+        for start, after in sorted(known + [(start, after) for start, after, _ in gaps]):
+            if at < min(start, last):
+                return False  # with subclusters there may be something in between that is to stay
+            at = max(at, after)
         copy = memoryview(bytearray(last - first))
         if source is Source.CLUSTER and not cluster.entry & COMPRESSED:
             await self._read_cluster(cluster, first, copy)

@@ -58,6 +58,21 @@ async def test_what_is_around_the_new_bytes_stays(tmp_path: Path, name: str) -> 
         assert qemu_contents(path, "-l", "s") == qemu_contents(theirs, "-l", "s")
 
 
+async def test_what_is_between_the_new_bytes_stays(tmp_path: Path) -> None:
+    """A subcluster that is not written, between two that are; some writes of the batch overlap."""
+    path = over_raw(tmp_path, MiB, "extended_l2=on")
+    async with writable(path) as node:
+        await write(node, 4 * KiB, b"s" * 2 * KiB)
+        disk = bytearray(await contents(node))
+        pieces = [(2 * KiB + 512, b"n" * 512)] * 5 + [(6 * KiB + 512, b"n" * 512)]
+        for offset, data in pieces:
+            disk[offset : offset + len(data)] = data
+        assert not any(await node.pwrite_batch(pieces))
+        assert await contents(node) == disk
+    await sound(path)
+    assert qemu_contents(path) == disk
+
+
 @pytest.mark.parametrize("options", ["", "extended_l2=on"])
 async def test_several_clusters_are_one_hop_and_neighbours_on_the_host(
     tmp_path: Path, options: str
