@@ -203,6 +203,8 @@ class Writer:
         """Write to clusters that are all there, if nobody has to be waited for."""
         if not self._begun or self._finished or self._marking is not None:
             return False
+        if self._file.sync_failed:
+            return False  # which the file of the data does not know
         places = self._cow.in_place(offset, data)
         if places is None:
             return False

@@ -183,6 +183,21 @@ async def test_fua_is_there_after_a_crash(tmp_path: Path, allocating: bool) -> N
     await sound(copy)
 
 
+async def test_nothing_is_written_after_a_flush_that_failed(tmp_path: Path) -> None:
+    """In place neither, though the data file has had no failure."""
+    path = create(tmp_path / "x.qcow2", MiB, f"data_file={tmp_path}/x.data")
+    async with writable(path) as node:
+        await write(node, 0, b"x" * CLUSTER)
+        node.metadata_file.sync_failed = True
+        assert not node.write_now(0, b"y" * 4096)
+        (error,) = await node.pwrite_batch([(0, b"y" * 4096)])
+        assert error is not None
+        assert error.errno == errno.EIO
+        node.metadata_file.sync_failed = False
+        assert await node.pread(0, 4096) == b"x" * 4096
+    await sound(path)
+
+
 async def test_zeroes_with_fua(tmp_path: Path) -> None:
     path, copy = create(tmp_path / "x.qcow2", MiB), tmp_path / "copy.qcow2"
     async with writable(path) as node:
