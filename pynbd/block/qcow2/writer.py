@@ -319,7 +319,9 @@ class Writer:
     async def _allocating(self, pieces: Sequence[Piece]) -> list[OSError | None]:
         """Write pieces that may need new clusters, so many clusters at a time."""
         results: list[OSError | None] = [None] * len(pieces)
-        for indexes, step in self._steps(pieces):
+        for number, (indexes, step) in enumerate(self._steps(pieces)):
+            if number:
+                await asyncio.sleep(0)  # small clusters go to the file without a wait
             try:
                 await self._begin()  # again: damage may have been found since
                 errors = await self._cow.write(step)

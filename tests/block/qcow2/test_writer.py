@@ -6,13 +6,19 @@ import asyncio
 import errno
 import random
 import struct
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pynbd.block import quick_writes
 from pynbd.block.extent import Runs
 from pynbd.block.qcow2.builder import Bitmap, Image, poke
+from pynbd.block.qcow2.cow import CopyOnWrite
 from pynbd.block.qcow2.format import AUTOCLEAR_OFFSET, Autoclear, Compatible
+from pynbd.block.qcow2.writer import CLUSTERS_PER_STEP
 from tests.block.qcow2.writing import (
     KiB,
     MiB,
@@ -307,6 +313,34 @@ async def test_a_write_of_many_steps(tmp_path: Path) -> None:
         await write(node, 1000, data[:MiB])  # in place
     await sound(path)
     assert qemu_contents(path)[1000 : 1000 + len(data)] == data
+
+
+async def test_others_have_a_turn_between_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody has to be waited for: clusters, counts and tables are there already."""
+    monkeypatch.setattr(quick_writes, "SLOW", 60.0)
+    monkeypatch.setattr(quick_writes, "writers_run_free", lambda _: True)
+    turns: list[str] = []
+    link = CopyOnWrite._link
+
+    def told(cow: CopyOnWrite, clusters: Sequence[Any]) -> None:
+        turns.append("step")
+        asyncio.get_running_loop().call_soon(turns.append, "turn")
+        link(cow, clusters)
+
+    path = create(tmp_path / "x.qcow2", 8 * MiB, "cluster_size=512")
+    async with writable(path) as node:
+        await write(node, 0, b"x" * MiB)
+        await node.discard(0, MiB)
+        for _ in range(2):  # the clusters are free after the one that ends their references
+            await node.flush()
+        monkeypatch.setattr(CopyOnWrite, "_link", told)
+        await write(node, 0, b"y" * MiB)
+        assert await node.pread(0, MiB) == b"y" * MiB
+    assert turns.count("step") >= MiB // 512 // CLUSTERS_PER_STEP
+    assert ("step", "step") not in pairwise(turns)
+    await sound(path)
 
 
 async def test_one_step_copies_no_more_than_its_bound(tmp_path: Path) -> None:
