@@ -283,30 +283,24 @@ class HostFile:
     async def write_batch(
         self, pieces: Sequence[tuple[Buffer, int]], *, fua: bool = False
     ) -> list[OSError | None]:
-        """Write each (buffer, offset); what went wrong with each. ``fua``:
-        then `flush`.
+        """Write each (buffer, offset); what went wrong with each. ``fua``: then `flush`.
+
+        In each turn of the loop as much as `write_now` takes, while it does; the rest in the pool.
         """
-        errors = self.write_now(pieces)
-        if errors is None:
-            errors = await self._write_in_turns(pieces)
+        errors: list[OSError | None] = []
+        for group in _turns(pieces):
+            if errors:
+                await asyncio.sleep(0)
+            done = self.write_now(group)
+            if done is None:
+                errors += await self.start_write_batch(pieces[len(errors) :])
+                break
+            errors += done
         if fua and not all(errors):
             try:
                 await self.flush()
             except OSError as failure:
                 return [earlier or failure for earlier in errors]
-        return errors
-
-    async def _write_in_turns(self, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
-        """In each turn of the loop as much as `write_now` takes, while it does; the rest in the
-        pool.
-        """
-        errors: list[OSError | None] = []
-        for group in _turns(pieces):
-            done = self.write_now(group)
-            if done is None:
-                return errors + await self.start_write_batch(pieces[len(errors) :])
-            errors += done
-            await asyncio.sleep(0)
         return errors
 
     def put_now(self, data: Buffer, offset: int) -> bool:
