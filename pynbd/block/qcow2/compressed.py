@@ -182,7 +182,8 @@ class CompressedClusters:
             end = start + length
             # Two neighbours may share a sector: one ends and the other begins in it.
             if group and not (
-                group[-1].start < start <= group[-1].end and end - group[0].start <= NOWAIT_MAX
+                group[-1].start < start <= group[-1].end <= end
+                and end - group[0].start <= NOWAIT_MAX
             ):
                 yield group
                 group = []

@@ -20,9 +20,10 @@ from pynbd.block.engine import Engine, HostFile
 from pynbd.block.qcow2 import compressed, compression
 from pynbd.block.qcow2.builder import Compressed, Image
 from pynbd.block.qcow2.compressed import CACHE_BYTES, HOP_BYTES, HOPS, TURN_BYTES
-from pynbd.block.qcow2.entries import compressed_range
+from pynbd.block.qcow2.entries import compressed_entry, compressed_range
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.block.qcow2.image import Qcow2Node
+from pynbd.errors import CorruptImage
 
 K64 = 1 << 16
 CLUSTERS = 48
@@ -187,6 +188,21 @@ async def test_damage_fails_alone_among_those_of_its_hop(
         assert list[object](answers) == expected
         with pytest.raises(OSError, match="0x20000"):
             await node.decompressed(await node.resolve(0, 5 * K64))
+
+
+async def test_a_place_inside_of_another_takes_nothing_from_it(tmp_path: Path) -> None:
+    """A damaged entry that leads into the stream of another cluster."""
+    text = random.Random(1).randbytes(K64 // 2) + bytes(K64 // 2)
+    deflater = zlib.compressobj(wbits=-12)
+    stream = deflater.compress(text) + deflater.flush()
+    async with opened(tmp_path / "x", _0=stream) as node:
+        host = (await node.resolve(0, K64))[0].host
+        inside = compressed_entry(compressed_range(host, 16)[0] + 600, 100, 16)
+        whole, damaged = node.clusters.start([(host, K64), (inside, K64)])
+        assert isinstance(whole, asyncio.Future)
+        assert isinstance(damaged, asyncio.Future)
+        assert await whole == text
+        assert isinstance(await damaged, CorruptImage)
 
 
 async def test_a_bad_sector_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
