@@ -15,7 +15,9 @@ docs/interop/qcow2.rst, "Compressed Clusters Descriptor". Rules:
    was read by then, up to about half a millisecond's work, and the next call of its lane follows
    without a hop; a further lane begins only for what those to come will leave. The pool is never
    full of them.
-5. Nobody decompresses what nobody waits for any more.
+5. What is read ahead of its turn is bounded as what is kept: a request for four bytes may need a
+   cluster of two megabytes.
+6. Nobody reads or decompresses what nobody waits for any more.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from pynbd.block.qcow2.entries import compressed_range
 from pynbd.block.qcow2.format import SECTOR, CompressionType
 from pynbd.errors import CorruptImage
 
-# Decompressed clusters that are kept for the next request.
+# Decompressed clusters that are kept for the next request; and so much of compressed ones is read
+# that wait for their turn, before the next are read.
 CACHE_BYTES = 4 << 20
 # What one hop decompresses, in bytes of clusters (at least one): about half a millisecond's work.
 HOP_BYTES = 1 << 19
@@ -52,12 +55,13 @@ Waiter = asyncio.Future[Outcome]
 class Wanted:
     """A cluster that is being read or decompressed, and who waits for how many bytes of it."""
 
-    __slots__ = ("data", "descriptor", "length", "waiters")
+    __slots__ = ("data", "descriptor", "held", "length", "waiters")
 
     def __init__(self, descriptor: int, length: int) -> None:
         self.descriptor = descriptor
         self.length = length  # the most that a waiter needs
         self.data = memoryview(b"")  # compressed
+        self.held = 0  # bytes of it in memory, or soon
         self.waiters: list[tuple[Waiter, int]] = []
 
     def is_wanted(self) -> bool:
@@ -95,7 +99,9 @@ class CompressedClusters:
         self._kept_bytes = 0
         self._most_bytes = CACHE_BYTES
         self._waiting: dict[int, Wanted] = {}
+        self._unread: deque[list[Place]] = deque()
         self._reading: set[asyncio.Task[None]] = set()
+        self._held = 0  # compressed bytes in memory, or soon
         self._read: deque[Wanted] = deque()  # and not decompressed yet
         self._lanes = [Lane() for _ in range(HOPS)]
         self._to_come = [False] * HOPS  # whether a lane has a call that did not begin
@@ -170,8 +176,8 @@ class CompressedClusters:
             elif wanted.length < length:
                 wanted.length = length
             wanted.waiters.append((waiter, length))
-        for group in self._neighbours(new):
-            self._read_group(loop, group)
+        self._unread += self._neighbours(new)
+        self._read_more()
         return started
 
     def _neighbours(self, new: Iterable[Wanted]) -> Iterator[list[Place]]:
@@ -191,13 +197,26 @@ class CompressedClusters:
         if group:
             yield group
 
-    def _read_group(self, loop: asyncio.AbstractEventLoop, group: list[Place]) -> None:
+    def _read_more(self) -> None:
+        while self._unread and self._held < self._most_bytes:
+            group = self._unread.popleft()
+            if any(place.wanted.is_wanted() for place in group):
+                self._read_group(group)
+            else:
+                for place in group:
+                    self._finish(place.wanted, None)
+
+    def _read_group(self, group: list[Place]) -> None:
+        for wanted, start, end in group:
+            wanted.held = end - start
+            self._held += wanted.held
         data = memoryview(bytearray(group[-1].end - group[0].start))
         done = self._file.read_now(data, group[0].start)
         if done == len(data):
             self._was_read(group, data)
         else:
-            task = loop.create_task(self._read_rest(group, data, done))
+            reading = self._read_rest(group, data, done)
+            task = asyncio.get_running_loop().create_task(reading)
             self._reading.add(task)
             task.add_done_callback(self._reading.discard)
 
@@ -208,6 +227,7 @@ class CompressedClusters:
         except OSError as error:
             if len(group) == 1:
                 self._finish(group[0].wanted, error)
+                self._read_more()
             for place in group if len(group) > 1 else ():  # a bad sector fails alone
                 await self._read_rest([place], memoryview(bytearray(place.end - place.start)), 0)
         else:
@@ -267,6 +287,7 @@ class CompressedClusters:
             landed = hop.result()
         except asyncio.CancelledError:  # the engine was closed
             self._read.clear()
+            self._unread.clear()
             while self._waiting:
                 for waiter, _ in self._waiting.popitem()[1].waiters:
                     waiter.cancel()
@@ -281,6 +302,7 @@ class CompressedClusters:
                 self._finish(wanted, outcome)
             else:
                 self._finish(wanted, self._keep(wanted.descriptor, memoryview(outcome)))
+        self._read_more()
         self._send()
 
     def _keep(self, descriptor: int, cluster: memoryview) -> memoryview:
@@ -305,3 +327,5 @@ class CompressedClusters:
             wanted.waiters, wanted.length = late, self._size
             self._waiting[wanted.descriptor] = wanted
             self._read.append(wanted)
+        else:
+            self._held -= wanted.held

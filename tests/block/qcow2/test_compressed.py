@@ -141,6 +141,46 @@ async def test_large_clusters_are_not_decompressed_in_the_loop(tmp_path: Path) -
     assert threading.main_thread() not in threads
 
 
+async def test_what_waits_for_its_turn_is_bounded_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests for a byte of each of many large clusters: not all of them are read at once."""
+    bits, number = 20, 12
+    random_bytes = random.Random(1).randbytes(3 << bits - 2)  # three quarters cannot be compressed
+    clusters = {
+        at << bits: Compressed(random_bytes[at:] + bytes((1 << bits - 2) + at))
+        for at in range(number)
+    }
+    Image(size=number << bits, cluster_bits=bits, clusters=clusters).write(tmp_path / "x")
+    reads: list[int] = []
+    read, go_on = HostFile.read, threading.Event()
+
+    async def counted(file: HostFile, view: memoryview, offset: int) -> int:
+        reads.append(len(view))
+        return await read(file, view, offset)
+
+    def held(*args: Any) -> Any:
+        assert go_on.wait(10)
+        return compression.decompress_all(*args)
+
+    monkeypatch.setattr(compressed, "decompress_all", held)
+    async with await open_image(tmp_path / "x", format="qcow2") as node:
+        await node.resolve(0, node.size)
+        monkeypatch.setattr(HostFile, "read", counted)
+        tasks = [asyncio.create_task(node.pread((at << bits) + 9, 1)) for at in range(number)]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert sum(reads) <= CACHE_BYTES + (1 << bits)
+        tasks[-1].cancel()  # before it was read
+        go_on.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        expected = [random_bytes[at + 9 : at + 10] for at in range(number - 1)]
+        assert answers[:-1] == expected
+        assert len(reads) == number - 1
+        (last,) = await node.pread((number - 1 << bits) + 9, 1)
+        assert last == random_bytes[number + 8]
+
+
 async def test_the_cache_is_bounded_in_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
