@@ -43,6 +43,8 @@ CACHE_BYTES = 4 << 20
 HOP_BYTES = 1 << 19
 # What the loop decompresses in one turn, in bytes of clusters; larger ones all go to the pool.
 TURN_BYTES = 1 << 19
+# Nor more clusters than these, as small ones cost more than their bytes.
+HOP_CLUSTERS, TURN_CLUSTERS = 64, 32
 # Lanes of one image. The pool has at least twice as many threads, for the disk.
 HOPS = max(min((os.cpu_count() or 1) - 1, 4), 1)
 
@@ -93,8 +95,8 @@ class CompressedClusters:
         self._type = compression_type
         self._bits = cluster_bits
         self._size = 1 << cluster_bits
-        self._in_hop = max(HOP_BYTES >> cluster_bits, 1)
-        self._in_turn = TURN_BYTES >> cluster_bits
+        self._in_hop = min(max(HOP_BYTES >> cluster_bits, 1), HOP_CLUSTERS)
+        self._in_turn = min(TURN_BYTES >> cluster_bits, TURN_CLUSTERS)
         self._kept: OrderedDict[int, memoryview] = OrderedDict()
         self._kept_bytes = 0
         self._most_bytes = CACHE_BYTES
@@ -142,7 +144,7 @@ class CompressedClusters:
             return None
         if self._left == TURN_BYTES:
             asyncio.get_running_loop().call_soon(self._next_turn)
-        self._left -= self._size
+        self._left -= max(self._size, TURN_BYTES // TURN_CLUSTERS)
         (outcome,) = decompress_all(self._type, [(data, length)], self._size)
         if isinstance(outcome, CorruptImage):
             return None

@@ -19,7 +19,14 @@ from pynbd.block.chain import open_image
 from pynbd.block.engine import Engine, HostFile
 from pynbd.block.qcow2 import compressed, compression
 from pynbd.block.qcow2.builder import Compressed, Image
-from pynbd.block.qcow2.compressed import CACHE_BYTES, HOP_BYTES, HOPS, TURN_BYTES
+from pynbd.block.qcow2.compressed import (
+    CACHE_BYTES,
+    HOP_BYTES,
+    HOP_CLUSTERS,
+    HOPS,
+    TURN_BYTES,
+    TURN_CLUSTERS,
+)
 from pynbd.block.qcow2.entries import compressed_entry, compressed_range
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.block.qcow2.image import Qcow2Node
@@ -122,6 +129,17 @@ async def test_one_short_read_needs_no_thread(
     async with opened(tmp_path / "x") as node:
         monkeypatch.setattr(Engine, "start_in_lane", lambda *_: pytest.fail("a hop"))
         assert await node.pread(5 * K64 + 100, 4096) == content(5)[100:4196]
+
+
+async def test_small_clusters_are_counted(tmp_path: Path, hops: Hops) -> None:
+    """512 clusters of 512 bytes are as many bytes as four of the usual ones, and far more work."""
+    data = [bytes([at % 251, at % 2]) * 256 for at in range(512)]
+    clusters = {at * 512: Compressed(each) for at, each in enumerate(data)}
+    Image(size=512 * 512, cluster_bits=9, clusters=clusters).write(tmp_path / "x")
+    async with await open_image(tmp_path / "x", format="qcow2") as node:
+        assert await asyncio.gather(*(node.pread(at * 512, 512) for at in range(512))) == data
+    assert sum(hops.sizes) == 512
+    assert max(hops.sizes) <= max(TURN_CLUSTERS, HOP_CLUSTERS)
 
 
 async def test_large_clusters_are_not_decompressed_in_the_loop(tmp_path: Path) -> None:
