@@ -37,14 +37,16 @@ from pynbd.block.direct import Calls, DirectAccess, alignment_of
 from pynbd.block.pool import Lane, Pool
 from pynbd.block.quick_writes import QuickWrites
 from pynbd.block.syscalls import (
+    REMOTE,
     SYS_CACHESTAT,
+    TMPFS,
     Descriptor,
     byte_is_locked,
     data_runs,
     empty,
     fallocate,
+    file_system,
     is_hole,
-    is_tmpfs,
     lock_byte,
     read_bytes,
     read_fully,
@@ -157,8 +159,10 @@ class HostFile:
         self._cachestat = not cache.direct
         # Whether the kernel makes writes one after the other; to devices it does not.
         self.writes_in_turn = not (self._direct or self.is_device)
-        # On tmpfs there is no disk to wait for; but device nodes are there as well (devtmpfs).
-        self._always_read = not self.is_device and is_tmpfs(fd)
+        # Device nodes are on a file system as well (devtmpfs), of which they tell nothing.
+        system = 0 if self.is_device else file_system(fd)
+        self._always_read = system == TMPFS  # there is no disk to wait for
+        self._writes_wait = cache.direct or cache.write_through or system in REMOTE
         self._fallocate_refused: set[int] = set()
 
     @classmethod
@@ -345,7 +349,7 @@ class HostFile:
 
     def _quick(self) -> QuickWrites | None:
         """What says whether the loop may change the file itself; None: it may not."""
-        if self._changing or self._direct or self.sync_failed or self.cache.write_through:
+        if self._changing or self._writes_wait or self.sync_failed:
             return None
         return self.engine.quick_writes
 

@@ -4,7 +4,8 @@ A write into the page cache takes microseconds, a hop through the thread pool ma
 Linux has no write that refuses to wait (RWF_NOWAIT is for reads, where the file system does
 buffered I/O), so whatever makes one wait has to be kept away from the loop beforehand:
 
-1. Somebody holds the file: a flush, an fallocate, a long write (`HostFile` counts its own).
+1. Somebody holds the file: a flush, an fallocate, a long write (`HostFile` counts its own). Or
+   somebody else is asked: a daemon, another host (`HostFile` looks what the file is on).
 2. A page is written in part, and the rest of it has to be read first (`HostFile` looks).
 3. There are so many dirty pages that the kernel slows writers down. It leaves everybody alone up to
    the middle between its two thresholds (``balance_dirty_pages`` in Linux): looked at now and then.

@@ -28,7 +28,10 @@ SYS_CACHESTAT = 451  # the same number on every architecture (Linux 6.5)
 
 # What Linux reads ahead for one posix_fadvise, unless the device is set to less; it drops the rest.
 _WILL_NEED_PIECE = 128 * 1024
-_TMPFS = 0x0102_1994  # the f_type of statfs(2)
+# The f_type of statfs(2): tmpfs; and those where a write may wait for a daemon, or another host:
+# FUSE, NFS, 9p, SMB, CIFS, Ceph.
+TMPFS = 0x0102_1994
+REMOTE = frozenset({0x6573_5546, 0x6969, 0x0102_1997, 0xFE53_4D42, 0xFF53_4D42, 0x00C3_6400})
 # struct flock of <fcntl.h>: type, whence, start, length, pid; native alignment and size.
 _FLOCK = struct.Struct("hhqqi0q")
 
@@ -117,10 +120,11 @@ def will_need(fd: int, start: int, ranges: Sequence[tuple[int, int]]) -> None:
 # What a file is, and where it has data
 
 
-def is_tmpfs(fd: int) -> bool:
-    """Whether the file is on tmpfs, or is a device node there."""
+def file_system(fd: int) -> int:
+    """What the file, or the device node, is on: an f_type of statfs(2), or 0."""
     status = (ctypes.c_long * 32)()  # struct statfs, and to spare: f_type comes first
-    return not _fstatfs(fd, status) and status[0] == _TMPFS
+    _fstatfs(fd, status)
+    return status[0]
 
 
 def is_hole(fd: int, length: int, offset: int) -> bool:

@@ -91,6 +91,21 @@ async def test_a_file_that_is_written_through_goes_to_the_pool(tmp_path: Path) -
     engine.close()
 
 
+async def test_a_file_of_another_host_goes_to_the_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If that hangs, it must not take all clients along."""
+    monkeypatch.setattr("pynbd.block.engine.file_system", lambda _: 0x6969)  # NFS_SUPER_MAGIC
+    (tmp_path / "file").write_bytes(DATA)
+    engine = TalliedEngine()
+    file = HostFile.open(engine, str(tmp_path / "file"), writable=True)
+    assert not file.put_now(b"x" * PAGE, 0)
+    await file.write(b"x" * PAGE, 0)
+    assert hops(file) == ["_write_batch"]
+    file.close()
+    engine.close()
+
+
 async def test_nothing_is_written_in_the_loop_beside_a_flush(file: HostFile) -> None:
     flush = asyncio.ensure_future(file.flush())
     await asyncio.sleep(0)
