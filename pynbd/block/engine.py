@@ -297,7 +297,7 @@ class HostFile:
                 await asyncio.sleep(0)
             done = self.write_now(group)
             if done is None:
-                errors += await self.start_write_batch(pieces[len(errors) :])
+                errors += await asyncio.shield(self.start_write_batch(pieces[len(errors) :]))
                 break
             errors += done
         if fua and not all(errors):
@@ -367,7 +367,7 @@ class HostFile:
         it.
         """
         if not self.writes_in_turn:
-            return self._start_change(self._write_batch, pieces)
+            return self._under_way(self.engine.start(self._write_batch, pieces))
         return self._under_way(self.engine.start_in_lane(self._lane, self._write_batch, pieces))
 
     async def write(self, data: Buffer, offset: int, *, fua: bool = False) -> None:
@@ -387,7 +387,7 @@ class HostFile:
         async with self._flushing:
             if self._synced > asked_after and not self.sync_failed:
                 return
-            await self._start_change(self._sync)
+            await self._change(self._sync)
 
     async def resize(self, size: int) -> None:
         """Make a regular file ``size`` bytes long; what it gains reads as zeroes."""
@@ -399,11 +399,11 @@ class HostFile:
             self._resize(size)
             quick.took(monotonic() - start)
         else:
-            await self._start_change(self._resize, size)
+            await self._change(self._resize, size)
 
     async def empty(self, size: int) -> None:
         """Make a regular file ``size`` bytes that are one hole, whatever it was."""
-        await self._start_change(empty, self._descriptor, size)
+        await self._change(empty, self._descriptor, size)
 
     async def fallocate(self, mode: int, offset: int, length: int) -> bool:
         """fallocate(2); False if this file or its file system does not do ``mode``, and nothing
@@ -413,7 +413,7 @@ class HostFile:
             return False
         if self.sync_failed:
             raise self._lost()
-        code = await self._start_change(self._fallocate_errno, mode, offset, length)
+        code = await self._change(self._fallocate_errno, mode, offset, length)
         if code in _UNSUPPORTED:
             # A device that refuses part of a sector with EINVAL may take the next range.
             if not (self.is_device and code == errno.EINVAL):
@@ -442,17 +442,20 @@ class HostFile:
         """Whether another open file description holds any lock on that byte."""
         return byte_is_locked(self.fd, position)
 
-    def _start_change(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    async def _change(self, call: Callable[..., T], *args: Any) -> T:
         """``call(*args)``, which changes the file or flushes it, in the pool."""
-        return self._under_way(self.engine.start(call, *args))
+        return await asyncio.shield(self._under_way(self.engine.start(call, *args)))
 
     def _under_way(self, change: asyncio.Future[T]) -> asyncio.Future[T]:
+        """Count a call, which is not to be cancelled: it would go on, and not be counted."""
         self._changing += 1
         change.add_done_callback(self._changed)
         return change
 
-    def _changed(self, _: object) -> None:
+    def _changed(self, change: asyncio.Future[T]) -> None:
         self._changing -= 1
+        if not change.cancelled():
+            change.exception()  # it was seen, even if nobody waits for it any more
 
     def _lost(self) -> OSError:
         return OSError(errno.EIO, "an earlier flush failed; data may be lost", self.path)

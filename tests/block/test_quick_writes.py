@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import random
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pynbd.block.cache_modes import CacheMode
 from pynbd.block.engine import WRITE_NOW_MAX, Buffer, Engine, HostFile
 from pynbd.block.pool import Lane
 from pynbd.block.quick_writes import COUNTED_EVERY, SLOW, QuickWrites, writers_run_free
+from tests.block.reading import eventually
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 DATA = random.Random(1).randbytes(64 * PAGE)
@@ -114,6 +116,31 @@ async def test_nothing_is_written_in_the_loop_beside_a_flush(file: HostFile) -> 
     await flush
     assert hops(file) == ["_sync", "_write_batch"]
     assert file.write_now([(b"x" * PAGE, 0)]) == [None]
+
+
+@pytest.mark.parametrize("write", [False, True])
+async def test_nothing_is_written_in_the_loop_beside_a_call_that_nobody_waits_for(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch, write: bool
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(*_: Any) -> list[None]:
+        begun.set()
+        assert go_on.wait(10)
+        return [None]
+
+    monkeypatch.setattr(file, "_write_batch" if write else "_sync", held)
+    long = file.write(bytes(WRITE_NOW_MAX + PAGE), 0)
+    call = asyncio.ensure_future(long if write else file.flush())
+    if not write:
+        long.close()
+    await asyncio.sleep(0)
+    assert begun.wait(10)
+    call.cancel()
+    await asyncio.wait([call])
+    assert not file.put_now(b"x" * PAGE, 0)
+    go_on.set()
+    await eventually(lambda: file.put_now(b"x" * PAGE, 0))
 
 
 @pytest.mark.parametrize("offset, length", [(100, PAGE - 100), (0, 100), (100, 3 * PAGE)])
