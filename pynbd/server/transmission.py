@@ -174,7 +174,7 @@ class Transmission:
 
     def _on_readable(self) -> None:
         if self._yielding or not self._stream.reading:
-            return  # not now; or the turn that was asked for comes too late
+            return  # this connection has its turn soon, or none at all
         self._turn_ends = monotonic() + TURN_SECONDS
         if self._buffer is _NO_BUFFER:
             self._buffer = self._pool.take(RECEIVE_SIZE)
@@ -211,8 +211,7 @@ class Transmission:
             if self._yielding or self._saturated():
                 return
             if monotonic() > self._turn_ends:
-                # The others have a turn, and nobody sleeps.
-                self._loop.call_soon(self._on_readable)
+                self._yield()
                 return
 
     def _look_for_more(self) -> int | None:
@@ -433,14 +432,17 @@ class Transmission:
         return True
 
     def _yield(self) -> None:
-        """Give the loop its turn, with requests left in the buffer."""
+        """Give the others their turn; then this connection goes on, before the loop sleeps."""
         if not self._yielding:
             self._yielding = True
             self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         self._yielding = False
-        self._resume()
+        if self._have or not self._stream.reading:
+            self._resume()
+        else:
+            self._on_readable()
 
     def _resume(self) -> None:
         """Serve what is left in the buffer, then receive again."""

@@ -23,12 +23,13 @@ from pynbd.block.node import BlockNode
 from pynbd.block.qcow2 import entries
 from pynbd.block.qcow2.builder import Data, Image
 from pynbd.block.qcow2.mapping import GRANULES_PER_STEP
+from pynbd.server import transmission
 from pynbd.server.buffers import BufferPool
 from pynbd.server.commands import EXTENTS_AT_ONCE, Commands
 from pynbd.server.connection import Connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
-from pynbd.server.stream import COPY_COST, COPY_PIECE, SEND_TURN
+from pynbd.server.stream import COPY_COST, COPY_PIECE, SEND_TURN, PlainStream
 from pynbd.server.transmission import TURN_REQUESTS
 from tests.block.reading import eventually
 from tests.server.counting import in_page_cache, tcp_pair
@@ -104,6 +105,26 @@ async def test_a_flood_of_requests(node: BlockNode, turns: Turns, command: int) 
         await sending
     assert turns.all == 6000
     assert turns.most <= TURN_REQUESTS
+
+
+async def test_a_turn_that_is_over_is_followed_by_one(
+    node: BlockNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receive takes all of a turn, and there is always more: the connection has asked to go on,
+    and the loop sees that it is readable, which it never stops to look at. Both are one turn.
+    """
+    monkeypatch.setattr(transmission, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(transmission, "RECEIVE_SIZE", 512)
+    receives, pauses = Turns(), Turns()
+    async with talking(node, Mode.SIMPLE) as talk:
+        _count(monkeypatch, receives, PlainStream, "receive_into")
+        _count(monkeypatch, pauses, PlainStream, "pause_reading")
+        await talk.client.send(*(talk.client.request(READ, 0, 512) for _ in range(2000)))
+        async with receives.counted():
+            await talk.client.all_replies()
+        assert pauses.all == 0
+    assert receives.all > 100
+    assert receives.most <= 2
 
 
 async def test_one_long_read_over_a_flood(node: BlockNode, turns: Turns) -> None:
