@@ -8,7 +8,7 @@ there is room for them. Its rules:
    in clear can be taken for something that came through TLS.
 2. Buffers that are handed to `PlainStream.send` belong to the stream until they are sent.
 3. What cannot be sent at once waits in a queue, in order; `on_drained` tells when it is empty
-   again.
+   again, and when nothing is lent any more (rule 5).
 4. Once the peer is lost nothing more is sent: after a reply that was cut short, the next one would
    be taken for its data.
 5. Send-file lends pages: who overwrites them before the peer has taken them changes what it gets.
@@ -363,6 +363,8 @@ class PlainStream:
                 self._lent.popleft()[1].over()
         if self._lent:
             self._loop.call_later(TAKEN_EVERY, self._release_taken)
+        else:
+            self.on_drained()
 
     def _settle(self, end: ReplyEnd) -> None:
         """Put the words in place with which the reply ends, now that all its bytes have left."""

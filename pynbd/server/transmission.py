@@ -539,10 +539,10 @@ class Transmission:
             self._finish()
 
     def _finish(self) -> None:
-        """End once every reply has left."""
+        """End once every reply has left, and the peer has taken what was lent for it."""
         self._closing = True
-        if self._stream.queued:
-            self._stream.on_drained = self._end
+        if self._stream.queued or self._stream.lent:
+            self._stream.on_drained = self._finish
         else:
             self._end()
 

@@ -726,3 +726,26 @@ async def test_a_reply_that_nobody_takes_keeps_its_clusters(tmp_path: Path, take
                     await node.flush()
                 assert not node.pins.gone(age)
                 assert (await client.reply(1)).data(0, 1 << 20) == data
+
+
+async def test_who_leaves_before_he_takes_a_reply_keeps_its_clusters(tmp_path: Path) -> None:
+    """DISC is behind the read: the session ends when the peer has its bytes, no sooner."""
+    path = tmp_path / "image.qcow2"
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", path, "8M")
+    async with await open_image(path, read_only=False) as node:
+        data = random.Random(8).randbytes(256 * K)
+        assert await node.pwrite_batch([(0, data)]) == [None]
+        async with talking(node, Mode.STRUCTURED) as talk:
+            client = talk.client
+            await client.send(client.request(READ, 0, 256 * K, cookie=1), client.request(DISC))
+            await eventually(lambda: not talk.stream.reading)
+            assert node.pins is not None
+            age = node.pins.end_age()
+            await node.discard(0, 256 * K)
+            for number in range(1, 5):
+                await node.flush()
+                assert await node.pwrite_batch([(number * M, bytes(256 * K))]) == [None]
+            assert not node.pins.gone(age)
+            assert (await client.reply(1)).data(0, 256 * K) == data
+            await client.closed()
+            await talk.ends()
