@@ -140,12 +140,13 @@ class Transmission:
             await self._ended
             await self._settled()
         except asyncio.CancelledError:
+            self._closing = True
+            self._stream.pause_reading()
             self._cancel(self._tasks)
             await self._settled()
             raise
         finally:
             self._pool.users -= 1
-            self._closing = True
             self._stream.pause_reading()
             self._flush()  # whom nobody can be told any more, lets go of what it holds
         if self._violation:

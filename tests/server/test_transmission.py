@@ -344,6 +344,20 @@ async def test_a_cancelled_write_keeps_its_buffer(path: Path, engine: WatchedEng
     assert content(path)[:4097] == b"\x11" * 4096 + BYTES[4096:4097]
 
 
+async def test_what_comes_after_a_session_was_cancelled_is_not_served(
+    path: Path, engine: WatchedEngine
+) -> None:
+    """A client that goes on asking would keep it alive."""
+    async with opened(path, engine) as node, talking(node) as talk:
+        engine.held = {"_sync"}
+        await talk.client.send(talk.client.request(FLUSH))
+        await eventually(lambda: bool(engine.calls))
+        talk.running.cancel()
+        talk.client.sock.send(talk.client.request(FLUSH))
+        await asyncio.wait([talk.running], timeout=5)
+        assert talk.running.cancelled()
+
+
 # The budget --------------------------------------------------------------------------------------
 
 
