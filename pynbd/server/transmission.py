@@ -269,12 +269,12 @@ class Transmission:
         files, layers = self._files, self._layers
         view, write_now, write_flags = self._view, self._write_now, self._write_flags
         done_size, put_done = self._dialect.done_size, self._dialect.put_done
-        turn = TURN_REQUESTS
+        requests, limit = 0, TURN_REQUESTS
         while have - at >= request_size:
-            if turn <= 0:
+            if requests >= limit:
                 self._yield()
                 break
-            turn -= 1
+            requests += 1
             magic, flags, command, cookie, offset, length = unpack_from(buffer, at)
             if command == _READ and 0 < length <= self._inline_max and not flags:
                 # Rule 1. What does not fit goes the way of all others, below.
@@ -287,7 +287,7 @@ class Transmission:
                             self._inline_used = used
                             self._flush()
                             used = 0
-                            turn -= FLUSH_COST
+                            limit -= FLUSH_COST
                             if self._saturated():
                                 break
                         data = used + head
@@ -300,7 +300,7 @@ class Transmission:
                             )
                         else:
                             served = layers[depth].read_compressed_now(place, offset, target)
-                            turn -= DECOMPRESSION_COST
+                            limit -= DECOMPRESSION_COST
                         if served:
                             put_data_head(inline, used, cookie, offset, length)
                             used = data + length
@@ -317,7 +317,6 @@ class Transmission:
                         put_done(inline, used, cookie, offset)
                         used += done_size
                         at = after
-                        turn -= length >> 13
                         continue
             if magic != magic_expected:
                 self._violation = ProtocolError(f"a request with magic {magic:#x}")
@@ -333,8 +332,8 @@ class Transmission:
             if self._closing or self._saturated():
                 break
             if monotonic() > self._turn_ends:
-                turn = 0
-        self._patience.received(TURN_REQUESTS - turn)
+                limit = 0
+        self._patience.received(requests)
         self._at = at
         self._inline_used = used
         self._make_room()

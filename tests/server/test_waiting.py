@@ -23,13 +23,14 @@ from pynbd.block.engine import Engine, HostFile
 from pynbd.block.node import BlockNode
 from pynbd.block.pool import Lane
 from pynbd.server.buffers import BufferPool
+from pynbd.server.patience import Patience
 from tests.block.reading import eventually
 from tests.server.counting import Costs, in_page_cache, tcp_pair
 from tests.server.session import FLUSH, READ, WRITE, Client, Mode, Talk, talking
 
 K, M = 1 << 10, 1 << 20
 SIZE = 8 * M
-BYTES = random.Random(51).randbytes(SIZE)
+BYTES = random.Random(51).randbytes(SIZE // 2).hex().encode()  # which can be compressed
 COLD = 4 * M  # where a `cold` file begins to be cold
 THREADS = 8  # of an engine, unless it is told otherwise
 
@@ -358,6 +359,29 @@ async def test_nobody_is_looked_out_for_beside_another_connection(
         await lone_reads(talk, 50)
         costs.stop()
         assert costs.socket["recv"] > 150
+
+
+@pytest.mark.parametrize("image", ["raw", "compressed"])
+async def test_one_request_is_one(
+    tmp_path: Path, engine: GatedEngine, costs: Costs, image: str
+) -> None:
+    """However long a write, and whatever a read has to decompress."""
+    async with set_up(engine, tmp_path) as stage:
+        path = stage.raw("disk")
+        if image == "compressed":
+            path = tmp_path / "disk.qcow2"
+            peers.run("qemu-img", "convert", "-c", "-O", "qcow2", tmp_path / "disk", path)
+        talk = await stage.talk(await stage.open(path, "raw" if image == "raw" else "qcow2"))
+        counted = costs.times(Patience, "received")
+        await talk.client.ask(READ, 0, 512)
+        costs.start()
+        for at in range(1, 9):
+            if image == "raw":
+                await is_written(talk.client, 0, at * 7 * K)
+            else:
+                await talk.client.ask(READ, at * 64 * K, 4 * K)
+        costs.stop()
+        assert counted == [(1,)] * 8
 
 
 @pytest.mark.usefixtures("cold")
