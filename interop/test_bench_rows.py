@@ -1,6 +1,8 @@
 """The benchmark runs: every column is there. Nothing is asserted of who is the faster one."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from interop import peers
 from interop.bench import jobs, report
 from interop.bench.contest import Result, contest
 from interop.bench.rows import ROWS, Row
-from interop.bench.servers import NBDKIT, PYNBD, QEMU, Way
+from interop.bench.servers import NBDKIT, PYNBD, QEMU, Server, Way
 
 SIZE = 16 << 20
 
@@ -93,3 +95,9 @@ def test_rows_are_told_apart_by_name() -> None:
 def test_many_connections(image: Path) -> None:
     row = Row("busy", lambda: image, Way(), jobs.crowded(40, SIZE), limit=1.0)
     assert contest(row, 1, 0.2).figure(PYNBD) > 0
+
+
+def test_processor_time_is_that_of_the_process_to_the_nanosecond() -> None:
+    server = Server("", "", os.getpid(), 0.0, "")
+    before, told, after = time.process_time(), server.cpu(), time.process_time()
+    assert before <= told <= after
