@@ -2,13 +2,16 @@
 
 import json
 import os
+import socket
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from interop import peers
-from interop.bench import jobs, report
+from interop.bench import busy, jobs, report
 from interop.bench.contest import Result, contest
 from interop.bench.rows import ROWS, Row
 from interop.bench.servers import NBDKIT, PYNBD, QEMU, Server, Way
@@ -101,3 +104,14 @@ def test_processor_time_is_that_of_the_process_to_the_nanosecond() -> None:
     server = Server("", "", os.getpid(), 0.0, "")
     before, told, after = time.process_time(), server.cpu(), time.process_time()
     assert before <= told <= after
+
+
+def test_a_reply_may_come_in_parts() -> None:
+    ours, theirs = socket.socketpair()
+    with closing(ours), closing(theirs):
+        ours.settimeout(20)
+        theirs.send(b"one")
+        later = threading.Timer(0.05, theirs.send, [b"two"])
+        later.start()
+        busy.receive(ours, 6)
+        later.join()

@@ -38,8 +38,10 @@ def negotiated(address: Address) -> socket.socket:
 
 
 def receive(connection: socket.socket, length: int) -> None:
-    received = len(connection.recv(length, socket.MSG_WAITALL))
-    assert received == length, f"{received} bytes of {length}"
+    while length:
+        received = len(connection.recv(length))
+        assert received, f"the end, {length} bytes too early"
+        length -= received
 
 
 def keep_busy(address: Address, connections: int, size: int, seconds: float) -> float:
