@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from contextlib import closing
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from interop import peers
+from interop.bench import __main__ as bench
 from interop.bench import busy, jobs, report
 from interop.bench.contest import Result, contest
 from interop.bench.rows import ROWS, Row
@@ -115,3 +117,18 @@ def test_a_reply_may_come_in_parts() -> None:
         later.start()
         busy.receive(ours, 6)
         later.join()
+
+
+def test_rows_before_one_that_fails_are_kept(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> Path:
+        raise AssertionError("no image")
+
+    told = tmp_path / "bench.json"
+    good = Row("good", lambda: image, Way(), jobs.startup(), limit=9.0)
+    monkeypatch.setattr(bench, "ROWS", [good, Row("bad", fail, Way(), jobs.startup(), limit=9.0)])
+    monkeypatch.setattr(sys, "argv", ["bench", "--rounds=1", f"--json={told}"])
+    with pytest.raises(AssertionError, match="no image"):
+        bench.main()
+    assert [row["row"] for row in json.loads(told.read_text())["rows"]] == ["good"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pynbd
 from interop.bench import report
-from interop.bench.contest import contest
+from interop.bench.contest import Result, contest
 from interop.bench.rows import ROWS
 
 
@@ -27,14 +27,16 @@ def main() -> None:
     rows = [row for row in ROWS if fnmatch(row.name, arguments.only)]
     # As a package that was installed: who serves from a checkout would compile it at every start.
     compileall.compile_dir(Path(pynbd.__file__).parent, quiet=1)
-    results = []
-    print(report.line(report.COLUMNS), flush=True)
-    for row in rows:
-        if row.quick or not arguments.quick:
-            results.append(contest(row, rounds, seconds))
-            print(report.line(report.cells(results[-1])), flush=True)
+    results: list[Result] = []
     settings: dict[str, object] = {"rounds": rounds, "seconds": seconds}
-    report.write_json(arguments.json, results, settings)
+    print(report.line(report.COLUMNS), flush=True)
+    try:
+        for row in rows:
+            if row.quick or not arguments.quick:
+                results.append(contest(row, rounds, seconds))
+                print(report.line(report.cells(results[-1])), flush=True)
+    finally:  # half an hour of figures is not lost with the row that fails
+        report.write_json(arguments.json, results, settings)
     if arguments.markdown:
         report.write_markdown(arguments.markdown, results, settings)
 
