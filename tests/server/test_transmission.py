@@ -387,9 +387,8 @@ async def test_a_budget_of_bytes(path: Path, engine: WatchedEngine) -> None:
         engine.held = {"_write_batch"}
         writes = [client.request(WRITE, 0, payload=bytes(300 * K)) for _ in range(20)]
         sending = asyncio.create_task(client.send(*writes))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: not talk.stream.reading)
         assert engine.hops == 4
-        assert not talk.stream.reading
         engine.release()
         await client.all_replies()
         await sending
