@@ -61,8 +61,9 @@ Buffer = bytes | bytearray | memoryview
 
 # A NOWAIT read copies in the loop's own time: a longer one goes to the pool even on a hit.
 NOWAIT_MAX = 256 * 1024
-# The same for the writes of a batch, in all.
+# The same for the writes of a batch, in all; and what each further call is worth in bytes.
 WRITE_NOW_MAX = 256 * 1024
+WRITE_CALL = 4096
 
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
@@ -334,10 +335,11 @@ class HostFile:
         quick = self._quick()
         if quick is None:
             return None
-        total = 0
+        total = end = 0
         for data, offset in pieces:
             length = len(data)
-            total += length
+            total += length if offset == end or not end else length + WRITE_CALL
+            end = offset + length
             if (offset | length) % _PAGE and not self._has_edges(offset, offset + length):
                 return None
         if total > WRITE_NOW_MAX or not quick.allow(total):
@@ -531,12 +533,15 @@ class HostFile:
 
 def _turns(pieces: Sequence[tuple[Buffer, int]]) -> Iterator[Sequence[tuple[Buffer, int]]]:
     """``pieces`` in groups of what may be written in one turn of the loop, if each of them may."""
-    first = total = 0
-    for index, (data, _) in enumerate(pieces):
-        total += len(data)
-        if total > WRITE_NOW_MAX and index > first:
+    first = total = end = 0
+    for index, (data, offset) in enumerate(pieces):
+        total += len(data) if offset == end else len(data) + WRITE_CALL
+        if index == first:
+            total = len(data)
+        elif total > WRITE_NOW_MAX:
             yield pieces[first:index]
             first, total = index, len(data)
+        end = offset + len(data)
     yield pieces[first:]
 
 

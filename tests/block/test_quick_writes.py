@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from pynbd.block import quick_writes
 from pynbd.block.cache_modes import CacheMode
-from pynbd.block.engine import WRITE_NOW_MAX, Buffer, Engine, HostFile
+from pynbd.block.engine import WRITE_CALL, WRITE_NOW_MAX, Buffer, Engine, HostFile
 from pynbd.block.pool import Lane
 from pynbd.block.quick_writes import COUNTED_EVERY, SLOW, QuickWrites, writers_run_free
 from tests.block.reading import eventually
@@ -232,6 +232,25 @@ async def test_one_buffer_that_cannot_be_written(tmp_path: Path) -> None:
     assert error.errno == errno.EBADF
     file.close()
     engine.close()
+
+
+async def test_many_calls_are_not_one_turn(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes here and there take longer than as many bytes in one place."""
+    turns: list[int] = []
+    write_batch = HostFile._write_batch
+
+    def told(file: HostFile, pieces: Sequence[tuple[Buffer, int]]) -> list[OSError | None]:
+        turns.append(len(pieces))
+        return write_batch(file, pieces)
+
+    monkeypatch.setattr(HostFile, "_write_batch", told)
+    assert await file.write_batch([(b"x" * 512, at * 1024) for at in range(256)]) == [None] * 256
+    assert sum(turns) == 256
+    assert max(turns) <= WRITE_NOW_MAX // WRITE_CALL
+    assert hops(file) == []
+    turns.clear()
+    assert await file.write_batch([(b"x" * 512, at * 512) for at in range(256)]) == [None] * 256
+    assert turns == [256]
 
 
 async def test_a_batch_is_written_in_turns(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
