@@ -56,9 +56,9 @@ T = TypeVar("T")
 
 # Clusters of a write in place, which cost a few microseconds each.
 _CLUSTERS_IN_PLACE = 1 << 10
-# Clusters that one step of a long write, or of many, looks up and links, about ten milliseconds'
+# Clusters that one step of a long write, or of many, looks up and links, about two milliseconds'
 # worth, and their bytes, which may all have to be copied.
-CLUSTERS_PER_STEP = 1 << 8
+CLUSTERS_PER_STEP = 1 << 6
 _BYTES_PER_STEP = 64 << 20
 # Batches on their way to the file: one that is written, and the next, so that nobody waits for the
 # loop in between.
