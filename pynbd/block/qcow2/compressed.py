@@ -13,8 +13,8 @@ docs/interop/qcow2.rst, "Compressed Clusters Descriptor". Rules:
 4. The rest goes to the pool, where threads that decompress fight each other and the loop for the
    interpreter. So there are no more lanes than other processors; a call that begins takes all that
    was read by then, up to about half a millisecond's work, and the next call of its lane follows
-   without a hop; a further lane begins only for what those to come will leave. The pool is never
-   full of them.
+   without a hop; a further lane begins only for what those to come will leave. An image
+   never fills the pool with them.
 5. What is read ahead of its turn is bounded as what is kept: a request for four bytes may need a
    cluster of two megabytes.
 6. Nobody reads or decompresses what nobody waits for any more.
