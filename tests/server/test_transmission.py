@@ -720,25 +720,25 @@ async def test_a_reply_that_nobody_takes_keeps_its_clusters(tmp_path: Path, take
     path = tmp_path / "image.qcow2"
     peers.run("qemu-img", "create", "-q", "-f", "qcow2", path, "8M")
     async with await open_image(path, read_only=False) as node:
-        data = random.Random(7).randbytes(1 << 20)
+        data = random.Random(7).randbytes(256 * K)
         assert await node.pwrite_batch([(0, data)]) == [None]
         async with talking(node, Mode.STRUCTURED) as talk:
             client = talk.client
-            await client.send(client.request(READ, 0, 1 << 20, cookie=1))
+            await client.send(client.request(READ, 0, 256 * K, cookie=1))
             await eventually(lambda: talk.stream.lent)
             assert node.pins is not None
             age = node.pins.end_age()
             if taken:
-                assert (await client.reply(1)).data(0, 1 << 20) == data
+                assert (await client.reply(1)).data(0, 256 * K) == data
                 await eventually(lambda: node.pins is not None and node.pins.gone(age))
             else:
-                await node.discard(0, 1 << 20)
+                await node.discard(0, 256 * K)
                 await node.flush()
                 for number in range(1, 5):
-                    assert await node.pwrite_batch([(number << 20, bytes(1 << 20))]) == [None]
+                    assert await node.pwrite_batch([(number * M, bytes(256 * K))]) == [None]
                     await node.flush()
                 assert not node.pins.gone(age)
-                assert (await client.reply(1)).data(0, 1 << 20) == data
+                assert (await client.reply(1)).data(0, 256 * K) == data
 
 
 async def test_who_leaves_before_he_takes_a_reply_keeps_its_clusters(tmp_path: Path) -> None:
