@@ -132,3 +132,25 @@ def test_rows_before_one_that_fails_are_kept(
     with pytest.raises(AssertionError, match="no image"):
         bench.main()
     assert [row["row"] for row in json.loads(told.read_text())["rows"]] == ["good"]
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["--rounds", "0"], "--rounds is 1 or more"),
+        (["--seconds", "0"], "--seconds more than 0"),
+        (["--only", "nothing*"], "no row is called 'nothing*'"),
+        (["--only", "raw*", "--markdown", "page"], "not with --quick or --only"),
+        (["--quick", "--markdown", "page"], "not with --quick or --only"),
+    ],
+)
+def test_what_cannot_be_measured(
+    words: list[str],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert complaint in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 from interop import peers
@@ -40,8 +41,10 @@ def machine() -> dict[str, object]:
     return {
         "processor": model[1] if model else platform.machine(),
         "cores": os.cpu_count(),
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "pynbd": version_of("pynbd"),
         **{name: version(name) for name in ("qemu-nbd", "nbdkit", "nbdcopy", "fio")},
     }
 
