@@ -28,7 +28,7 @@ check: .venv/tested ## Lint, formatting, types, layers
 	@$(BIN)/pytest -qq tests/test_layers.py
 
 bench: .venv/tested peers ## Compare the speed with qemu-nbd and nbdkit; QUICK=1 takes two minutes
-	@$(BIN)/python -m interop.bench $(if $(QUICK),--quick) $(ARGS)
+	@$(BIN)/python -m interop.bench $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 soak: .venv/tested peers ## Write qcow2 images in every way for twenty minutes; the figures
 	@$(BIN)/python -m interop.soak $(ARGS)

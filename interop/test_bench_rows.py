@@ -142,6 +142,9 @@ def test_rows_before_one_that_fails_are_kept(
         (["--only", "nothing*"], "no row is called 'nothing*'"),
         (["--only", "raw*", "--markdown", "page"], "not with --quick or --only"),
         (["--quick", "--markdown", "page"], "not with --quick or --only"),
+        (["--markdown", "/nonexistent/page"], "No such file or directory"),
+        (["--markdown", "README.md"], "README.md has no place for the table"),
+        (["--only", "raw*", "--json", "/nonexistent/x.json"], "No such file or directory"),
     ],
 )
 def test_what_cannot_be_measured(

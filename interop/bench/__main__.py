@@ -19,8 +19,12 @@ def main() -> None:
     parser.add_argument("--only", metavar="GLOB", default="*", help="rows by name")
     parser.add_argument("--rounds", type=int, help="measurements of each server")
     parser.add_argument("--seconds", type=float, help="about the length of each")
-    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where results go")
-    parser.add_argument("--markdown", type=Path, metavar="PAGE", help="a page with marks for them")
+    parser.add_argument(
+        "--json", type=Path, default=Path("bench.json"), help="what is written (%(default)s)"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="PAGE", help="the page whose table is replaced"
+    )
     arguments = parser.parse_args()
     rounds = arguments.rounds if arguments.rounds is not None else 2 if arguments.quick else 5
     seconds = arguments.seconds if arguments.seconds is not None else 0.3 if arguments.quick else 2
@@ -35,6 +39,12 @@ def main() -> None:
         parser.error(f"no row is called {arguments.only!r}; docs/performance.md names them")
     if arguments.markdown and len(rows) < len(ROWS):
         parser.error("--markdown replaces the whole table: not with --quick or --only")
+    try:
+        if arguments.markdown:
+            report.around(arguments.markdown)
+        arguments.json.open("a").close()
+    except (OSError, ValueError) as problem:
+        parser.error(str(problem))
     # As a package that was installed: who serves from a checkout would compile it at every start.
     compileall.compile_dir(Path(pynbd.__file__).parent, quiet=1)
     results: list[Result] = []

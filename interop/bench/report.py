@@ -73,12 +73,19 @@ def write_json(path: Path, results: list[Result], settings: dict[str, object]) -
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def around(page: Path) -> tuple[str, str]:
+    """What stands on a page before and after its two marks. ``ValueError`` without these."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"{page} has no place for the table: {BEGIN} ... {END}")
+    return before, after
+
+
 def write_markdown(page: Path, results: list[Result], settings: dict[str, object]) -> None:
     """Put the table and the facts of the machine between the two marks of a page."""
     facts = ", ".join(f"{name} {value}" for name, value in {**machine(), **settings}.items())
     lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, results)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    assert mark, f"{page} has no place for the table: {BEGIN} ... {END}"
+    before, after = around(page)
     page.write_text(f"{before}{BEGIN}\n{facts}\n\n{table}\n{END}{after}")
