@@ -107,7 +107,7 @@ class BlockNode(ABC):
         """
         raise AssertionError("only qcow2 has compressed clusters")
 
-    def read_compressed_now(self, descriptor: int, offset: int, view: memoryview) -> bool:
+    def fetch_compressed_now(self, descriptor: int, offset: int, view: memoryview) -> bool:
         """Fill ``view`` with guest bytes from ``offset`` on, which are in the compressed cluster of
         this layer, if that takes no longer than a turn of the loop may. False: `fetch_compressed`.
         """
@@ -183,8 +183,7 @@ class BlockNode(ABC):
     async def resolve(self, offset: int, end: int) -> list[Extent]:
         """The extents that make up guest bytes [offset, end), cut to them."""
         extents: list[Extent] = []
-        layers = list(self.chain())
-        resolved = self.resolved
+        layers, resolved = self._layers, self.resolved
         while offset < end:
             window = resolved.windows.get(offset // resolved.span)
             if window is None:
@@ -230,6 +229,14 @@ class BlockNode(ABC):
             raise OSError(
                 errno.EIO, f"corrupt metadata at guest offset {offset:#x}", extent.node.name
             )
+
+    def decompressed_now(self, depth: int, descriptor: int, offset: int, view: memoryview) -> bool:
+        """`fetch_compressed_now` of the layer at a depth of this chain."""
+        return self._layers[depth - 1].fetch_compressed_now(descriptor, offset, view)
+
+    @cached_property
+    def _layers(self) -> Sequence[BlockNode]:
+        return list(self.chain())
 
     async def decompressed(self, extents: Sequence[Extent]) -> list[Buffer]:
         """The content of COMPRESSED extents of one node."""
@@ -390,7 +397,7 @@ async def _turn(work: int, runs: Runs) -> int:
 
 
 def _extent(
-    layers: list[BlockNode], start: int, end: int, kind: int, place: int, depth: int
+    layers: Sequence[BlockNode], start: int, end: int, kind: int, place: int, depth: int
 ) -> Extent:
     node = layers[max(depth, 1) - 1]
     if kind == DATA and node.file is not None:

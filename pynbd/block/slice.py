@@ -88,6 +88,9 @@ class SliceNode(BlockNode):
             return
         await self.image.fetch(self._in_image(extent), offset + self.start, view)
 
+    def decompressed_now(self, depth: int, descriptor: int, offset: int, view: memoryview) -> bool:
+        return self.image.decompressed_now(depth, descriptor, self.start + offset, view)
+
     async def decompressed(self, extents: Sequence[Extent]) -> list[Buffer]:
         return await self.image.decompressed([self._in_image(extent) for extent in extents])
 

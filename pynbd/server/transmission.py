@@ -90,7 +90,7 @@ class Transmission:
         # What the hot path reads, by the number of the window and by depth.
         self._windows, self._span = export.node.resolved.windows, export.node.resolved.span
         self._files = [export.node.file, *(node.file for node in export.node.chain())]
-        self._layers = [export.node, *export.node.chain()]  # by depth; there is none of depth 0
+        self._decompressed_now = export.node.decompressed_now
         self._dialect = dialect(structured=session.structured, extended=session.extended)
         self.commands = Commands(export, session, self._dialect)
         self._budget = budget or Budget()
@@ -266,7 +266,7 @@ class Transmission:
         head, put_data_head = self._dialect.data_head_size, self._dialect.put_data_head
         magic_expected, size = self._dialect.magic, self._size
         windows, span = self._windows, self._span
-        files, layers = self._files, self._layers
+        files, decompressed_now = self._files, self._decompressed_now
         view, write_now, write_flags = self._view, self._write_now, self._write_flags
         done_size, put_done = self._dialect.done_size, self._dialect.put_done
         requests, limit = 0, TURN_REQUESTS
@@ -299,7 +299,7 @@ class Transmission:
                                 file is not None and file.read_now(target, offset + place) == length
                             )
                         else:
-                            served = layers[depth].read_compressed_now(place, offset, target)
+                            served = decompressed_now(depth, place, offset, target)
                             limit -= DECOMPRESSION_COST
                         if served:
                             put_data_head(inline, used, cookie, offset, length)

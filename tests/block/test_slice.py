@@ -61,6 +61,21 @@ async def test_a_slice_of_a_slice(tmp_path: Path) -> None:
         assert await contents(node) == expected.ljust(node.size, b"\0")
 
 
+@pytest.mark.parametrize("offset", [0, 1000, 2 * CLUSTER + 1000])
+async def test_what_is_decompressed_at_once(tmp_path: Path, offset: int) -> None:
+    path = image(tmp_path)
+    async with await open_image(path) as node:
+        whole = await contents(node)
+    wrapped = {"driver": "raw", "file": {"driver": "qcow2", "file.filename": str(path)}}
+    for form in (path, wrapped):
+        async with await open_image(form, offset=offset) as node:
+            at = 2 * CLUSTER + 5000 - offset
+            (extent,) = await node.resolve(at, at + 100)
+            view = memoryview(bytearray(100))
+            assert node.decompressed_now(extent.depth, extent.host, at, view)
+            assert view == whole[offset + at :][:100]
+
+
 async def test_depth(tmp_path: Path) -> None:
     """What the layers below hold is at depth 0, as in QEMU."""
     node = await open_image(image(tmp_path), offset=CLUSTER)

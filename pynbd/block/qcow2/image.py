@@ -165,7 +165,7 @@ class Qcow2Node(BlockNode):
         if int(ends.max(initial=0)) - self.file.size() >= self.header.cluster_size:
             self.past_end(0)
 
-    def read_compressed_now(self, descriptor: int, offset: int, view: memoryview) -> bool:
+    def fetch_compressed_now(self, descriptor: int, offset: int, view: memoryview) -> bool:
         first = offset & self.header.cluster_size - 1
         if first + len(view) > self.header.cluster_size:
             return False  # neighbours that are the same cluster

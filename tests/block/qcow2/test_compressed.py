@@ -322,13 +322,13 @@ async def test_short_reads_are_answered_at_once_a_few_in_each_turn(tmp_path: Pat
     async with opened(tmp_path / "x") as node:
         hosts = [extent.host for extent in await node.resolve(0, node.size)]
         for at in range(TURN_BYTES // K64):
-            assert node.read_compressed_now(hosts[at], at * K64 + 1000, view)
+            assert node.fetch_compressed_now(hosts[at], at * K64 + 1000, view)
             assert view == content(at)[1000:1100]
-        assert not node.read_compressed_now(hosts[-1], node.size - K64, view)
-        assert node.read_compressed_now(hosts[0], 0, view)  # it is kept
+        assert not node.fetch_compressed_now(hosts[-1], node.size - K64, view)
+        assert node.fetch_compressed_now(hosts[0], 0, view)  # it is kept
         assert node.clusters.loads == TURN_BYTES // K64
         await asyncio.sleep(0)
-        assert node.read_compressed_now(hosts[-1], node.size - K64, view)
+        assert node.fetch_compressed_now(hosts[-1], node.size - K64, view)
         assert view == content(CLUSTERS - 1)[:100]
 
 
@@ -339,11 +339,11 @@ async def test_what_has_to_wait_is_not_answered_at_once(
     view = memoryview(bytearray(100))
     async with opened(tmp_path / "x", _2=b"\xff" * 512) as node:
         hosts = [extent.host for extent in await node.resolve(0, 4 * K64)]
-        assert not node.read_compressed_now(hosts[2], 2 * K64, view)
+        assert not node.fetch_compressed_now(hosts[2], 2 * K64, view)
         waiting = asyncio.create_task(node.pread(K64, 4096))
         await asyncio.sleep(0)
-        assert not node.read_compressed_now(hosts[1], K64, view)
+        assert not node.fetch_compressed_now(hosts[1], K64, view)
         assert await waiting == content(1)[:4096]
-        assert not node.read_compressed_now(hosts[1], 2 * K64 - 99, view)
+        assert not node.fetch_compressed_now(hosts[1], 2 * K64 - 99, view)
         monkeypatch.setattr(HostFile, "read_now", lambda *_: 0)
-        assert not node.read_compressed_now(hosts[3], 3 * K64, view)
+        assert not node.fetch_compressed_now(hosts[3], 3 * K64, view)
