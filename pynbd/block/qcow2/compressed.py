@@ -23,9 +23,11 @@ docs/interop/qcow2.rst, "Compressed Clusters Descriptor". Rules:
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import os
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -35,6 +37,8 @@ from pynbd.block.qcow2.compression import decompress_all
 from pynbd.block.qcow2.entries import compressed_range
 from pynbd.block.qcow2.format import SECTOR, CompressionType
 from pynbd.errors import CorruptImage
+
+log = logging.getLogger("pynbd")
 
 # Decompressed clusters that are kept for the next request; and so much of compressed ones is read
 # that wait for their turn, before the next are read.
@@ -79,7 +83,7 @@ class Place(NamedTuple):
 
 
 # What a hop brings; None: nobody waited for it any more.
-Hop = list[tuple[Wanted, Buffer | CorruptImage | None]]
+Hop = list[tuple[Wanted, Buffer | CorruptImage | OSError | None]]
 
 
 class CompressedClusters:
@@ -145,8 +149,8 @@ class CompressedClusters:
         if self._left == TURN_BYTES:
             asyncio.get_running_loop().call_soon(self._next_turn)
         self._left -= max(self._size, TURN_BYTES // TURN_CLUSTERS)
-        (outcome,) = decompress_all(self._type, [(data, length)], self._size)
-        if isinstance(outcome, CorruptImage):
+        (outcome,) = self._decompressed([(data, length)])
+        if isinstance(outcome, Exception):
             return None
         self.loads += 1
         return self._keep(descriptor, memoryview(outcome))
@@ -280,9 +284,20 @@ class CompressedClusters:
                 taken.append(self._read.popleft())
         batch = [wanted for wanted in taken if wanted.is_wanted()]
         streams = [(wanted.data, wanted.length) for wanted in batch]
-        outcomes = decompress_all(self._type, streams, self._size) if batch else []
-        hop: Hop = [*zip(batch, outcomes, strict=True)]
+        hop: Hop = [*zip(batch, self._decompressed(streams), strict=True)]
         return hop + [(wanted, None) for wanted in taken if wanted not in batch]
+
+    def _decompressed(
+        self, streams: Sequence[tuple[memoryview, int]]
+    ) -> Sequence[Buffer | CorruptImage | OSError]:
+        """`decompress_all`; who waits is told of a failure that nobody thought of, too."""
+        try:
+            return decompress_all(self._type, streams, self._size) if streams else []
+        except MemoryError:
+            return [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))] * len(streams)
+        except Exception as defect:
+            log.exception("%s: a compressed cluster", self._file.path)
+            return [OSError(errno.EIO, f"internal error: {defect!r}")] * len(streams)
 
     def _landed(self, hop: asyncio.Future[Hop]) -> None:
         try:
@@ -300,7 +315,7 @@ class CompressedClusters:
     def _land(self, landed: Hop) -> None:
         for wanted, outcome in landed:
             self.loads += outcome is not None
-            if outcome is None or isinstance(outcome, CorruptImage):
+            if outcome is None or isinstance(outcome, Exception):
                 self._finish(wanted, outcome)
             else:
                 self._finish(wanted, self._keep(wanted.descriptor, memoryview(outcome)))

@@ -347,3 +347,26 @@ async def test_what_has_to_wait_is_not_answered_at_once(
         assert not node.fetch_compressed_now(hosts[1], 2 * K64 - 99, view)
         monkeypatch.setattr(HostFile, "read_now", lambda *_: 0)
         assert not node.fetch_compressed_now(hosts[3], 3 * K64, view)
+
+
+@pytest.mark.parametrize(
+    "defect, number", [(MemoryError(), errno.ENOMEM), (ValueError(), errno.EIO)]
+)
+async def test_nobody_waits_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: Exception, number: int
+) -> None:
+    """Whatever goes wrong, in the loop or in the pool, is told; afterwards it may go well."""
+
+    def failing(*_: Any) -> Any:
+        raise defect
+
+    async with opened(tmp_path / "x") as node:
+        with monkeypatch.context() as broken:
+            broken.setattr(compressed, "decompress_all", failing)
+            assert not node.fetch_compressed_now(
+                (await node.resolve(0, 1))[0].host, 0, memoryview(bytearray(10))
+            )
+            reads = [node.pread(at * K64, 4096) for at in range(CLUSTERS)]
+            answers = await asyncio.gather(*reads, return_exceptions=True)
+        assert {getattr(answer, "errno", 0) for answer in answers} == {number}
+        assert await node.pread(0, 4096) == content(0)[:4096]
