@@ -205,7 +205,7 @@ MUTATIONS = (
     Mutation(Rule.STORED, "cleared before the bits are written", stored_before_bits, "bitmaps"),
     Mutation(Rule.AUTOCLEAR, "no barrier", partial(without_barrier, Rule.AUTOCLEAR), "unknown"),
     Mutation(Rule.CORRUPT, "no barrier", partial(without_barrier, Rule.CORRUPT)),
-    Mutation("pins", "taken too late", late_pins, "tiny", 7),
+    Mutation("pins", "taken too late", late_pins, "tiny", 17),
     Mutation("copy on write", "nothing is copied", no_copy, "overlay"),
     Mutation("copy on write", "shared L2 tables are changed", shared_tables_in_place, "two-bit"),
     Mutation("overlapping changes wait", "they do not", nobody_waits, "tiny"),
