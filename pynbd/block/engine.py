@@ -335,13 +335,11 @@ class HostFile:
         quick = self._quick()
         if quick is None:
             return None
-        total = end = 0
         for data, offset in pieces:
             length = len(data)
-            total += length if offset == end or not end else length + WRITE_CALL
-            end = offset + length
             if (offset | length) % _PAGE and not self._has_edges(offset, offset + length):
                 return None
+        total = sum(_costs(pieces))
         if total > WRITE_NOW_MAX or not quick.allow(total):
             return None
         start = monotonic()
@@ -531,17 +529,24 @@ class HostFile:
         return None
 
 
+def _costs(pieces: Sequence[tuple[Buffer, int]]) -> Iterator[int]:
+    """What each piece is worth of a turn of the loop: its bytes, and a call of its own unless it
+    is the first one or follows the one before it.
+    """
+    end = pieces[0][1] if pieces else 0
+    for data, offset in pieces:
+        yield len(data) if offset == end else len(data) + WRITE_CALL
+        end = offset + len(data)
+
+
 def _turns(pieces: Sequence[tuple[Buffer, int]]) -> Iterator[Sequence[tuple[Buffer, int]]]:
     """``pieces`` in groups of what may be written in one turn of the loop, if each of them may."""
-    first = total = end = 0
-    for index, (data, offset) in enumerate(pieces):
-        total += len(data) if offset == end else len(data) + WRITE_CALL
-        if index == first:
-            total = len(data)
-        elif total > WRITE_NOW_MAX:
+    first = total = 0
+    for index, cost in enumerate(_costs(pieces)):
+        total += cost
+        if total > WRITE_NOW_MAX and index > first:
             yield pieces[first:index]
-            first, total = index, len(data)
-        end = offset + len(data)
+            first, total = index, len(pieces[index][0])
     yield pieces[first:]
 
 
