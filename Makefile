@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 IMAGE ?=
 QUICK ?=
+TIME ?= 600
 # More arguments: make serve ARGS='-p 0', make test ARGS='-k qcow2'
 ARGS ?=
 
@@ -33,6 +34,9 @@ bench: .venv/tested peers ## Compare the speed with qemu-nbd and nbdkit; QUICK=1
 soak: .venv/tested peers ## Write qcow2 images in every way for twenty minutes; the figures
 	@$(BIN)/python -m interop.soak $(ARGS)
 
+fuzz: .venv/tested ## Throw bytes at every reader of them, TIME seconds each (default: 600)
+	@$(BIN)/python -m tests.fuzz --seconds $(TIME) $(ARGS)
+
 peers: .venv/tested ## Find the peers of the interop tests, or build their tree in ~/.cache/pynbd
 	@$(BIN)/python -m interop.peers --host || interop/rootfs.sh
 
@@ -53,4 +57,4 @@ clean: ## Remove the virtual environment and every cache in the checkout
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-.PHONY: help serve test check bench soak peers docs clean
+.PHONY: help serve test check bench soak fuzz peers docs clean
