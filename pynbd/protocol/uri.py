@@ -181,10 +181,10 @@ def _decode(uri: str, part: str, encoded: str) -> str:
 def _parse_query(uri: str, query: str) -> dict[str, str]:
     parameters: dict[str, str] = {}
     for parameter in filter(None, query.split("&")):
-        name, _, raw = parameter.partition("=")
-        name, value = unquote(name), unquote(raw, errors="surrogateescape")
+        written, _, raw = parameter.partition("=")
+        name, value = unquote(written), unquote(raw, errors="surrogateescape")
         if name not in _PARAMETERS:
-            raise _wrong(uri, f"unknown parameter {name}, there are {', '.join(_PARAMETERS)}")
+            raise _wrong(uri, f"unknown parameter {written}, there are {', '.join(_PARAMETERS)}")
         if name in parameters:
             raise _wrong(uri, f"the parameter {name} is given twice")
         if not value or "\0" in value[name == "socket" :]:

@@ -108,6 +108,14 @@ def test_what_is_wrong_is_named(uri: str, reason: str) -> None:
         NbdUri.parse(uri)
 
 
+@pytest.mark.parametrize("name", ["a%0Ab", "a%1B%5B2J", "%E2%80%A8", "%FF"])
+def test_an_unknown_parameter_is_named_as_it_was_written(name: str) -> None:
+    """Decoded, it could be several lines, or speak to the terminal."""
+    with pytest.raises(UsageError, match=f"unknown parameter {name}, there are") as caught:
+        NbdUri.parse(f"nbd://h/?{name}=x")
+    assert str(caught.value).isprintable()
+
+
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 PATH = st.binary(min_size=1, max_size=20).map(
     lambda path: path.replace(b"\0", b"0").decode("utf-8", "surrogateescape")
