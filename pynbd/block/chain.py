@@ -3,7 +3,8 @@
 What an image says about other files is not trusted: a backing file or data file is a plain file
 name, whose format the overlay records; anything else is refused with one line that names the file,
 the reason and a way out. What the user says is: by options, or a name ``json:{...}``. Layers below
-the top are opened for reading only.
+the top are opened for reading only. Of an image from a stranger all files are beside it
+(`pynbd.block.confinement`), and no format is guessed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pynbd.block.cache_modes import Cache
+from pynbd.block.confinement import Confinement
 from pynbd.block.engine import Engine, HostFile
 from pynbd.block.file import open_host_file
 from pynbd.block.image_options import JSON_PREFIX, nested, parse_json_name
@@ -25,7 +27,7 @@ from pynbd.block.qcow2.image import Qcow2Node, read_header
 from pynbd.block.raw import RawNode
 from pynbd.block.slice import SliceNode
 from pynbd.block.window import WindowFile
-from pynbd.errors import CorruptImage, ImageError, UnsupportedFeature
+from pynbd.errors import CorruptImage, ImageError, UnsupportedFeature, UsageError
 
 MAX_LAYERS = 200
 FORMATS = ("raw", "qcow2")
@@ -49,6 +51,7 @@ async def open_image(
     offset: int = 0,
     whole_sectors: bool = False,
     cache: Cache = Cache.WRITEBACK,
+    untrusted: bool = False,
 ) -> BlockNode:
     """Open an image and the chain below it; close it with `BlockNode.close`.
 
@@ -60,16 +63,27 @@ async def open_image(
     writing. ``engine``: shared with others; without it the image gets one of its own.
     ``offset``: the disk begins at this byte of the image. ``whole_sectors``: a raw image that ends
     in the middle of a sector of 512 bytes is a disk that ends with the sector, as in QEMU.
-    ``cache``: how its files are cached, unless the options of a node say it.
+    ``cache``: how its files are cached, unless the options of a node say it. ``untrusted``: the
+    image is from a stranger. Its files are regular ones in its directory, or it is refused; its
+    format has to be given, by ``format`` or the options of the node, and those of backing files
+    have to be recorded.
 
-    Raises `ImageError`, or `UsageError` for a name that is not JSON; nothing is open then.
+    Raises `ImageError`, or `UsageError` for a name that is not JSON and for arguments that exclude
+    each other; nothing is open then.
     """
+    if untrusted:
+        _check_untrusted(image, format, probe_backing=probe_backing)
     options = _options(image, cache, force_share=force_share)
     if format is not None:
         options = replace(options, driver=format)
     if not read_only:
         options.refuse_writing()
-    opening = _Opening(engine or Engine(), probe_backing=probe_backing, whole_sectors=whole_sectors)
+    opening = _Opening(
+        engine or Engine(),
+        probe_backing=probe_backing,
+        whole_sectors=whole_sectors,
+        confinement=Confinement() if untrusted else None,
+    )
     try:
         top = await opening.top(options, read_only=read_only, snapshot=snapshot)
         if offset:
@@ -88,6 +102,16 @@ async def open_image(
     return top
 
 
+def _check_untrusted(image: object, format_name: str | None, *, probe_backing: bool) -> None:
+    """Raise `UsageError` where something is left to the image, or its name."""
+    if probe_backing:
+        raise UsageError("--untrusted excludes --probe-backing: no format is guessed")
+    if isinstance(image, str) and image.startswith(JSON_PREFIX):
+        raise UsageError("--untrusted: the image has to be the name of a file, not json:")
+    if format_name is None and not isinstance(image, Mapping):
+        raise UsageError("--untrusted: the format has to be given (--format); none is guessed")
+
+
 def _options(
     image: str | os.PathLike[str] | Mapping[str, object], cache: Cache, *, force_share: bool
 ) -> ImageOptions:
@@ -104,11 +128,19 @@ def _options(
 class _Opening:
     """A chain while it is being opened: its files so far."""
 
-    def __init__(self, engine: Engine, *, probe_backing: bool, whole_sectors: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        probe_backing: bool,
+        whole_sectors: bool,
+        confinement: Confinement | None,
+    ) -> None:
         self.engine = engine
         self.files: list[HostFile] = []
         self._probe_backing = probe_backing
         self._whole_sectors = whole_sectors
+        self._confinement = confinement
 
     async def top(
         self, options: ImageOptions, *, read_only: bool, snapshot: str | None
@@ -152,10 +184,10 @@ class _Opening:
             raise ImageError(f"image option backing.file: {node.name} names no backing file")
         path = _named_path(node.name, recorded, _BACKING_FILE)
         if driver is None and not self._probe_backing:
+            guesses = "" if self._confinement else "--probe-backing guesses, "
             raise ImageError(
                 f"{node.name}: the format of its backing file {recorded!r} is not recorded,"
-                " and guessing is not safe (--probe-backing guesses, qemu-img rebase -u -F FORMAT"
-                " records it)"
+                f" and guessing is not safe ({guesses}qemu-img rebase -u -F FORMAT records it)"
             )
         file = FileOptions(path, given.cache, given.force_share)
         return replace(given, driver=driver, file=file)
@@ -164,13 +196,17 @@ class _Opening:
         self, options: ImageOptions, *, read_only: bool = True, snapshot: str | None = None
     ) -> BlockNode:
         """One layer, without what is below it."""
+        if options.driver not in (None, *FORMATS):
+            raise UnsupportedFeature(
+                f"{options.file_name}: no format {options.driver!r}; raw and qcow2 are there"
+            )
+        if options.driver is None and self._confinement:
+            raise UsageError(f"{options.file_name}: with --untrusted its format has to be given")
         file = self._host_file(options, writable=not read_only)
         path = file.path
         looks_like = await _probe(file)
         chosen = options.driver or looks_like
         if chosen not in FORMATS:
-            if options.driver:
-                raise UnsupportedFeature(f"{path}: no format {chosen!r}; raw and qcow2 are there")
             raise UnsupportedFeature(
                 f"{path}: its format is {chosen}; raw and qcow2 are supported; -f raw takes it as"
                 " it is"
@@ -211,6 +247,10 @@ class _Opening:
             if recorded is None:
                 raise ImageError(f"{path}: it needs an external data file, and does not name it")
             data_path = _named_path(path, recorded, _DATA_FILE)
+            if self._confinement is None and os.path.exists(recorded):
+                data_path = (
+                    recorded  # QEMU looks in the current directory, unlike for backing files
+                )
             given = FileOptions(data_path, options.cache, options.force_share)
         try:
             return self._open(given, writable=writable)
@@ -236,6 +276,8 @@ class _Opening:
     def _open(self, options: FileOptions, *, writable: bool = False) -> HostFile:
         """Open a file of the chain."""
         path = options.filename
+        if self._confinement:
+            self._confinement.check_name(path)
         self._refuse_loop(path)
         file = open_host_file(
             self.engine,
@@ -244,6 +286,7 @@ class _Opening:
             force_share=options.force_share,
             locked=options.locked,
             cache=options.cache,
+            opener=self._confinement.open if self._confinement else None,
         )
         self.files.append(file)
         if options.device not in (None, file.is_device):
@@ -266,8 +309,6 @@ def _named_path(image: str, name: str, role: str) -> str:
         raise UnsupportedFeature(f"{image}: its {role} {name!r} is not a plain file name")
     if not name or "\0" in name:
         raise CorruptImage(f"{image}: its {role} {name!r} cannot be a file name")
-    if role == _DATA_FILE and os.path.exists(name):
-        return name  # QEMU takes data files from the current directory, unlike backing files
     return os.path.join(os.path.dirname(image), name)
 
 

@@ -58,6 +58,7 @@ from pynbd.block.syscalls import (
 P = ParamSpec("P")
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
+Opener = Callable[[str, int], int]  # path and flags, as of open(2); gives the descriptor
 
 # A NOWAIT read copies in the loop's own time: a longer one goes to the pool even on a hit.
 NOWAIT_MAX = 256 * 1024
@@ -168,14 +169,20 @@ class HostFile:
 
     @classmethod
     def open(
-        cls, engine: Engine, path: str, *, writable: bool, cache: CacheMode = _WRITEBACK
+        cls,
+        engine: Engine,
+        path: str,
+        *,
+        writable: bool,
+        cache: CacheMode = _WRITEBACK,
+        opener: Opener | None = None,
     ) -> HostFile:
         """Open a regular file or a block device; anything else is refused, without ever waiting on
-        it.
+        it. ``opener``: what opens it, in place of ``os.open``.
         """
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
         try:
-            fd = os.open(path, flags | (os.O_DIRECT if cache.direct else 0))
+            fd = (opener or os.open)(path, flags | (os.O_DIRECT if cache.direct else 0))
         except OSError as error:
             if cache.direct and error.errno == errno.EINVAL:
                 problem = "its file system does not support O_DIRECT (cache none, directsync)"

@@ -19,6 +19,7 @@ from pynbd.block.engine import (
     FALLOC_ZERO_RANGE,
     Engine,
     HostFile,
+    Opener,
 )
 from pynbd.errors import ImageError, ImageLocked
 
@@ -47,15 +48,16 @@ def open_host_file(
     force_share: bool = False,
     locked: bool = True,
     cache: CacheMode = Cache.WRITEBACK.mode,
+    opener: Opener | None = None,
 ) -> HostFile:
     """Open an image file or device and, unless it is not to be ``locked``, lock it as QEMU does.
 
     ``force_share`` opens a file for reading although others may write it, with a warning when one
-    does. Raises `ImageError` naming the file, `ImageLocked` if another process holds a conflicting
-    lock.
+    does. ``opener``: as `HostFile.open` has it. Raises `ImageError` naming the file, `ImageLocked`
+    if another process holds a conflicting lock.
     """
     try:
-        file = HostFile.open(engine, path, writable=writable, cache=cache)
+        file = HostFile.open(engine, path, writable=writable, cache=cache, opener=opener)
     except OSError as error:
         denied = writable and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         hint = " for writing (-r serves it read-only)" if denied else ""

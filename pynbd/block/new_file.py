@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from enum import StrEnum
 
 from pynbd.block.cache_modes import Cache, CacheMode
-from pynbd.block.engine import Engine, HostFile
+from pynbd.block.engine import Engine, HostFile, Opener
 from pynbd.block.file import open_host_file, write_zeroes
 from pynbd.errors import ImageError, ImageLocked
 
@@ -47,12 +47,18 @@ def new_file(
         raise
 
 
-def open_to_write(engine: Engine, path: str, cache: CacheMode = Cache.WRITEBACK.mode) -> HostFile:
-    """Open and lock a file or block device. Raises `ImageError`, `ImageLocked`."""
+def open_to_write(
+    engine: Engine,
+    path: str,
+    cache: CacheMode = Cache.WRITEBACK.mode,
+    *,
+    opener: Opener | None = None,
+) -> HostFile:
+    """Open and lock a file or block device, by ``opener``. Raises `ImageError`, `ImageLocked`."""
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise ImageError(f"{path}: it may not be written")
     try:
-        return open_host_file(engine, path, writable=True, cache=cache)
+        return open_host_file(engine, path, writable=True, cache=cache, opener=opener)
     except ImageLocked:
         raise ImageLocked(f"{path}: another process uses it") from None
 

@@ -95,6 +95,13 @@ class ImageOptions:
         """Whether it was given an offset or a size."""
         return bool(self.offset) or self.size is not None
 
+    @property
+    def file_name(self) -> str:
+        """The name of the host file that it is in, "" where that is a recorded one."""
+        if isinstance(self.file, ImageOptions):
+            return self.file.file_name
+        return self.file.filename if self.file else ""
+
     def refuse_writing(self) -> None:
         """Raise `ImageError` if its options, or those of what it stands on, are against it."""
         node: FileOptions | ImageOptions | None = self
