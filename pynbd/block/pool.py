@@ -4,6 +4,9 @@
 of the loop for each call, most of it in the thread, which fights the loop for the interpreter all
 that time. Here a thread takes a call, makes it, and puts the outcome into the loop's tray; the loop
 is woken once for all that lies there.
+
+Threads take the calls of those who ask (`ASKING`) in turn: one who lets hundreds of them wait for a
+disk takes no more than a turn from the others.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
+
+from pynbd.block.turns import ASKING, Turns
 
 T = TypeVar("T")
 
@@ -59,24 +64,23 @@ class Lane:
     """
 
     def __init__(self) -> None:
-        self._calls: deque[_Work] = deque()
+        self._calls: Turns[_Work] = Turns()
         self._taken = False  # by a thread, or soon
         self._lock = threading.Lock()
 
     def add(self, work: _Work) -> bool:
         """Whether a thread has to be sent."""
         with self._lock:
-            self._calls.append(work)
+            self._calls.add(ASKING.get(), work)
             taken, self._taken = self._taken, True
         return not taken
 
     def next(self) -> _Work | None:
         """The next one for the thread that is here; None: it may go."""
         with self._lock:
-            if self._calls:
-                return self._calls.popleft()
-            self._taken = False
-            return None
+            work = self._calls.next()
+            self._taken = work is not None
+            return work
 
 
 class Pool:
@@ -87,7 +91,9 @@ class Pool:
         self._most = threads
         self._name = name
         self._threads: list[threading.Thread] = []
-        self._work: SimpleQueue[_Work | Lane | None] = SimpleQueue()
+        self._work: Turns[_Work | Lane] = Turns()
+        self._lock = threading.Lock()  # around them
+        self._more: SimpleQueue[bool] = SimpleQueue()  # True for each of them, False for the end
         self._tray: _Tray | None = None
         self._closed = False
 
@@ -96,14 +102,14 @@ class Pool:
         cancelled: then the call is not made, or goes on by itself.
         """
         work = self._work_of(call, args)
-        self._send(work)
+        self._send(ASKING.get(), work)
         return work[0]
 
     def start_in_lane(self, lane: Lane, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        """`start`, after all that is in the lane."""
+        """`start`, one after the other with all that is in the lane."""
         work = self._work_of(call, args)
         if lane.add(work):
-            self._send(lane)
+            self._send(lane, lane)
         return work[0]
 
     def _work_of(self, call: Callable[..., Any], args: tuple[Any, ...]) -> _Work:
@@ -115,8 +121,10 @@ class Pool:
         self.busy += 1
         return loop.create_future(), call, args, self._tray
 
-    def _send(self, work: _Work | Lane) -> None:
-        self._work.put(work)
+    def _send(self, who: object, work: _Work | Lane) -> None:
+        with self._lock:
+            self._work.add(who, work)
+        self._more.put(True)
         if self.busy > len(self._threads) < self._most:
             name = f"{self._name}-{len(self._threads)}"
             thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -127,15 +135,15 @@ class Pool:
         """Wait for the calls under way; those that are waiting are not made."""
         self._closed = True
         for _ in self._threads:
-            self._work.put(None)
+            self._more.put(False)
         for thread in self._threads:
             thread.join()
 
     def _run(self) -> None:
-        while True:
-            work = self._work.get()
-            if work is None:
-                return
+        while self._more.get():
+            with self._lock:
+                work = self._work.next()
+            assert work is not None
             if isinstance(work, Lane):
                 while (of_lane := work.next()) is not None:
                     self._make(of_lane)

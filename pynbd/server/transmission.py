@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from pynbd.block.extent import COMPRESSED, DATA
 from pynbd.block.steps import Finished, first_step
+from pynbd.block.turns import ASKING
 from pynbd.errors import ProtocolError, RequestError
 from pynbd.protocol import wire
 from pynbd.protocol.handshake import Session
@@ -131,6 +132,7 @@ class Transmission:
 
     async def run(self) -> None:
         """Serve until the session ends. Raises `ProtocolError` if the peer broke a rule."""
+        ASKING.set(self)  # here, and in all that begins here: callbacks and Tasks
         self._stream.on_readable = self._on_readable
         self._stream.on_drained = self._resume
         self._stream.on_lost = self._lost

@@ -4,12 +4,14 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from pynbd.block.pool import Pool
+from pynbd.block.pool import Lane, Pool
+from pynbd.block.turns import ASKING
 
 
 @pytest_asyncio.fixture
@@ -135,3 +137,34 @@ def test_a_loop_that_is_closed_meanwhile_is_no_trouble() -> None:
     go_on.set()
     pool.close()
     assert threads() == 0
+
+
+async def _asked_by(who: object, ask: Callable[[], Any]) -> Any:
+    """``ask()`` on behalf of ``who``, in a context of its own as every Task is."""
+    ASKING.set(who)
+    return ask()
+
+
+@pytest.mark.parametrize("in_a_lane", [False, True], ids=["threads", "lane"])
+async def test_who_asks_for_much_leaves_the_others_their_turns(in_a_lane: bool) -> None:
+    """One thread: after what it is busy with, each gives one call in turn, in his own order."""
+    pool, lane, made = Pool(1, "test-pool"), Lane(), list[str]()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    def start(call: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        return pool.start_in_lane(lane, call, *args) if in_a_lane else pool.start(call, *args)
+
+    calls = [start(hold)]
+    await asyncio.to_thread(begun.wait, 10)
+    for who, count in (("a", 50), ("b", 2), ("c", 1)):
+        names = [f"{who}{number}" for number in range(count)]
+        ask = partial(lambda names: [start(made.append, name) for name in names], names)
+        calls += await asyncio.create_task(_asked_by(who, ask))
+    go_on.set()
+    await asyncio.gather(*calls)
+    pool.close()
+    assert made == ["a0", "b0", "c0", "a1", "b1", *(f"a{number}" for number in range(2, 50))]

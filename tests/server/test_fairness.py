@@ -9,6 +9,7 @@ import asyncio
 import os
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 
 from interop import peers
 from pynbd.block.chain import open_image
+from pynbd.block.engine import Engine, HostFile
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2 import entries
 from pynbd.block.qcow2.builder import Data, Image
@@ -172,6 +174,46 @@ async def test_one_read_over_a_flood_of_others(
         assert len(client.order) < 4000
         await client.all_replies()
         await sending
+
+
+async def test_one_cold_read_over_a_flood_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call of the pool is let go one by one: the lone one is made after those that were being
+    made already, and one more of the flood.
+    """
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    threads, made, go_on = 2, list[int](), threading.Semaphore(0)
+    monkeypatch.setattr(HostFile, "read_now", lambda *_: 0)
+    read_into = HostFile._read_into
+
+    def slow_read(file: HostFile, view: memoryview, offset: int) -> int:
+        made.append(offset)
+        assert go_on.acquire(timeout=20)
+        return read_into(file, view, offset)
+
+    engine = Engine(threads)
+    async with (
+        await open_image(path, format="raw", engine=engine) as node,
+        talking(node) as flooding,
+        talking(node) as polite,
+    ):
+        monkeypatch.setattr(HostFile, "_read_into", slow_read)
+        client = flooding.client
+        await client.send(*(client.request(READ, at * 512, 512) for at in range(200)))
+        await eventually(lambda: len(flooding.transmission._tasks) == 200)
+        lone = polite.client.request(READ, SIZE - 512, 512)
+        await polite.client.send(lone)
+        await eventually(lambda: bool(polite.transmission._tasks))
+        for _ in range(threads + 2):
+            go_on.release()
+        await polite.client.all_replies()
+        assert made.index(SIZE - 512) <= threads + 1
+        for _ in range(200):
+            go_on.release()
+        await client.all_replies()
+    engine.close()
 
 
 async def test_a_read_of_many_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
