@@ -109,7 +109,9 @@ def _check_untrusted(image: object, format_name: str | None, *, probe_backing: b
     if isinstance(image, str) and image.startswith(JSON_PREFIX):
         raise UsageError("--untrusted: the image has to be the name of a file, not json:")
     if format_name is None and not isinstance(image, Mapping):
-        raise UsageError("--untrusted: the format has to be given (--format); none is guessed")
+        raise UsageError(
+            f"--untrusted: the format of {image} has to be given (--format): none is guessed"
+        )
 
 
 def _options(
@@ -196,6 +198,15 @@ class _Opening:
         self, options: ImageOptions, *, read_only: bool = True, snapshot: str | None = None
     ) -> BlockNode:
         """One layer, without what is below it."""
+        try:
+            return await self._layer(options, read_only=read_only, snapshot=snapshot)
+        except OSError as error:  # of the host, which does not know what it was done for
+            where = error.filename or options.file_name
+            raise ImageError(f"{where}: cannot be opened: {error.strerror}") from None
+
+    async def _layer(
+        self, options: ImageOptions, *, read_only: bool, snapshot: str | None
+    ) -> BlockNode:
         if options.driver not in (None, *FORMATS):
             raise UnsupportedFeature(
                 f"{options.file_name}: no format {options.driver!r}; raw and qcow2 are there"

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing
 import click
 
 from pynbd.block.chain import FORMATS
+from pynbd.block.confinement import Confinement
 from pynbd.block.engine import Engine
 from pynbd.block.file import open_host_file
 from pynbd.block.new_file import open_to_write
@@ -26,6 +27,7 @@ from pynbd.block.qcow2.report import Report
 from pynbd.cli.complaints import complain
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import configure
+from pynbd.cli.looking import untrusted_option
 from pynbd.cli.output import printable, standard_output
 from pynbd.cli.transfer import run
 from pynbd.errors import ImageError, UsageError
@@ -109,6 +111,7 @@ Examples:
     is_flag=True,
     help="Check an image that another process may be writing; what is found may be its work.",
 )
+@untrusted_option
 @click.option(
     "--output",
     type=click.Choice([_HUMAN, _JSON]),
@@ -123,6 +126,7 @@ def check(
     fix: str | None,
     format_name: str | None,
     force_share: bool,
+    untrusted: bool,
     output: str,
     as_json: bool,
     quiet: bool,
@@ -137,10 +141,16 @@ def check(
         raise UsageError(f"IMAGE: {image!r} is not the name of a file")
     if fix and force_share:
         raise UsageError("--repair excludes --force-share: nobody else may use the image meanwhile")
+    if untrusted and format_name is None:
+        raise UsageError(
+            f"--untrusted: the format of {image} has to be given (--format): none is guessed"
+        )
     wanted = Fix(fix) if fix else None
     configure(verbose=False, trace=False, log_format="text")
     try:
-        report, marks, left = run(_check(image, format_name, wanted, force_share=force_share))
+        report, marks, left = run(
+            _check(image, format_name, wanted, force_share=force_share, untrusted=untrusted)
+        )
     except _NoCheck as error:
         complain("pynbd", str(error), _NO_CHECK)
     if not quiet:
@@ -159,15 +169,16 @@ def check(
 
 
 async def _check(
-    image: str, format_name: str | None, fix: Fix | None, *, force_share: bool
+    image: str, format_name: str | None, fix: Fix | None, *, force_share: bool, untrusted: bool
 ) -> tuple[Report, Incompatible, Incompatible]:
     """The report, and the marks of the image before and afterwards."""
+    opener = Confinement().open if untrusted else None
     with ExitStack() as open_ones:
         engine = open_ones.enter_context(closing(Engine()))
         file = (
-            open_host_file(engine, image, writable=False, force_share=force_share)
+            open_host_file(engine, image, writable=False, force_share=force_share, opener=opener)
             if fix is None
-            else open_to_write(engine, image)
+            else open_to_write(engine, image, opener=opener)
         )
         open_ones.enter_context(closing(file))
         looks_like = probe_format(await file.read_bytes(PROBE_LENGTH, 0))

@@ -40,6 +40,7 @@ class CompareOptions:
     snapshot: str | None
     probe_backing: bool
     force_share: bool
+    untrusted: bool
     strict: bool
     every: bool
     as_json: bool
@@ -104,7 +105,7 @@ def compare(**options: Any) -> int:  # the options are CompareOptions, name by n
         check_no_image_options({"b_format": wanted.b_format})
     if is_uri(wanted.a) and is_uri(wanted.b):
         check_no_image_options(
-            {"probe_backing": wanted.probe_backing, "force_share": wanted.force_share}
+            {name: getattr(wanted, name) for name in ("probe_backing", "force_share", "untrusted")}
         )
     try:
         return run(_compare(wanted))
@@ -150,6 +151,7 @@ def _reading(
         snapshot=snapshot,
         probe_backing=wanted.probe_backing,
         force_share=wanted.force_share,
+        untrusted=wanted.untrusted,
         connections=wanted.connections,
     )
 

@@ -35,6 +35,7 @@ class CopyOptions:
     format: str | None
     probe_backing: bool
     force_share: bool
+    untrusted: bool
     snapshot: str | None
     target_format: str | None
     no_create: bool
@@ -143,7 +144,7 @@ def _check(wanted: CopyOptions) -> None:
         check_no_image_options(
             {
                 name: getattr(wanted, name)
-                for name in ("format", "probe_backing", "force_share", "snapshot")
+                for name in ("format", "probe_backing", "force_share", "untrusted", "snapshot")
             }
         )
     if is_uri(wanted.target):
@@ -197,6 +198,7 @@ async def _copy(wanted: CopyOptions) -> None:
         snapshot=wanted.snapshot,
         force_share=wanted.force_share,
         probe_backing=wanted.probe_backing,
+        untrusted=wanted.untrusted,
         bitmap=wanted.bitmap,
         connections=wanted.connections,
     )

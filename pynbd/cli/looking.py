@@ -14,9 +14,18 @@ from pynbd.errors import UsageError
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 
+untrusted_option = click.option(
+    "--untrusted",
+    is_flag=True,
+    help="The image is from a stranger: nothing but regular files in its directory are opened for"
+    " it, and no format is guessed (--format is needed).",
+)
+
+
 def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of how an image is opened, in all commands the same; see `Opening`."""
+    """The options of how an image is opened, in all commands the same."""
     for option in (
+        untrusted_option,
         click.option(
             "--probe-backing",
             is_flag=True,
@@ -60,7 +69,8 @@ async def open_disk(disk: str, **options: Any) -> BlockNode:
 async def open_alone(disk: str, **options: Any) -> BlockNode:
     """The qcow2 image of a file, without those below it. `ImageError` if it is none."""
     alone = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": disk}}
-    return await open_image(alone, force_share=options["force_share"], format=options["format"])
+    chosen = {name: options[name] for name in ("force_share", "format", "untrusted")}
+    return await open_image(alone, **chosen)
 
 
 def check_no_image_options(options: Mapping[str, object]) -> None:

@@ -23,6 +23,7 @@ from pynbd.cli import python_export
 from pynbd.cli.activation import activated_sockets
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import configure, log_options
+from pynbd.cli.looking import untrusted_option
 from pynbd.cli.loops import FASTEST, LOOPS
 from pynbd.cli.numbers import seconds, whole_number
 from pynbd.cli.running import (
@@ -66,6 +67,7 @@ class ServeOptions:
     shared: int
     force_share: bool
     probe_backing: bool
+    untrusted: bool
     handshake_limit: float
     loop: str
     trace: bool
@@ -82,6 +84,7 @@ Examples:
   pynbd serve disk.qcow2
   pynbd serve -k /run/disk.sock -x disk disk.qcow2
   pynbd serve -r -B backup-1 disk.qcow2
+  pynbd serve --untrusted -f qcow2 -k /run/disk.sock upload.qcow2
   pynbd serve --python heat.py:Heat
   nbdinfo -- [ pynbd serve disk.qcow2 ]
 """,
@@ -188,6 +191,7 @@ Examples:
     is_flag=True,
     help="Guess the format of backing files that have none recorded.",
 )
+@untrusted_option
 @click.option(
     "--handshake-limit",
     metavar="SECONDS",
@@ -233,6 +237,7 @@ def _check(wanted: ServeOptions) -> None:
             ("--bitmap", bool(wanted.bitmap)),
             ("--force-share", wanted.force_share),
             ("--probe-backing", wanted.probe_backing),
+            ("--untrusted", wanted.untrusted),
         ):
             if given:
                 raise UsageError(f"{option}: it does not go with --python")
@@ -267,6 +272,7 @@ async def _open(wanted: ServeOptions) -> BlockNode:
         snapshot=wanted.load_snapshot,
         probe_backing=wanted.probe_backing,
         force_share=wanted.force_share,
+        untrusted=wanted.untrusted,
     )
 
 

@@ -35,6 +35,7 @@ class Reading:
     snapshot: str | None = None
     force_share: bool = False
     probe_backing: bool = False
+    untrusted: bool = False
     bitmap: str | None = None
     connections: int = CONNECTIONS
 
@@ -54,6 +55,7 @@ async def open_disk(name: str, how: Reading) -> AsyncIterator[Disk]:
             snapshot=how.snapshot,
             force_share=how.force_share,
             probe_backing=how.probe_backing,
+            untrusted=how.untrusted,
         )
     async with node:
         yield Disk(node)

@@ -54,6 +54,7 @@ async def serve(
     snapshot: str | None = None,
     probe_backing: bool = False,
     force_share: bool = False,
+    untrusted: bool = False,
     depth: bool | None = None,
     bitmaps: Sequence[str] | None = None,
     discard: str = Discard.UNMAP,
@@ -72,10 +73,11 @@ async def serve(
             await server.ended()
 
     ``image``: a file, or what is open already, and stays so, or a `Disk`, which is closed in the
-    end. ``format``, ``snapshot``, ``probe_backing`` and ``force_share`` as `open_image` takes them;
-    they are for files. An image is opened for writing, unless ``read_only`` is asked for or nothing
-    else is possible: with ``snapshot`` and ``force_share``. ``overlay``: what clients write is seen
-    by them, but goes to a temporary file, which is gone in the end.
+    end. ``format``, ``snapshot``, ``probe_backing``, ``force_share`` and ``untrusted`` as
+    `open_image` takes them; they are for files. An image is opened for writing, unless
+    ``read_only`` is asked for or nothing else is possible: with ``snapshot`` and ``force_share``.
+    ``overlay``: what clients write is seen by them, but goes to a temporary file, which is gone in
+    the end.
 
     It listens on a unix socket in a private folder; or on the unix ``socket``; or, with ``host`` or
     ``port``, on TCP: localhost unless ``host`` says otherwise, any free port if ``port`` is 0.
@@ -108,6 +110,7 @@ async def serve(
             "snapshot": snapshot,
             "probe_backing": probe_backing,
             "force_share": force_share,
+            "untrusted": untrusted,
         }
         given = [name for name, value in of_files.items() if value]
         if isinstance(image, BlockNode) and read_only and not image.read_only:
@@ -129,6 +132,7 @@ async def serve(
                 snapshot=snapshot,
                 probe_backing=probe_backing,
                 force_share=force_share,
+                untrusted=untrusted,
             )
             stack.push_async_callback(node.close)
         contexts = offered_contexts(node, depth=depth, bitmaps=bitmaps)

@@ -21,29 +21,27 @@ from pynbd.errors import ImageError, PynbdError, UnsupportedFeature, UsageError
 
 SIZE = 1 << 20
 
-_opened: list[str] | None = None
+_listening: list[list[str]] = []
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
     """What is opened, by what it really is; not what is only looked up."""
-    if event == "open" and _opened is not None and not args[2] & os.O_PATH:
-        name = os.fsdecode(args[0]) if isinstance(args[0], str | bytes) else ""
-        if name:
-            _opened.append(os.path.realpath(name))
+    if event == "open" and isinstance(args[0], str) and not args[2] & os.O_PATH:
+        for opened in _listening:
+            opened.append(os.path.realpath(args[0]))
 
 
-sys.addaudithook(_audit)
+sys.addaudithook(_audit)  # for ever
 
 
 @contextmanager
 def opens() -> Iterator[list[str]]:
     """The files that are opened meanwhile."""
-    global _opened  # an audit hook stays for ever
-    _opened = []
+    _listening.append([])
     try:
-        yield _opened
+        yield _listening[-1]
     finally:
-        _opened = None
+        _listening.pop()
 
 
 def raw(path: Path, data: bytes = b"") -> Path:
