@@ -295,16 +295,18 @@ class Replies:
 
     def _check_length(self, asked: Asked, kind: int, length: int) -> None:
         """Before the payload of a chunk is received: what kind of it can be so long."""
+        # An extent has a byte, or more.
+        describable = asked.request.length if asked.contexts else 0
         if kind & 0x8000:
             valid = wire.ERROR_PAYLOAD.size <= length <= _LONGEST_ERROR
         elif kind == ReplyType.OFFSET_HOLE:
             valid = asked.view is not None and length == wire.OFFSET_HOLE.size
         elif kind == ReplyType.BLOCK_STATUS_EXT and self._extended:
             count, rest = divmod(length - wire.BLOCK_STATUS_EXT.size, wire.DESCRIPTOR_EXT.size)
-            valid = count > 0 and not rest
+            valid = 0 < count <= describable and not rest
         elif kind == ReplyType.BLOCK_STATUS and not self._extended:
             count, rest = divmod(length - wire.BLOCK_STATUS.size, wire.DESCRIPTOR.size)
-            valid = count > 0 and not rest
+            valid = 0 < count <= describable and not rest
         else:
             valid = False
         if not valid or length > _LONGEST_STATUS:

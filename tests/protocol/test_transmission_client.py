@@ -448,6 +448,18 @@ def test_a_status_that_cannot_be(mode: Mode, saying: Saying, text: str) -> None:
 
 
 @chunked
+@pytest.mark.parametrize("command,count", [(BLOCK_STATUS, 1001), (READ, 1000), (FLUSH, 1)])
+def test_no_room_is_made_for_more_descriptors_than_were_asked_for(
+    mode: Mode, command: int, count: int
+) -> None:
+    """The head of the chunk is refused: a server could have 64 MiB of memory for twenty bytes."""
+    link = Link(mode)
+    link.ask(command, 0, 1000)
+    head = len(link.chunk(NONE))
+    refuses(link, link.status(4, *[(1, 0)] * count)[:head], "NBD_REPLY_TYPE_BLOCK_STATUS.* bytes")
+
+
+@chunked
 @pytest.mark.parametrize("extents", [[(10, 0), (10, 1)], [(1001, 0)]])
 def test_one_extent_was_asked_for(mode: Mode, extents: list[tuple[int, int]]) -> None:
     link = Link(mode)
