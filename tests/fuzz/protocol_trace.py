@@ -50,7 +50,7 @@ def seeds() -> Iterable[bytes]:
     greeting = b"NBDMAGICIHAVEOPT\0\3"
     by_name = opening(Mode.SIMPLE)[:4] + b"IHAVEOPT" + bytes([0, 0, 0, 1, 0, 0, 0, 4]) + b"disk"
     yield b"".join(_parted(_SERVER, by_name, 250) + _parted(_CLIENT, greeting + bytes(10), 250))
-    read = request(Mode.SIMPLE, Cmd.READ, 0, 64)
+    read = opening(Mode.SIMPLE)[:4] + request(Mode.SIMPLE, Cmd.READ, 0, 64 << 16)
     replies = simple_reply(1)
     pieces = _parted(_SERVER, read, 250) + _parted(_CLIENT, greeting + replies, 250)
     yield b"".join([*pieces, bytes([_CLIENT | _UNSEEN, 64])])
