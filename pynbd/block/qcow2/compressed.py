@@ -8,8 +8,9 @@ docs/interop/qcow2.rst, "Compressed Clusters Descriptor". Rules:
    work (deflate); who wants more of it later gets all of it. So nothing is decompressed more than
    twice.
 3. Compressed bytes that are in the page cache are read in the loop, as everywhere, and in each of
-   its turns a few clusters are decompressed there: a hop into the pool takes longer than a cluster.
-   Short reads come first, which then need not wait at all (`read_now`).
+   its turns a few clusters are decompressed there, as a hop into the pool takes longer than a
+   cluster: within the share that all images have together, and never what needs care. Short reads
+   come first, which then need not wait at all (`read_now`).
 4. The rest goes to the pool, where threads that decompress fight each other and the loop for the
    interpreter. So there are no more lanes than other processors; a call that begins takes all that
    was read by then, up to about half a millisecond's work, and the next call of its lane follows
@@ -33,9 +34,10 @@ from typing import NamedTuple
 
 from pynbd.block.engine import NOWAIT_MAX, Buffer, HostFile
 from pynbd.block.pool import Lane
-from pynbd.block.qcow2.compression import decompress_all
+from pynbd.block.qcow2.compression import cost, decompress, decompress_all
 from pynbd.block.qcow2.entries import compressed_range
 from pynbd.block.qcow2.format import SECTOR, CompressionType
+from pynbd.block.qcow2.loop_share import LOOP_SHARE, TURN_BYTES, TURN_CLUSTERS, TURN_COST
 from pynbd.errors import CorruptImage
 
 log = logging.getLogger("pynbd")
@@ -45,10 +47,8 @@ log = logging.getLogger("pynbd")
 CACHE_BYTES = 4 << 20
 # What one hop decompresses, in bytes of clusters (at least one): about half a millisecond's work.
 HOP_BYTES = 1 << 19
-# What the loop decompresses in one turn, in bytes of clusters; larger ones all go to the pool.
-TURN_BYTES = 1 << 19
 # Nor more clusters than these, as small ones cost more than their bytes.
-HOP_CLUSTERS, TURN_CLUSTERS = 64, 32
+HOP_CLUSTERS = 64
 # Lanes of one image. The pool has at least twice as many threads, for the disk.
 HOPS = max(min((os.cpu_count() or 1) - 1, 4), 1)
 
@@ -61,13 +61,14 @@ Waiter = asyncio.Future[Outcome]
 class Wanted:
     """A cluster that is being read or decompressed, and who waits for how many bytes of it."""
 
-    __slots__ = ("data", "descriptor", "held", "length", "waiters")
+    __slots__ = ("care", "data", "descriptor", "held", "length", "waiters")
 
     def __init__(self, descriptor: int, length: int) -> None:
         self.descriptor = descriptor
         self.length = length  # the most that a waiter needs
         self.data = memoryview(b"")  # compressed
         self.held = 0  # bytes of it in memory, or soon
+        self.care = False  # the loop has tried it
         self.waiters: list[tuple[Waiter, int]] = []
 
     def is_wanted(self) -> bool:
@@ -108,11 +109,12 @@ class CompressedClusters:
         self._unread: deque[list[Place]] = deque()
         self._reading: set[asyncio.Task[None]] = set()
         self._held = 0  # compressed bytes in memory, or soon
-        self._read: deque[Wanted] = deque()  # and not decompressed yet
+        # What was read and not decompressed yet: what the loop may do, and what it may not.
+        self._read: deque[Wanted] = deque()
+        self._long: deque[Wanted] = deque()
         self._lanes = [Lane() for _ in range(HOPS)]
         self._to_come = [False] * HOPS  # whether a lane has a call that did not begin
         self._turn_soon = False
-        self._left = TURN_BYTES  # what `read_now` may still decompress in this turn of the loop
         self._stored = memoryview(bytearray(self._size + SECTOR if self._in_turn else 0))
         self.loads = 0
 
@@ -140,23 +142,19 @@ class CompressedClusters:
         return True
 
     def _decompress_now(self, descriptor: int, length: int) -> memoryview | None:
-        if self._left < self._size or descriptor in self._waiting:
-            return None
         start, stored = compressed_range(descriptor, self._bits)
+        work = cost(self._type, stored, length, self._size)
+        if descriptor in self._waiting or not LOOP_SHARE.allows(self._size, work):
+            return None
         data = self._stored[:stored]
         if self._file.read_now(data, start) < stored:
             return None
-        if self._left == TURN_BYTES:
-            asyncio.get_running_loop().call_soon(self._next_turn)
-        self._left -= max(self._size, TURN_BYTES // TURN_CLUSTERS)
+        LOOP_SHARE.take(self._size, work)
         (outcome,) = self._decompressed([(data, length)])
-        if isinstance(outcome, Exception):
+        if outcome is None or isinstance(outcome, Exception):
             return None
         self.loads += 1
         return self._keep(descriptor, memoryview(outcome))
-
-    def _next_turn(self) -> None:
-        self._left = TURN_BYTES
 
     def start(self, pieces: Iterable[tuple[int, int]]) -> list[memoryview | Waiter]:
         """For each (descriptor, length): the first ``length`` bytes of that cluster at least, or a
@@ -243,9 +241,17 @@ class CompressedClusters:
         base = group[0].start
         for wanted, start, end in group:
             wanted.data = data[start - base : end - base]
-            self._read.append(wanted)
+            self._queue(wanted)
         self._send()
         self._have_turn()
+
+    def _queue(self, wanted: Wanted) -> None:
+        """It was read, and is to be decompressed."""
+        long = wanted.care or not self._in_turn or self._cost(wanted) > TURN_COST
+        (self._long if long else self._read).append(wanted)
+
+    def _cost(self, wanted: Wanted) -> float:
+        return cost(self._type, len(wanted.data), wanted.length, self._size)
 
     def _have_turn(self) -> None:
         if self._read and not self._turn_soon:
@@ -255,13 +261,36 @@ class CompressedClusters:
     def _turn(self) -> None:
         """Decompress as much as the loop may, and see to the rest."""
         self._turn_soon = False
-        self._land(self._decompress_some(self._in_turn))
-        if self._in_turn:
-            self._have_turn()
+        taken = self._share()
+        hop: Hop = []
+        for wanted, outcome in self._decompress(taken):
+            if outcome is None and wanted.is_wanted():
+                wanted.care = True
+                self._queue(wanted)
+            else:
+                hop.append((wanted, outcome))
+        self._land(hop, in_turn=self._in_turn if taken else 0)
+        self._have_turn()
 
-    def _send(self) -> None:
+    def _share(self) -> list[Wanted]:
+        """What the loop decompresses in this turn."""
+        taken: list[Wanted] = []
+        with suppress(IndexError):  # the lanes take, too
+            while len(taken) < self._in_turn:
+                wanted = self._read.popleft()
+                work = self._cost(wanted)
+                if not LOOP_SHARE.allows(self._size, work):
+                    self._read.appendleft(wanted)
+                    break
+                LOOP_SHARE.take(self._size, work)
+                taken.append(wanted)
+        return taken
+
+    def _send(self, in_turn: int | None = None) -> None:
         """See that there are calls to come for what the loop will not do in its turn."""
-        calls = -(-(len(self._read) - self._in_turn) // self._in_hop) - sum(self._to_come)
+        most = self._in_turn if in_turn is None else in_turn
+        left = len(self._long) + max(len(self._read) - most, 0)
+        calls = -(-left // self._in_hop) - sum(self._to_come)
         for lane in range(HOPS):
             if calls > 0 and not self._to_come[lane]:
                 calls -= 1
@@ -274,36 +303,53 @@ class CompressedClusters:
     def _decompress_in_lane(self, lane: int) -> Hop:
         """In the pool."""
         self._to_come[lane] = False
-        return self._decompress_some(self._in_hop)
-
-    def _decompress_some(self, most: int) -> Hop:
-        """Decompress what was read, as much as a hop or a turn may."""
         taken: list[Wanted] = []
-        with suppress(IndexError):  # the others take, too
-            while len(taken) < most:
-                taken.append(self._read.popleft())
+        for queue in (self._long, self._read):
+            with suppress(IndexError):  # the others take, too
+                while len(taken) < self._in_hop:
+                    taken.append(queue.popleft())
+        return self._decompress(taken, with_care=True)
+
+    def _decompress(self, taken: Sequence[Wanted], *, with_care: bool = False) -> Hop:
+        """What becomes of those that are still wanted."""
         batch = [wanted for wanted in taken if wanted.is_wanted()]
         streams = [(wanted.data, wanted.length) for wanted in batch]
-        hop: Hop = [*zip(batch, self._decompressed(streams), strict=True)]
+        outcomes = self._decompressed(streams, with_care=with_care)
+        hop: Hop = [*zip(batch, outcomes, strict=True)]
         return hop + [(wanted, None) for wanted in taken if wanted not in batch]
 
     def _decompressed(
-        self, streams: Sequence[tuple[memoryview, int]]
-    ) -> Sequence[Buffer | CorruptImage | OSError]:
-        """`decompress_all`; who waits is told of a failure that nobody thought of, too."""
+        self, streams: Sequence[tuple[memoryview, int]], *, with_care: bool = False
+    ) -> Sequence[Buffer | CorruptImage | OSError | None]:
+        """`decompress_all`, and the rest ``with_care``, which may take long; who waits is told of a
+        failure that nobody thought of, too.
+        """
         try:
-            return decompress_all(self._type, streams, self._size) if streams else []
+            clusters = decompress_all(self._type, streams, self._size) if streams else []
+            if not with_care:
+                return clusters
+            return [
+                self._decompressed_with_care(stream) if cluster is None else cluster
+                for cluster, (stream, _) in zip(clusters, streams, strict=True)
+            ]
         except MemoryError:
             return [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))] * len(streams)
         except Exception as defect:
             log.exception("%s: a compressed cluster", self._file.path)
             return [OSError(errno.EIO, f"internal error: {defect!r}")] * len(streams)
 
+    def _decompressed_with_care(self, stream: memoryview) -> Buffer | CorruptImage:
+        try:
+            return decompress(self._type, stream, self._size)
+        except CorruptImage as error:
+            return error
+
     def _landed(self, hop: asyncio.Future[Hop]) -> None:
         try:
             landed = hop.result()
         except asyncio.CancelledError:  # the engine was closed
             self._read.clear()
+            self._long.clear()
             self._unread.clear()
             while self._waiting:
                 for waiter, _ in self._waiting.popitem()[1].waiters:
@@ -312,7 +358,7 @@ class CompressedClusters:
             self._land(landed)
             self._have_turn()
 
-    def _land(self, landed: Hop) -> None:
+    def _land(self, landed: Hop, in_turn: int | None = None) -> None:
         for wanted, outcome in landed:
             self.loads += outcome is not None
             if outcome is None or isinstance(outcome, Exception):
@@ -320,7 +366,7 @@ class CompressedClusters:
             else:
                 self._finish(wanted, self._keep(wanted.descriptor, memoryview(outcome)))
         self._read_more()
-        self._send()
+        self._send(in_turn)
 
     def _keep(self, descriptor: int, cluster: memoryview) -> memoryview:
         before = self._kept.pop(descriptor, b"")
@@ -343,6 +389,6 @@ class CompressedClusters:
         if late:
             wanted.waiters, wanted.length = late, self._size
             self._waiting[wanted.descriptor] = wanted
-            self._read.append(wanted)
+            self._queue(wanted)
         else:
             self._held -= wanted.held

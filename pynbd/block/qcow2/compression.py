@@ -6,7 +6,8 @@ produced a cluster of data". No more than that is ever produced.
 
 The work is done outside the GIL, and each time that a thread wants it back may cost as much as a
 tenth of a cluster: what known writers make, streams of exactly one cluster, goes through calls that
-give it up once. What these refuse is looked at again with care.
+give it up once, and which cost little for each byte of the stream, whatever is in it. What these
+refuse is looked at again with care, which may take long.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import zstandard
 from deflate import DeflateError, deflate_decompress
@@ -29,12 +29,6 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-inflater: Any  # a module like zlib
-try:
-    from isal import isal_zlib as inflater  # two and a half times as fast
-except ImportError:
-    inflater = zlib
-
 # QEMU has a window of 4 KiB both ways; the specification has no limit.
 _WRITE_WINDOW = -12
 _READ_WINDOW = -15
@@ -43,53 +37,65 @@ _MAX_FRAMES = 1024
 
 
 # Beyond this part of a cluster it is faster to decompress all of it with one call.
-_MOST_INFLATED = 0.75
+_MOST_INFLATED = 0.5
 # The beginning of a stream holds the code of its first block, and the parts are not equally dense.
 _PART_MORE = 512
+# Where all blocks are as short, and their codes as large, as can be, libdeflate takes 55 ns for a
+# byte of the stream, zlib twice as long, libzstd half as long.
+_INFLATED_COST, _UNZSTD_COST = 2, 0.5
+# So much of a stream is looked at before what there is of it is known to be of use.
+_CHUNK = 64 << 10
 
 # Contexts are as expensive as a part of a cluster. There are as many as threads that decompress.
 _zstd_contexts: list[zstandard.ZstdDecompressor] = []
+
+
+def cost(compression_type: CompressionType, stored: int, length: int, cluster_size: int) -> float:
+    """What `decompress_all` may cost for ``length`` bytes of a cluster whose stream has ``stored``:
+    bytes of a whole stream of deflate. A stream may be nothing but empty blocks: the work cannot be
+    told by what comes out.
+    """
+    if compression_type is CompressionType.ZSTD:
+        return stored * _UNZSTD_COST
+    if _begins(compression_type, length, cluster_size):
+        return min(_part(stored, length, cluster_size), stored) * _INFLATED_COST
+    return stored
 
 
 def decompress_all(
     compression_type: CompressionType,
     streams: Sequence[tuple[memoryview, int]],
     cluster_size: int,
-) -> list[Buffer | CorruptImage]:
+) -> list[Buffer | None]:
     """For each (stream, length): the first ``length`` bytes at least of the cluster of
-    ``cluster_size`` bytes that it holds, or what is wrong with them.
+    ``cluster_size`` bytes that it holds; None if it is not what known writers make, and needs the
+    care of `decompress`.
     """
     if compression_type is CompressionType.ZSTD:
-        with suppress(zstandard.ZstdError, zstd.ZstdError):
-            return [*_unzstd_whole([stream for stream, _ in streams], cluster_size)]
-    return [_outcome(compression_type, *stream, cluster_size) for stream in streams]
+        return [*_unzstd_whole([stream for stream, _ in streams], cluster_size)]
+    return [
+        _inflate_beginning(stream, length, cluster_size)
+        if _begins(compression_type, length, cluster_size)
+        else _inflate_whole(stream, cluster_size)
+        for stream, length in streams
+    ]
 
 
-def _unzstd_whole(streams: Sequence[memoryview], cluster_size: int) -> list[bytes]:
+def _unzstd_whole(streams: Sequence[memoryview], cluster_size: int) -> list[bytes | None]:
     """Of streams that are one frame each, which tells that it holds a cluster."""
-    if any(zstandard.frame_content_size(stream) != cluster_size for stream in streams):
-        raise zstandard.ZstdError
-    frames: list[Buffer] = [stream[: zstd.get_frame_size(stream)] for stream in streams]
     try:
         context = _zstd_contexts.pop()
     except IndexError:  # others have them all; to look first would be too early
         context = zstandard.ZstdDecompressor()
-    clusters = [context.decompress(frame) for frame in frames]
+    clusters: list[bytes | None] = []
+    for stream in streams:
+        cluster = None
+        with suppress(zstandard.ZstdError):
+            if zstandard.frame_content_size(stream) == cluster_size:
+                cluster = context.decompress(stream)
+        clusters.append(cluster)
     _zstd_contexts.append(context)
     return clusters
-
-
-def _outcome(
-    compression_type: CompressionType, stream: memoryview, length: int, cluster_size: int
-) -> Buffer | CorruptImage:
-    try:
-        if compression_type is CompressionType.ZLIB and length <= cluster_size * _MOST_INFLATED:
-            beginning = _inflate_beginning(stream, length, cluster_size)
-            if len(beginning) >= length:
-                return beginning
-        return decompress(compression_type, stream, cluster_size)
-    except CorruptImage as error:
-        return error
 
 
 def decompress(compression_type: CompressionType, data: Buffer, cluster_size: int) -> Buffer:
@@ -100,7 +106,7 @@ def decompress(compression_type: CompressionType, data: Buffer, cluster_size: in
     unpack = _unzstd if compression_type is CompressionType.ZSTD else _inflate
     try:
         cluster = unpack(data, cluster_size)
-    except (inflater.error, zstd.ZstdError) as error:
+    except (zlib.error, zstd.ZstdError) as error:
         raise CorruptImage(f"the {compression_type} stream is damaged") from error
     if len(cluster) < cluster_size:
         raise CorruptImage(
@@ -109,44 +115,61 @@ def decompress(compression_type: CompressionType, data: Buffer, cluster_size: in
     return cluster
 
 
-def _inflate_beginning(stream: memoryview, length: int, cluster_size: int) -> bytes:
-    """About ``length`` bytes, from as much of the stream; fewer if that is not enough, or damaged
-    (`decompress` tells what is wrong).
-    """
-    part = len(stream) * length // cluster_size
-    with suppress(inflater.error):
-        beginning: bytes = inflater.decompressobj(_READ_WINDOW).decompress(
-            stream[: part + part // 16 + _PART_MORE], cluster_size
-        )
-        return beginning
-    return b""
+def _begins(compression_type: CompressionType, length: int, cluster_size: int) -> bool:
+    """Whether it is less work to decompress but the beginning of a cluster."""
+    return compression_type is CompressionType.ZLIB and length <= cluster_size * _MOST_INFLATED
+
+
+def _part(stored: int, length: int, cluster_size: int) -> int:
+    """How much of the beginning of a stream is taken for ``length`` bytes of its cluster."""
+    part = stored * length // cluster_size
+    return part + part // 16 + _PART_MORE
+
+
+def _inflate_beginning(stream: memoryview, length: int, cluster_size: int) -> Buffer | None:
+    """About ``length`` bytes, from as much of the stream; None if those are not enough."""
+    part = stream[: _part(len(stream), length, cluster_size)]
+    with suppress(zlib.error):
+        beginning = zlib.decompressobj(_READ_WINDOW).decompress(part, cluster_size)
+        if len(beginning) >= length:
+            return beginning
+    return None
+
+
+def _inflate_whole(stream: Buffer, cluster_size: int) -> Buffer | None:
+    """Of a stream that ends with its cluster."""
+    with suppress(DeflateError):
+        if len(whole := deflate_decompress(stream, cluster_size)) == cluster_size:
+            return whole
+    return None
 
 
 def _inflate(data: Buffer, cluster_size: int) -> Buffer:
-    with suppress(DeflateError):
-        if len(whole := deflate_decompress(data, cluster_size)) == cluster_size:
-            return whole
-    cluster: bytes = inflater.decompressobj(_READ_WINDOW).decompress(data, cluster_size)
-    return cluster
+    whole = _inflate_whole(data, cluster_size)
+    return whole or zlib.decompressobj(_READ_WINDOW).decompress(data, cluster_size)
 
 
 def _unzstd(data: Buffer, cluster_size: int) -> bytes:
     """One or more frames, until the cluster is full; the last one has to be complete."""
-    view, room = memoryview(data), cluster_size
+    view, room, frames = memoryview(data), cluster_size, 0
     pieces: list[bytes] = []
     while room and view:
-        if len(pieces) == _MAX_FRAMES:
+        if frames == _MAX_FRAMES:
             raise CorruptImage(f"the zstd stream has more than {_MAX_FRAMES} frames")
-        # To look for the frame's end first demands that it is complete, and spares copies of the
-        # rest: a cluster may hold very many frames.
-        size = zstd.get_frame_size(view)
+        frames += 1
         frame = zstd.ZstdDecompressor()
-        piece = frame.decompress(view[:size], room)
-        if not frame.eof and frame.decompress(b"", 1):
-            raise CorruptImage("a zstd frame goes on beyond the end of its cluster")
-        pieces.append(piece)
-        room -= len(piece)
-        view = view[size:]
+        while not frame.eof:
+            # In pieces, as what is left of one is copied at the end of each frame.
+            chunk = view[: _CHUNK if frame.needs_input else 0]
+            if frame.needs_input and not chunk:
+                raise zstd.ZstdError("it is not complete")
+            view = view[len(chunk) :]
+            piece = frame.decompress(chunk, max(room, 1))
+            if len(piece) > room:
+                raise CorruptImage("a zstd frame goes on beyond the end of its cluster")
+            pieces.append(piece)
+            room -= len(piece)
+        view = memoryview(data)[len(data) - len(view) - len(frame.unused_data) :]
     return b"".join(pieces)
 
 

@@ -27,9 +27,11 @@ from pynbd.block.qcow2.compressed import (
     TURN_BYTES,
     TURN_CLUSTERS,
 )
+from pynbd.block.qcow2.compression import compress, cost
 from pynbd.block.qcow2.entries import compressed_entry, compressed_range
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.block.qcow2.image import Qcow2Node
+from pynbd.block.qcow2.loop_share import LOOP_SHARE, TURN_COST
 from pynbd.errors import CorruptImage
 
 K64 = 1 << 16
@@ -370,3 +372,105 @@ async def test_nobody_waits_for_ever(
             answers = await asyncio.gather(*reads, return_exceptions=True)
         assert {getattr(answer, "errno", 0) for answer in answers} == {number}
         assert await node.pread(0, 4096) == content(0)[:4096]
+
+
+EMPTY_BLOCK = b"\0\0\0\xff\xff"  # of deflate, stored
+
+
+def padded(number: int, length: int) -> bytes:
+    """`content` of that number, behind so many bytes of blocks that make nothing."""
+    stream = compress(CompressionType.ZLIB, content(number))
+    assert stream is not None
+    return EMPTY_BLOCK * (length // len(EMPTY_BLOCK)) + stream
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What was spent in each turn of the loop in which anything was decompressed."""
+    spent: list[float] = []
+    open_turn = [False]
+
+    def counting(kind: CompressionType, streams: Sequence[Any], size: int) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            if not open_turn[0]:
+                open_turn[0] = True
+                spent.append(0)
+                asyncio.get_running_loop().call_soon(open_turn.__setitem__, 0, False)
+            spent[-1] += sum(cost(kind, len(data), length, size) for data, length in streams)
+        return compression.decompress_all(kind, streams, size)
+
+    monkeypatch.setattr(compressed, "decompress_all", counting)
+    return spent
+
+
+async def test_streams_that_make_little_hold_no_turn_for_long(
+    tmp_path: Path, turns: list[float]
+) -> None:
+    """Each is short enough for the loop, all of them together are not; asked for in both ways."""
+    streams = {f"_{number}": padded(number, 30_000) for number in range(CLUSTERS)}
+    async with opened(tmp_path / "x", CompressionType.ZLIB, **streams) as node:
+        reads = (node.pread(at * K64, K64) for at in range(CLUSTERS))
+        assert await asyncio.gather(*reads) == [content(at) for at in range(CLUSTERS)]
+    assert max(turns) <= TURN_COST
+
+
+@pytest.mark.parametrize("length", [4096, K64])
+async def test_a_stream_that_is_longer_than_its_cluster_is_not_for_the_loop(
+    tmp_path: Path, length: int, turns: list[float]
+) -> None:
+    async with opened(tmp_path / "x", _2=padded(2, 2 * K64 - 1000)) as node:
+        where = 3 * K64 - length
+        assert await node.pread(where, length) == content(2)[K64 - length :]
+    assert max(turns, default=0) <= TURN_COST
+
+
+async def test_all_images_together_have_one_share_of_a_turn(
+    tmp_path: Path, turns: list[float]
+) -> None:
+    """The first takes all of it, so that the second goes to the pool."""
+    view = memoryview(bytearray(100))
+    async with opened(tmp_path / "x") as one, opened(tmp_path / "y") as other:
+        hosts = [extent.host for extent in await one.resolve(0, one.size)]
+        for at in range(TURN_BYTES // K64):
+            assert one.fetch_compressed_now(hosts[at], at * K64, view)
+        assert not other.fetch_compressed_now(hosts[0], 0, view)
+        assert await other.pread(0, 100) == content(0)[:100]
+    assert len(turns) <= 2
+
+
+async def test_who_finds_the_share_taken_is_served_by_the_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that always takes all of it keeps no other waiting."""
+    monkeypatch.setattr(LOOP_SHARE, "allows", lambda *_: False)
+    async with opened(tmp_path / "x") as node:
+        assert await asyncio.wait_for(node.pread(0, 100), 20) == content(0)[:100]
+
+
+@pytest.mark.parametrize(
+    "kind, stream",
+    [
+        (CompressionType.ZLIB, b"\xff" * 512),
+        (CompressionType.ZLIB, EMPTY_BLOCK * 100 + b"\3\0"),  # and the last one
+        (CompressionType.ZSTD, b"\xff" * 512),
+        (CompressionType.ZSTD, (compress(CompressionType.ZSTD, bytes(64)) or b"") * 900),
+    ],
+)
+async def test_what_needs_care_is_not_for_the_loop(
+    tmp_path: Path, kind: CompressionType, stream: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def told(*args: Any) -> Any:
+        threads.append(threading.current_thread())
+        return compression.decompress(*args)
+
+    monkeypatch.setattr(compressed, "decompress", told)
+    async with opened(tmp_path / "x", kind, _2=stream) as node:
+        with pytest.raises(OSError, match="0x20000"):
+            await node.pread(2 * K64, 4096)
+        with pytest.raises(OSError, match="0x20000"):
+            await node.pread(2 * K64, K64)
+        assert await node.pread(3 * K64, 100) == content(3)[:100]
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads

@@ -10,7 +10,7 @@ import pytest
 
 from interop import peers
 from pynbd.block.extent import COMPRESSED
-from pynbd.block.qcow2 import compression, header
+from pynbd.block.qcow2 import header
 from pynbd.block.qcow2.compression import compress, decompress
 from pynbd.block.qcow2.entries import compressed_range, decode
 from pynbd.block.qcow2.format import CompressionType
@@ -38,14 +38,6 @@ def deflate(data: bytes, window: int = 12) -> bytes:
     return deflater.compress(data) + deflater.flush()
 
 
-@pytest.fixture(params=["installed", "zlib"])
-def inflater(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests below hold with isal and without it."""
-    if request.param == "zlib":
-        monkeypatch.setattr(compression, "inflater", zlib)
-
-
-@pytest.mark.usefixtures("inflater")
 class TestDeflate:
     def test_one_cluster(self) -> None:
         assert decompress(ZLIB, deflate(text(K64)), K64) == text(K64)
