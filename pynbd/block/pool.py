@@ -84,7 +84,9 @@ class Lane:
 
 
 class Pool:
-    """At most ``threads`` threads, started when they are needed."""
+    """At most ``threads`` threads, started when they are needed. Where the host lets not even one
+    start, calls are made by who asks for them.
+    """
 
     def __init__(self, threads: int, name: str) -> None:
         self.busy = 0  # calls that are waiting, under way, or not delivered
@@ -128,8 +130,14 @@ class Pool:
         if self.busy > len(self._threads) < self._most:
             name = f"{self._name}-{len(self._threads)}"
             thread = threading.Thread(target=self._run, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the host has none left: those that are here make all calls
+                if not self._threads:
+                    self._more.put(False)
+                    self._run()
+            else:
+                self._threads.append(thread)
 
     def close(self) -> None:
         """Wait for the calls under way; those that are waiting are not made."""

@@ -1,9 +1,12 @@
 """The pool makes calls in threads, and wakes the loop once for all that are done."""
 
+from __future__ import annotations
+
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -168,3 +171,38 @@ async def test_who_asks_for_much_leaves_the_others_their_turns(in_a_lane: bool) 
     await asyncio.gather(*calls)
     pool.close()
     assert made == ["a0", "b0", "c0", "a1", "b1", *(f"a{number}" for number in range(2, 50))]
+
+
+@contextmanager
+def no_more_threads() -> Iterator[None]:
+    """None can be started: there is no room for their stacks."""
+    size = threading.stack_size(1 << 46)
+    try:
+        yield
+    finally:
+        threading.stack_size(size)
+
+
+async def test_without_any_thread_calls_are_made_all_the_same() -> None:
+    pool, lane = Pool(2, "test-pool"), Lane()
+    with no_more_threads():
+        calls = [pool.start(int, 1), pool.start_in_lane(lane, int, 2), pool.start(int, 3)]
+        assert await asyncio.gather(*calls) == [1, 2, 3]
+        with pytest.raises(ZeroDivisionError):
+            await pool.start(divmod, 7, 0)
+    assert (threads(), pool.busy) == (0, 0)
+    assert await pool.start(threading.get_ident) != threading.get_ident()
+    assert threads() == 1
+    pool.close()
+    assert threads() == 0
+
+
+async def test_the_threads_that_there_are_make_all_calls() -> None:
+    pool = Pool(4, "test-pool")
+    await pool.start(int)
+    with no_more_threads():
+        calls = [pool.start(int, number) for number in range(8)]
+        assert await asyncio.gather(*calls) == list(range(8))
+        assert threads() == 1
+    pool.close()
+    assert threads() == 0
