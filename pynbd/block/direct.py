@@ -14,7 +14,9 @@ The system calls are the engine's: it hands them in.
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,14 +83,11 @@ class DirectAccess:
         while at < end:
             first = self._down(at)
             blocks = _buffer(min(self._up(end), first + _BUFFER) - first)
-            count = self._calls.read(fd, blocks, first)
-            stop = min(first + count, end)
+            stop = min(first + self._read_fully(fd, blocks, first), end)
             if stop <= at:
                 break
             view[at - offset : stop - offset] = blocks[at - first : stop - first]
             at = stop
-            if count % self.alignment:
-                break  # the file ends inside of a block
         return at - offset
 
     def write(self, fd: int, data: memoryview, offset: int) -> None:
@@ -144,13 +143,30 @@ class DirectAccess:
 
     def _fill(self, fd: int, block: memoryview, offset: int) -> None:
         """What a block holds; past the end of the file, zeroes."""
-        count = self._calls.read(fd, block, offset)
+        count = self._read_fully(fd, block, offset)
         block[count:] = bytes(len(block) - count)
 
+    # What moved less than it was asked goes on with the whole block in which it stopped.
+
+    def _read_fully(self, fd: int, blocks: memoryview, offset: int) -> int:
+        """Fill ``blocks``; how many bytes there were before the end of the file."""
+        done = 0
+        while done < len(blocks):
+            first = self._down(done)
+            count = self._calls.read(fd, blocks[first:], offset + first)
+            if first + count <= done:
+                break
+            done = first + count
+        return done
+
     def _write_fully(self, fd: int, blocks: memoryview, offset: int) -> None:
-        while blocks:
-            count = self._calls.write(fd, blocks, offset)
-            blocks, offset = blocks[count:], offset + count
+        done = 0
+        while done < len(blocks):
+            first = self._down(done)
+            count = self._calls.write(fd, blocks[first:], offset + first)
+            if first + count <= done:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done = first + count
 
     def _down(self, offset: int) -> int:
         return offset - offset % self.alignment

@@ -196,3 +196,47 @@ def test_a_file_system_without_it() -> None:
         engine.close()
     assert "/proc/version: cannot be opened: " in str(caught.value)
     assert "O_DIRECT" in str(caught.value)
+
+
+@pytest.mark.parametrize("alignment", [512, 4096])
+def test_calls_that_move_less_than_they_are_asked(alignment: int) -> None:
+    """They may stop in the middle of a block, which then is moved again; all of it is moved."""
+    content = bytearray(random.Random(alignment).randbytes(5 * alignment + 100))
+    expected = bytearray(content)
+    chance = random.Random(1)
+
+    def part(length: int, offset: int) -> int:
+        assert not length % alignment
+        assert not offset % alignment
+        return chance.randrange(alignment, length + 1)  # a whole block, once it is at its front
+
+    def read(fd: int, view: memoryview, offset: int) -> int:
+        data = content[offset : offset + part(len(view), offset)]
+        view[: len(data)] = data
+        return len(data)
+
+    def write(fd: int, view: memoryview, offset: int) -> int:
+        count = part(len(view), offset)
+        content[offset : offset + count] = view[:count]
+        return count
+
+    def truncate(fd: int, size: int) -> None:
+        del content[size:]
+
+    access = DirectAccess(alignment, Calls(read, write, lambda fd: len(content), truncate))
+    for _ in range(200):
+        offset = chance.randrange(len(expected))
+        view = memoryview(bytearray(chance.randrange(1, 4 * alignment)))
+        count = access.read(-1, view, offset)
+        assert view[:count] == expected[offset : offset + len(view)]
+        data = chance.randbytes(min(len(view), len(expected) - offset))
+        access.write(-1, memoryview(data), offset)
+        expected[offset : offset + len(data)] = data
+        assert content == expected
+
+
+def test_a_write_that_writes_nothing() -> None:
+    """There is no room: it ends."""
+    calls = Calls(lambda *_: 0, lambda *_: 0, lambda _: 8192, lambda *_: None)
+    with pytest.raises(OSError, match="No space left"):
+        DirectAccess(512, calls).write(-1, memoryview(bytes(1024)), 0)
