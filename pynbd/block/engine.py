@@ -190,11 +190,14 @@ class HostFile:
             raise
         except ValueError:  # a NUL, or half a surrogate pair: JSON can have both
             raise OSError(errno.EINVAL, "it cannot be the name of a file", path) from None
-        mode = os.fstat(fd).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        try:
+            mode = os.fstat(fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise OSError(errno.EINVAL, "not a regular file or a block device", path)
+            return cls(engine, path, fd, writable=writable, cache=cache)
+        except BaseException:
             os.close(fd)
-            raise OSError(errno.EINVAL, "not a regular file or a block device", path)
-        return cls(engine, path, fd, writable=writable, cache=cache)
+            raise
 
     def close(self) -> None:
         """Close the descriptor, which also drops the locks on it, once no call uses it any more."""

@@ -18,6 +18,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -67,7 +68,10 @@ class Descriptor:
             self._users -= 1
             last = not self._users
         if last:
-            os.close(self._fd)
+            # Whatever close(2) says, the number is given back; and who needs to know that his
+            # bytes are stored has asked fdatasync(2).
+            with suppress(OSError):
+                os.close(self._fd)
 
 
 def _with_descriptor(

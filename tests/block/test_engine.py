@@ -705,3 +705,38 @@ async def test_the_pool_is_bounded() -> None:
     )
     assert len(set(names)) <= 3
     engine.close()
+
+
+def test_a_file_of_which_nothing_is_told(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be opened, and its descriptor is closed again."""
+    before, real = open_files(), os.fstat
+    for good in range(2):  # how many times it answers
+        answers = iter([real] * good)
+
+        def fstat(fd: int, answers: Iterator[Callable[[int], Any]] = answers) -> Any:
+            for answer in answers:
+                return answer(fd)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", fstat)
+            with pytest.raises(OSError, match="Input/output"):
+                HostFile.open(engine, str(path), writable=False)
+        assert open_files() == before
+
+
+def test_a_close_that_fails_has_closed(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, real, before = HostFile.open(engine, str(path), writable=True), os.close, open_files()
+
+    def close(fd: int) -> None:
+        real(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", close)
+        file.close()
+    assert open_files() == before - 1
