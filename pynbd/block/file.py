@@ -27,6 +27,7 @@ log = logging.getLogger("pynbd")
 
 LOCK_USED = 100
 LOCK_UNSHARED = 200
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP})
 
 # Zeroes that have to be written go out in pieces of this size.
 _ZERO_PIECE = bytes(1 << 20)
@@ -65,34 +66,44 @@ def open_host_file(
     try:
         if locked:
             _lock(file, force_share=force_share)
-    except BaseException:
+    except BaseException as error:
         file.close()
+        if isinstance(error, OSError):
+            raise ImageError(f"{path}: cannot be locked: {error.strerror}") from None
         raise
     return file
 
 
 def _lock(file: HostFile, *, force_share: bool) -> None:
+    try:
+        if force_share:
+            _tell_of_writers(file)
+        else:
+            _take_locks(file)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: the file system has no locks: %s", file.path, error.strerror)
+
+
+def _tell_of_writers(file: HostFile) -> None:
+    if any(file.byte_is_locked(LOCK_USED + bit) for bit in (Permission.WRITE, Permission.RESIZE)):
+        log.warning(
+            "%s: another process writes this image; what is read may be inconsistent", file.path
+        )
+
+
+def _take_locks(file: HostFile) -> None:
     uses = {Permission.CONSISTENT_READ}
     if file.writable:
         uses |= {Permission.WRITE, Permission.RESIZE}
-    if force_share:
-        if any(
-            file.byte_is_locked(LOCK_USED + bit) for bit in (Permission.WRITE, Permission.RESIZE)
-        ):
-            log.warning(
-                "%s: another process writes this image; what is read may be inconsistent", file.path
-            )
-        return
     forbids = {Permission.WRITE, Permission.RESIZE}
     try:
         for bit in uses:
             file.lock_byte(LOCK_USED + bit)
         for bit in forbids:
             file.lock_byte(LOCK_UNSHARED + bit)
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP):
-            log.warning("%s: the file system has no locks: %s", file.path, error.strerror)
-            return
+    except (BlockingIOError, PermissionError):  # fcntl(2): either may say so
         raise ImageLocked(f"{file.path}: is locked by another process") from None
     # First: who writes lets nobody else read, either.
     for bit in forbids:

@@ -6,6 +6,7 @@ What a lock forbids is QEMU's word: qemu-io opens an image that we hold, or hold
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import random
@@ -283,3 +284,35 @@ async def test_discard_is_a_hint(engine: Engine, path: Path) -> None:
         await discard(file, 5000, 300_000)
         assert file.asked == [PUNCH]
     assert content(path) == DATA
+
+
+@pytest.mark.parametrize("command", [fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK], ids=["take", "look"])
+@pytest.mark.parametrize("writable", [False, True], ids=["reader", "writer"])
+def test_locks_that_fail(
+    engine: Engine,
+    path: Path,
+    command: int,
+    writable: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nobody holds it: it is the host, which says why; where it has no locks, it goes on."""
+    before, real = open_files(), fcntl.fcntl
+
+    def failing(code: int) -> Callable[..., Any]:
+        def called(fd: int, asked: int, argument: bytes) -> Any:
+            if asked == command:
+                raise OSError(code, os.strerror(code))
+            return real(fd, asked, argument)
+
+        return called
+
+    monkeypatch.setattr(fcntl, "fcntl", failing(errno.EIO))
+    with pytest.raises(ImageError) as caught:
+        open_host_file(engine, str(path), writable=writable)
+    assert str(caught.value) == f"{path}: cannot be locked: Input/output error"
+    assert type(caught.value) is ImageError
+    assert open_files() == before
+    monkeypatch.setattr(fcntl, "fcntl", failing(errno.ENOLCK))
+    open_host_file(engine, str(path), writable=writable).close()
+    assert caplog.messages == [f"{path}: the file system has no locks: No locks available"]
