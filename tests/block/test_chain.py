@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -367,3 +368,32 @@ async def test_a_long_chain_takes_no_more_memory_than_a_short_one(tmp_path: Path
         for node in chain.chain():
             assert isinstance(node, Qcow2Node)
             assert node.mapping.tables.limit == most // 10
+
+
+@pytest.mark.parametrize("broken", ["top.qcow2", "x.data", "base"])
+@pytest.mark.parametrize("call", ["preadv", "lseek"])
+async def test_a_file_that_cannot_be_read(
+    tmp_path: Path, broken: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host does not know whose bytes they are; the line does."""
+    raw(tmp_path / "base")
+    clusters = {0: Data(b"a")}
+    path = tmp_path / "top.qcow2"
+    if broken == "x.data":
+        Image(size=SIZE, clusters=clusters, data_file="x.data").write(path)
+    else:
+        overlay(path, "base", clusters=clusters)
+    real = getattr(os, call)
+
+    def failing(fd: int, *rest: Any) -> Any:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(broken):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, *rest)
+
+    monkeypatch.setattr(os, call, failing)
+    if broken == "x.data":  # of which nothing is read
+        await (await open_image(path)).close()
+    else:
+        named = [] if broken == path.name else [f"(backing file of {path})"]
+        problem = f"{tmp_path / broken}: cannot be opened: Input/output error"
+        await refused(path, ImageError, problem, *named)
