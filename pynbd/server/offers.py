@@ -1,7 +1,8 @@
 """What is offered of an image: its metadata contexts, and which of its bitmaps are among them.
 
 A bitmap that is named may be one of a backing file; nobody is given such a one unasked, because it
-knows nothing of the writes above it. One that is inconsistent is never offered.
+knows nothing of the writes above it. One that is inconsistent is never offered, nor is one whose
+name no client can be told: qcow2 allows any bytes there, NBD does not ("String values").
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import repeat
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.node import BlockNode
 from pynbd.errors import ImageError, UsageError
+from pynbd.protocol.strings import check_string
 from pynbd.server.contexts import Context, standard_contexts
 from pynbd.server.disk import DiskNode
 
@@ -46,7 +48,7 @@ def offered_contexts(
 def _unasked_bitmaps(node: BlockNode) -> Sequence[DirtyBitmap]:
     if torn := node.inconsistent_bitmaps():
         log.warning("%s: inconsistent bitmaps are not offered: %s", node.name, _listed(torn))
-    there = node.bitmaps()
+    there = [bitmap for bitmap in node.bitmaps() if _can_be_told(node, bitmap)]
     if len(there) > MAX_UNASKED_BITMAPS:
         log.warning(
             "%s: %d of its %d bitmaps are offered; naming some offers those",
@@ -57,10 +59,20 @@ def _unasked_bitmaps(node: BlockNode) -> Sequence[DirtyBitmap]:
     return there[:MAX_UNASKED_BITMAPS]
 
 
+def _can_be_told(node: BlockNode, bitmap: DirtyBitmap) -> bool:
+    try:
+        check_string(f"{node.name}: bitmap {bitmap.name!r} is not offered", bitmap.name)
+    except UsageError as error:
+        log.warning("%s", error)
+        return False
+    return True
+
+
 def _find_bitmap(top: BlockNode, name: str) -> DirtyBitmap:
     for depth, node in enumerate(top.bitmap_layers()):
         for bitmap in node.bitmaps():
             if bitmap.name == name:
+                _check_name(node, name)
                 if depth:
                     log.warning(
                         "bitmap %r is of the backing file %s: it knows nothing of writes above it",
@@ -74,6 +86,13 @@ def _find_bitmap(top: BlockNode, name: str) -> DirtyBitmap:
                 " knows what is dirty"
             )
     raise ImageError(f"{top.name}: no bitmap {name!r}; {_known_bitmaps(top)}")
+
+
+def _check_name(node: BlockNode, name: str) -> None:
+    try:
+        check_string(f"{node.name}: bitmap {name!r} cannot be offered", name)
+    except UsageError as error:
+        raise ImageError(str(error)) from None
 
 
 def _known_bitmaps(top: BlockNode) -> str:

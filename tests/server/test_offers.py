@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pynbd.block.chain import open_image
-from pynbd.block.qcow2.builder import Bitmap, Image
+from pynbd.block.qcow2.builder import Bitmap, Image, poke
 from pynbd.errors import ImageError
 from pynbd.server.offers import offered_contexts
 
@@ -48,3 +48,19 @@ async def test_a_bitmap_does_not_speak_of_a_part_of_the_disk(disk: Path) -> None
         assert list(offered_contexts(node)) == [BASE, DEPTH]
         with pytest.raises(ImageError, match="no bitmap 'b0'; there is none"):
             offered_contexts(node, bitmaps=["b0"])
+
+
+@pytest.mark.parametrize("name", [b"\xee\xff", b"a\0b"])
+async def test_a_bitmap_whose_name_no_client_can_be_told(
+    tmp_path: Path, name: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """qcow2 takes any bytes for a name; in the protocol it has to be UTF-8, without NUL."""
+    path = tmp_path / "disk.qcow2"
+    Image(size=M, bitmaps=[Bitmap("n" * len(name)), Bitmap("b1")]).write(path)
+    content = path.read_bytes()
+    poke(path, content.index(b"n" * len(name), 65536), name)
+    async with await open_image(path) as node:
+        assert list(offered_contexts(node)) == [BASE, DEPTH, DIRTY + "b1"]
+        assert "is not offered: it has" in caplog.text
+        with pytest.raises(ImageError, match="cannot be offered: it has"):
+            offered_contexts(node, bitmaps=[name.decode("utf-8", "surrogateescape")])
