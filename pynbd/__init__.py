@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from pynbd.server.contexts import standard_contexts
     from pynbd.server.disk import Disk, StatusMethod
     from pynbd.server.export import Export, ExportTable
+    from pynbd.server.limits import Limits
     from pynbd.server.listening import listen_tcp, listen_unix
     from pynbd.server.server import Server
     from pynbd.server.serving import Serving, serve
@@ -74,6 +75,7 @@ __all__ = [
     "ExportTable",
     "ImageError",
     "ImageLocked",
+    "Limits",
     "MapError",
     "OptionError",
     "ProtocolError",
@@ -111,6 +113,7 @@ _HOMES = {
     "Disk": "pynbd.server.disk",
     "Export": "pynbd.server.export",
     "ExportTable": "pynbd.server.export",
+    "Limits": "pynbd.server.limits",
     "Runs": "pynbd.block.extent",
     "Server": "pynbd.server.server",
     "Serving": "pynbd.server.serving",

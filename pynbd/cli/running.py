@@ -13,12 +13,14 @@ from contextlib import closing, suppress
 from functools import partial
 
 from pynbd.block.node import BlockNode
+from pynbd.cli.descriptors import allow_many_descriptors
 from pynbd.cli.logs import line_of
 from pynbd.cli.memory import keep_freed_blocks
 from pynbd.cli.output import drop_standard_output
 from pynbd.cli.signals import watch
 from pynbd.errors import PynbdError, UsageError
 from pynbd.server.export import Export, ExportTable
+from pynbd.server.limits import Limits
 from pynbd.server.listening import Listening, check_socket_path
 from pynbd.server.server import Server
 
@@ -30,7 +32,7 @@ async def run_server(
     *,
     max_clients: int,
     until_idle: bool,
-    handshake_limit: float,
+    limits: Limits,
     thrown_away: bool = False,
     trace: bool = False,
 ) -> None:
@@ -39,6 +41,7 @@ async def run_server(
     ``ready`` is called once clients can connect. ``thrown_away``: nobody misses what was written.
     """
     keep_freed_blocks()
+    allow_many_descriptors()
     with closing(listen()) as listening:
         watch().clean = listening.remove
         if not thrown_away:
@@ -48,7 +51,7 @@ async def run_server(
             listening.sockets,
             max_clients=max_clients,
             until_idle=until_idle,
-            handshake_limit=handshake_limit,
+            limits=limits,
             trace=trace,
         )
         watch().stop = partial(_stop, server, asyncio.get_running_loop())

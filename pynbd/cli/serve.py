@@ -21,11 +21,12 @@ from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.format import MAX_BITMAP_NAME
 from pynbd.cli import python_export
 from pynbd.cli.activation import activated_sockets
+from pynbd.cli.client_limits import limit_options, limits_of
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import configure, log_options
 from pynbd.cli.looking import untrusted_option
 from pynbd.cli.loops import FASTEST, LOOPS
-from pynbd.cli.numbers import seconds, whole_number
+from pynbd.cli.numbers import whole_number
 from pynbd.cli.running import (
     check_addresses,
     listen_on,
@@ -37,8 +38,8 @@ from pynbd.cli.texts import export_text
 from pynbd.errors import UsageError
 from pynbd.protocol.uri import NbdUri
 from pynbd.protocol.values import DEFAULT_PORT
-from pynbd.server.connection import HANDSHAKE_LIMIT
 from pynbd.server.export import Export
+from pynbd.server.limits import Limits
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
 from pynbd.server.serving import open_to_serve
@@ -68,7 +69,7 @@ class ServeOptions:
     force_share: bool
     probe_backing: bool
     untrusted: bool
-    handshake_limit: float
+    limits: Limits
     loop: str
     trace: bool
 
@@ -192,14 +193,7 @@ Examples:
     help="Guess the format of backing files that have none recorded.",
 )
 @untrusted_option
-@click.option(
-    "--handshake-limit",
-    metavar="SECONDS",
-    type=seconds,
-    default=HANDSHAKE_LIMIT,
-    show_default=True,
-    help="Time for the negotiation; 0 is no limit.",
-)
+@limit_options
 @log_options
 @click.option(
     "--loop",
@@ -216,7 +210,7 @@ def serve(
     Any number of clients, on localhost by default. The first line of output is the URI.
     """
     configure(verbose=verbose, trace=trace, log_format=log_format)
-    wanted = ServeOptions(trace=trace, **options)
+    wanted = ServeOptions(trace=trace, limits=limits_of(options), **options)
     _check(wanted)
     sockets = activated_sockets()
     check_addresses(sockets, wanted.socket, wanted.bind, wanted.port)
@@ -309,7 +303,7 @@ async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None
             ready,
             max_clients=wanted.shared,
             until_idle=bool(sockets),
-            handshake_limit=wanted.handshake_limit,
+            limits=wanted.limits,
             thrown_away=wanted.snapshot,
             trace=wanted.trace,
         )

@@ -14,6 +14,7 @@
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from math import inf
 from typing import Final, Protocol
 
 from pynbd.errors import OptionError, ProtocolError
@@ -132,13 +133,19 @@ _LONGEST_META: Final = 128 * 1024
 
 
 def negotiate(
-    exports: ExportDirectory, *, structured: bool = True, extended: bool = True
+    exports: ExportDirectory,
+    *,
+    structured: bool = True,
+    extended: bool = True,
+    max_options: int = 0,
+    max_option_bytes: int = 0,
 ) -> Negotiation:
     """Negotiate with a client that has just connected.
 
     Return the session whose transmission phase begins with the client's next byte, or None after
     NBD_OPT_ABORT. ``structured`` and ``extended`` say whether NBD_OPT_STRUCTURED_REPLY and
-    NBD_OPT_EXTENDED_HEADERS are supported. ProtocolError asks for a hard disconnect.
+    NBD_OPT_EXTENDED_HEADERS are supported. Of more options than ``max_options``, and of more bytes
+    in them, one has enough; 0 is any number. ProtocolError asks for a hard disconnect.
     """
     yield Write(Greeting(_OUR_FLAGS).build())
     flags = ClientFlags.parse((yield from read(4))).flags
@@ -147,7 +154,8 @@ def negotiate(
         raise ProtocolError(f"unknown client flags: {flags}")
     supported = {Option.STRUCTURED_REPLY: structured, Option.EXTENDED_HEADERS: extended}
     refused = frozenset(option for option, wanted in supported.items() if not wanted)
-    return (yield from _Haggling(exports, flags, refused).run())
+    haggling = _Haggling(exports, flags, refused)
+    return (yield from haggling.run(max_options or inf, max_option_bytes or inf))
 
 
 def read(size: int) -> Generator[Step, bytes | None, bytes]:
@@ -190,12 +198,16 @@ class _Haggling:
         self._selected: Mapping[int, str] = {}
         self._session: Session | None = None
 
-    def run(self) -> Negotiation:
+    def run(self, most: float, most_bytes: float) -> Negotiation:
         """Serve options until one of them ends the haggling."""
+        count = total = 0
         while self._session is None:
             header = OptionHeader.parse((yield from read(16)))
             if header.length > MAX_OPTION_LENGTH:
                 raise ProtocolError(f"{header.option} announces {header.length} bytes of data")
+            count, total = count + 1, total + 16 + header.length
+            if count > most or total > most_bytes:
+                raise ProtocolError(f"{count} options of {total} bytes, and no end of them")
             if header.option == Option.EXPORT_NAME:
                 yield from self._export_name(header)
             elif ClientFlag.FIXED_NEWSTYLE not in self._client:

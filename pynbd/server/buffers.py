@@ -6,6 +6,8 @@ idle connection needs none. Whoever takes a buffer owns it until it is given bac
 
 from __future__ import annotations
 
+from pynbd.server.shares import SharedMemory
+
 # Bytes of idle buffers that are kept.
 IDLE_MAX = 8 << 20
 # Replies that are built in place before they have to leave.
@@ -16,11 +18,12 @@ class BufferPool:
     """Idle buffers by size, powers of two; and the one in which short replies are built.
 
     ``inline`` is free for whoever runs, from one `await` to the next. ``users``: the connections
-    that take from here.
+    that take from here. ``memory``: what they may hold, all in all; no limit if none is given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: SharedMemory | None = None) -> None:
         self.users = 0
+        self.memory = memory or SharedMemory()
         self._idle: dict[int, list[bytearray]] = {}
         self._idle_bytes = 0
         self.inline = bytearray(INLINE_SIZE)

@@ -13,6 +13,7 @@ from pynbd.protocol.wire import quote
 from pynbd.server import tracing
 from pynbd.server.buffers import BufferPool
 from pynbd.server.export import ExportTable
+from pynbd.server.limits import Limits
 from pynbd.server.stream import PlainStream
 from pynbd.server.transmission import Transmission
 
@@ -20,13 +21,10 @@ log = logging.getLogger("pynbd")
 # Who comes and goes, apart from what goes wrong.
 arrivals = logging.getLogger("pynbd.clients")
 
-# Seconds for the whole negotiation, as qemu-nbd has it: who idles here holds a place that others
-# want.
-HANDSHAKE_LIMIT = 10.0
-
 
 class Connection:
-    """Serves one connected socket. ``negotiated`` tells whether it came as far as transmission.
+    """Serves one connected socket. ``negotiated`` tells whether it came as far as transmission,
+    ``negotiates`` whether it is on its way there, ``since`` when it came.
 
     ``trace``: every message is told to the logger ``pynbd.trace``. ``structured``, ``extended``:
     whether structured replies and extended headers may be negotiated.
@@ -37,8 +35,8 @@ class Connection:
         sock: socket.socket,
         exports: ExportTable,
         pool: BufferPool,
+        limits: Limits,
         *,
-        handshake_limit: float = HANDSHAKE_LIMIT,
         trace: bool = False,
         structured: bool = True,
         extended: bool = True,
@@ -48,23 +46,29 @@ class Connection:
         self._exports = exports
         self._peer = self._stream.peer()
         self._pool = pool
-        self._handshake_limit = handshake_limit
+        self._limits = limits
         self._dialects = {"structured": structured, "extended": extended}
         self._transmission: Transmission | None = None
+        self._deadline = asyncio.timeout(limits.handshake_seconds or None)
+        self._dropped = f"no negotiation within {limits.handshake_seconds:g} s"
+        self.since = asyncio.get_running_loop().time()
+        self.negotiates = True
         self.negotiated = False
 
     async def run(self) -> None:
         """Serve until the client leaves, breaks a rule, or `stop` ends it. Always closes the
         socket.
         """
-        deadline = asyncio.timeout(self._handshake_limit or None)
         try:
-            async with deadline:
+            async with self._deadline:
                 session = await self._negotiate()
+                self.negotiates = False
             if session is not None:
                 self.negotiated = True
                 export = self._exports[session.export.name]
-                self._transmission = Transmission(self._stream, export, session, self._pool)
+                self._transmission = Transmission(
+                    self._stream, export, session, self._pool, self._limits
+                )
                 if self._exports.stopping:
                     self._transmission.stop()
                 arrivals.info(
@@ -77,14 +81,21 @@ class Connection:
         except ProtocolError as error:
             log.info("client disconnected: %s", error)
         except (EOFError, OSError) as error:
-            if deadline.expired():
-                log.info("client disconnected: no negotiation within %g s", self._handshake_limit)
+            if self._deadline.expired():
+                log.info("client disconnected: %s", self._dropped)
             else:
                 log.debug("the client has gone: %s", error)
         finally:
+            self.negotiates = False
             self._stream.close()
             if self.negotiated:
                 arrivals.info("%s has left", self._peer)
+
+    def make_way(self) -> None:
+        """End the negotiation: others wait for this place."""
+        self.negotiates = False
+        self._dropped = "others wait, and it does not negotiate"
+        self._deadline.reschedule(asyncio.get_running_loop().time())
 
     def stop(self) -> bool:
         """Begin to end: requests under way are answered. False if there is no transmission to
@@ -96,7 +107,12 @@ class Connection:
         return True
 
     async def _negotiate(self) -> Session | None:
-        negotiation = negotiate(_Asked(self._exports, self._peer), **self._dialects)
+        negotiation = negotiate(
+            _Asked(self._exports, self._peer),
+            max_options=self._limits.options,
+            max_option_bytes=self._limits.option_bytes,
+            **self._dialects,
+        )
         brought: bytes | None = None
         while True:
             try:

@@ -1,5 +1,8 @@
 """The server: connections on its listening sockets, and an end in good order.
 
+Who negotiates has a place already. While others wait for one, that is for `TURN` seconds only: who
+comes as far as transmission may stay, and who does not can keep nobody out for long.
+
 Ending (`Server.stop`): requests under way have `GRACE` seconds, new ones get NBD_ESHUTDOWN, clients
 that still negotiate are dropped; then the rest is dropped unacknowledged. The images are closed by
 their owner, after the system calls under way have returned.
@@ -13,15 +16,21 @@ import math
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from pynbd.server.buffers import BufferPool
-from pynbd.server.connection import HANDSHAKE_LIMIT, Connection
+from pynbd.server.connection import Connection
 from pynbd.server.export import ExportTable
+from pynbd.server.limits import Limits
+from pynbd.server.places import Places, origin
+from pynbd.server.shares import SharedMemory
 
 log = logging.getLogger("pynbd")
 
 # Seconds that requests under way have when the server ends.
 GRACE = 2.0
+# Seconds for a negotiation while others wait for a place.
+TURN = 1.0
 # Seconds to wait before accepting again when there are no descriptors left.
 _ACCEPT_PAUSE = 0.1
 # Seconds without such a failure after which the next one is news.
@@ -31,10 +40,10 @@ _RECOVERED = 60.0
 class Server:
     """Serves exports on listening sockets.
 
-    ``max_clients``: more than these wait in the backlog; 0 is no limit. ``until_idle``: end when
-    all have left and one of them had negotiated (a probe of the port does not count). ``trace``:
-    every message is told to the logger ``pynbd.trace``, at level DEBUG. ``structured``,
-    ``extended``: whether structured replies and extended headers may be negotiated.
+    ``max_clients``: more than these wait in the backlog; 0 is no limit. ``limits``: all others.
+    ``until_idle``: end when all have left and one of them had negotiated (a probe of the port does
+    not count). ``trace``: every message is told to the logger ``pynbd.trace``, at level DEBUG.
+    ``structured``, ``extended``: whether structured replies and extended headers may be negotiated.
     """
 
     def __init__(
@@ -44,17 +53,17 @@ class Server:
         *,
         max_clients: int = 0,
         until_idle: bool = False,
-        handshake_limit: float = HANDSHAKE_LIMIT,
+        limits: Limits | None = None,
         trace: bool = False,
         structured: bool = True,
         extended: bool = True,
     ) -> None:
         self._exports = exports
-        self._pool = BufferPool()
+        self._limits = limits or Limits()
+        self._pool = BufferPool(SharedMemory(self._limits.all_bytes))
         self._sockets = sockets
-        self._max_clients = max_clients
+        self._places = Places(max_clients, self._limits.per_address)
         self._until_idle = until_idle
-        self._handshake_limit = handshake_limit
         self._trace = trace
         self._structured = structured
         self._extended = extended
@@ -87,55 +96,68 @@ class Server:
     async def _accept(self, listener: socket.socket) -> None:
         listener.setblocking(False)
         while True:
+            await _readable(listener)
             await self._place()
             try:
                 # Without a turn of the loop between this and `_begin`: nobody else takes the last
                 # place, and nothing is lost if this is cancelled.
-                sock, _ = listener.accept()
-            except BlockingIOError:
-                await _readable(listener)
-                continue
-            except ConnectionAbortedError:
+                sock, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
                 continue  # its client has left the backlog
             except OSError as error:
-                self._tell(error)
+                self._tell(f"a connection could not be accepted: {error.strerror}")
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
             try:
-                self._begin(sock)
+                self._begin(sock, origin(sock, address))
             except BaseException:
                 sock.close()
                 raise
             await asyncio.sleep(0)  # others in the backlog come after those that are here
 
-    def _tell(self, failure: OSError) -> None:
+    def _tell(self, failure: str) -> None:
         now = time.monotonic()
         if now - self._last_failure > _RECOVERED:
-            log.warning("a connection could not be accepted: %s", failure.strerror)
+            log.warning("%s", failure)
         self._last_failure = now
 
-    def _begin(self, sock: socket.socket) -> None:
+    def _begin(self, sock: socket.socket, where: str | None) -> None:
+        if not self._places.allows(where):
+            sock.close()
+            log.info("client refused: %s has %d connections", where, self._limits.per_address)
+            return
         connection = Connection(
             sock,
             self._exports,
             self._pool,
-            handshake_limit=self._handshake_limit,
+            self._limits,
             trace=self._trace,
             structured=self._structured,
             extended=self._extended,
         )
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[task] = connection
-        task.add_done_callback(self._ended)
+        if not self._places.take(sock, where):
+            self._tell("connections wait until one ends: hardly any descriptors are left")
+        task.add_done_callback(lambda task: self._ended(task, where))
 
     async def _place(self) -> None:
-        """Wait until one more client may be served."""
-        while self._max_clients and len(self._connections) >= self._max_clients:
+        """Wait until the one who waits may be served."""
+        while self._places.full:
             self._place_free.clear()
+            negotiating = (one for one in self._connections.values() if one.negotiates)
+            first = next(negotiating, None)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(first.since + TURN if first else None):
+                    await self._place_free.wait()
+                continue
+            assert first is not None
+            first.make_way()
             await self._place_free.wait()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None], where: str | None) -> None:
         connection = self._connections.pop(task)
+        self._places.leave(where)
         self._place_free.set()
         if not task.cancelled() and (error := task.exception()):
             log.error("a defect in pynbd ended a connection", exc_info=error)

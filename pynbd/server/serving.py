@@ -16,6 +16,7 @@ from pynbd.errors import UsageError
 from pynbd.protocol.values import DEFAULT_PORT
 from pynbd.server.disk import Disk, DiskNode
 from pynbd.server.export import Export, ExportTable
+from pynbd.server.limits import Limits
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
 from pynbd.server.server import Server
@@ -63,6 +64,7 @@ async def serve(
     host: str | None = None,
     port: int | None = None,
     max_clients: int = 0,
+    limits: Limits | None = None,
     structured: bool = True,
     extended: bool = True,
 ) -> AsyncIterator[Serving]:
@@ -81,8 +83,9 @@ async def serve(
 
     It listens on a unix socket in a private folder; or on the unix ``socket``; or, with ``host`` or
     ``port``, on TCP: localhost unless ``host`` says otherwise, any free port if ``port`` is 0.
-    ``max_clients``: more than these wait; 0 is any number. Without ``structured`` or ``extended``
-    it refuses structured replies or extended headers, as an older server does.
+    ``max_clients``: more than these wait; 0 is any number. ``limits``: what clients may take of the
+    server, `Limits()` if None. Without ``structured`` or ``extended`` it refuses structured replies
+    or extended headers, as an older server does.
 
     ``discard``: "unmap", or "ignore" what clients discard. ``detect_zeroes``: writes of nothing but
     zeroes are data ("off"), zeroes that keep their space ("on"), or holes ("unmap", which needs
@@ -151,6 +154,7 @@ async def serve(
             ExportTable([export]),
             listening.sockets,
             max_clients=max_clients,
+            limits=limits,
             structured=structured,
             extended=extended,
         )

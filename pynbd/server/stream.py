@@ -7,8 +7,9 @@ there is room for them. Its rules:
 1. During the handshake never a byte is read that was not asked for, so that nothing which arrived
    in clear can be taken for something that came through TLS.
 2. Buffers that are handed to `PlainStream.send` belong to the stream until they are sent.
-3. What cannot be sent at once waits in a queue, in order; `on_drained` tells when it is empty
-   again, and when nothing is lent any more (rule 5).
+3. What cannot be sent at once waits in a queue, in order. `on_blocked` tells that something waits
+   there, and each time that some of it has left; `on_drained` that it is empty again, and that
+   nothing is lent any more (rule 5).
 4. Once the peer is lost nothing more is sent: after a reply that was cut short, the next one would
    be taken for its data.
 5. Send-file lends pages: who overwrites them before the peer has taken them changes what it gets.
@@ -43,8 +44,12 @@ SEND_TURN = 1 << 22
 COPY_COST = 4
 # File bytes that are copied at a time.
 COPY_PIECE = 1 << 18
-# Seconds between two looks at what the peer has taken.
+# Seconds between two looks at what the peer has taken: twice as many after each that was in vain.
 TAKEN_EVERY = 0.01
+TAKEN_SELDOM = 1.28
+# Seconds of silence after which TCP asks a peer whether it is there, seconds between two such
+# questions, and how many are left unanswered: a machine that went down is gone in ten minutes.
+KEEPALIVE = (300, 60, 5)
 # Bytes of socket buffer that are asked for, so that a batch of replies leaves in one call; the
 # kernel may give less.
 _SOCKET_BUFFER = 1 << 22
@@ -101,6 +106,7 @@ class PlainStream:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
         self._loop = loop
@@ -115,12 +121,16 @@ class PlainStream:
         self._tells_taken = sock.family == socket.AF_UNIX
         self._sent = 0  # bytes that ever left
         self._lent: deque[tuple[int, ReplyEnd]] = deque()  # where the reply ends, of all that left
+        self._taken_every = TAKEN_EVERY
         self._may_send = 0  # bytes, before the loop has its turn
         self.reading = False
         """Whether `on_readable` is called when there is something to receive."""
         self.queued = 0
         """Bytes that wait to be sent."""
+        self.queued_files = 0
+        """Those of them that are in files, and take no memory."""
         self.on_readable: Callable[[], None] = lambda: None
+        self.on_blocked: Callable[[], None] = lambda: None
         self.on_drained: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None
 
@@ -139,6 +149,12 @@ class PlainStream:
     def lent(self) -> bool:
         """Whether the peer may not have taken yet what has to stay in its place."""
         return bool(self._lent)
+
+    def taken(self) -> int:
+        """How many bytes the peer has taken, at least; of a unix socket it may be negative at
+        first, as that counts what goes with them.
+        """
+        return self._sent - self._held()
 
     # The handshake: exactly what is asked for
 
@@ -199,7 +215,7 @@ class PlainStream:
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError:
-                self._lose()
+                self.lose()
                 return
             self._sent += sent
             if sent == len(view):
@@ -216,7 +232,11 @@ class PlainStream:
         for piece in pieces:
             self._queue.append(piece)
             self.queued += size_of(piece)
-        if not self._writing:
+            if isinstance(piece, FilePiece):
+                self.queued_files += piece.length
+        if self._writing:
+            self.on_blocked()
+        else:
             self._send_queue()
 
     def close(self) -> None:
@@ -231,8 +251,10 @@ class PlainStream:
             self._drop_queue()
             self._sock.close()
 
-    def _lose(self) -> None:
-        """The peer has gone, or a reply cannot be finished: nothing more can be said to it."""
+    def lose(self) -> None:
+        """The peer has gone, or is given up, or a reply cannot be finished: nothing more can be
+        said to it.
+        """
         self._lost = True
         self._drop_queue()
         if self._writing:
@@ -246,7 +268,7 @@ class PlainStream:
                 piece.over()
         self._lent.clear()
         self._queue.clear()
-        self.queued = 0
+        self.queued = self.queued_files = 0
 
     def _on_writable(self) -> None:
         self._send_queue()
@@ -271,8 +293,9 @@ class PlainStream:
             if not self._writing:
                 self._writing = True
                 self._loop.add_writer(self._fd, self._on_writable)
+            self.on_blocked()
         except OSError:
-            self._lose()
+            self.lose()
         else:
             if self._writing:
                 self._writing = False
@@ -325,6 +348,7 @@ class PlainStream:
                 self._told = True
                 log.error("bytes of an image file could not be sent: %s", error.strerror)
         self.queued -= sent
+        self.queued_files -= sent
         self._sent += sent
         rest = piece.length - sent
         if not rest:
@@ -335,6 +359,7 @@ class PlainStream:
             raise ConnectionAbortedError("a file failed in the middle of a simple reply")
         else:
             piece.reply.broken = True
+            self.queued_files -= rest
             self._queue[0] = bytes(rest)
 
     def _copy(self, read: Callable[[memoryview, int], int], piece: FilePiece) -> int:
@@ -351,20 +376,27 @@ class PlainStream:
             end.over()
             return
         if not self._lent:
+            self._taken_every = TAKEN_EVERY
             self._loop.call_later(TAKEN_EVERY, self._release_taken)
         self._lent.append((self._sent, end))
 
     def _release_taken(self) -> None:
         """Release the replies that the peer has taken."""
+        before = len(self._lent)
         if self._lent:
-            # What the socket holds is counted with all that goes with it, and so is never less.
-            held = int.from_bytes(ioctl(self._fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-            while self._lent and self._lent[0][0] <= self._sent - held:
+            taken = self.taken()
+            while self._lent and self._lent[0][0] <= taken:
                 self._lent.popleft()[1].over()
-        if self._lent:
-            self._loop.call_later(TAKEN_EVERY, self._release_taken)
-        else:
+        if not self._lent:
             self.on_drained()
+            return
+        in_vain = len(self._lent) == before
+        self._taken_every = min(2 * self._taken_every, TAKEN_SELDOM) if in_vain else TAKEN_EVERY
+        self._loop.call_later(self._taken_every, self._release_taken)
+
+    def _held(self) -> int:
+        """What the socket holds, of a unix socket with all that goes with it, and so never less."""
+        return int.from_bytes(ioctl(self._fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def _settle(self, end: ReplyEnd) -> None:
         """Put the words in place with which the reply ends, now that all its bytes have left."""
@@ -375,6 +407,13 @@ class PlainStream:
             self._queue[0] = words
         else:
             self._queue.popleft()
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    for option, value in zip(options, KEEPALIVE, strict=True):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def size_of(piece: Piece) -> int:

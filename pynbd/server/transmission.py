@@ -9,8 +9,8 @@ Its rules:
 2. Everything else is a coroutine whose first step is taken by hand (`steps`). If it ends there, no
    Task was made; if it waits for a disk, a Task adopts it, and its reply leaves when it is ready.
 3. The writes of a batch share one hop into the pool.
-4. Requests and bytes in flight have a budget. Past it, or while the peer takes no replies, nothing
-   more is received.
+4. Requests and bytes in flight have a limit, of this connection and of all (`shares`). Past it, or
+   while the peer takes no replies, nothing more is received. Who stalls has to go (`stalls`).
 5. A buffer that holds the payload of a write under way is lent to it, and not received into.
 """
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import Any, Final
 
@@ -35,7 +34,11 @@ from pynbd.server.buffers import INLINE_SIZE, BufferPool, Lease
 from pynbd.server.commands import SEND_FILE_MIN, Commands
 from pynbd.server.contexts import MAX_EXTENTS_PER_REPLY
 from pynbd.server.export import Export
+from pynbd.server.hops import write_hops
+from pynbd.server.limits import Limits
 from pynbd.server.patience import LONGEST, Patience
+from pynbd.server.shares import REQUEST_COST, Share
+from pynbd.server.stalls import Brought, Stalls
 from pynbd.server.stream import Piece, PlainStream, size_of
 from pynbd.server.zeroes import DetectZeroes
 
@@ -43,7 +46,7 @@ _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
-# Bytes that the answer to a BLOCK_STATUS may take.
+# Bytes that the answer to one may take.
 _STATUS_HELD = MAX_EXTENTS_PER_REPLY * wire.DESCRIPTOR_EXT.size
 _CHANGES = frozenset(map(int, (Command.FLUSH, Command.TRIM, Command.WRITE_ZEROES)))
 
@@ -56,21 +59,10 @@ TURN_SECONDS = 0.001
 FLUSH_COST = 32
 DECOMPRESSION_COST = 16
 _STORED: Final = (DATA, COMPRESSED)
-# Writes that share one hop into the pool, in bytes: longer batches are spread over its threads.
-WRITE_HOP = 1 << 18
 
 _NO_BUFFER: Final = bytearray()
 
 Serving = Coroutine[Any, Any, Sequence[Piece]]
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How much one connection may have under way before reading stops."""
-
-    requests: int = 256
-    received_bytes: int = 128 << 20
-    queued_bytes: int = 64 << 20
 
 
 class Transmission:
@@ -82,7 +74,7 @@ class Transmission:
         export: Export,
         session: Session,
         pool: BufferPool,
-        budget: Budget | None = None,
+        limits: Limits,
     ) -> None:
         self._stream = stream
         self._loop = asyncio.get_running_loop()
@@ -94,7 +86,9 @@ class Transmission:
         self._decompressed_now = export.node.decompressed_now
         self._dialect = dialect(structured=session.structured, extended=session.extended)
         self.commands = Commands(export, session, self._dialect)
-        self._budget = budget or Budget()
+        self._limits = limits
+        self._memory = pool.memory
+        self._wanted = 0  # bytes that the next request needs, if it is a long one
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._tasks: dict[int, asyncio.Task[None]] = {}  # by a number of their own
         self._changing: set[int] = set()  # those of them that change the image
@@ -133,7 +127,10 @@ class Transmission:
     async def run(self) -> None:
         """Serve until the session ends. Raises `ProtocolError` if the peer broke a rule."""
         ASKING.set(self)  # here, and in all that begins here: callbacks and Tasks
+        self._share = Share(self._memory, self._resume)
+        self._stalls = Stalls(self._limits, self._stream, self._share, self._brought, self._give_up)
         self._stream.on_readable = self._on_readable
+        self._stream.on_blocked = self._blocked
         self._stream.on_drained = self._resume
         self._stream.on_lost = self._lost
         self._stream.resume_reading()
@@ -151,6 +148,8 @@ class Transmission:
             self._pool.users -= 1
             self._stream.pause_reading()
             self._flush()  # whom nobody can be told any more, lets go of what it holds
+            self._stalls.close()
+            self._share.close()
         if self._violation:
             raise self._violation
 
@@ -251,6 +250,7 @@ class Transmission:
             self._payload = self._payload_of = None
             buffer, self._payload_buffer = self._payload_buffer, _NO_BUFFER
             self._start_writes(buffer)
+            self._hold()
         elif self._skipping:
             self._skipping -= count
             if not self._skipping:
@@ -349,11 +349,15 @@ class Transmission:
             self._closing = True
             return True
         payload_length = self._dialect.payload_length(flags, command, length)
+        held = length if command == _READ else _STATUS_HELD * (command == _BLOCK_STATUS)
+        self._wanted = payload_length or held
+        if self._memory.short and not self._share.allows(self._wanted):
+            return False
+        self._wanted = 0
         if not payload_length:
             if command == _WRITE:
                 self._accept(request, memoryview(b""))
             else:
-                held = length if command == _READ else _STATUS_HELD * (command == _BLOCK_STATUS)
                 self._start(self.commands.serve(request), held, changes=command in _CHANGES)
             return True
         if payload_length > MAX_PAYLOAD:
@@ -361,9 +365,12 @@ class Transmission:
             self._closing = True
             return True
         here = self._have - self._at
+        long = here < payload_length > RECEIVE_SIZE // 2
         try:
             self.commands.validate(request)
-        except RequestError as error:
+            if long:
+                self._payload_buffer = self._pool.take(payload_length)
+        except (RequestError, MemoryError) as error:
             refusal = self.commands.refusal(request, error)
             if here >= payload_length:
                 self._at += payload_length
@@ -371,17 +378,19 @@ class Transmission:
             else:
                 self._skipping, self._after_skip = payload_length - here, refusal
                 self._at = self._have
+                self._stalls.begun()
             return True
         if here >= payload_length:
             payload = self._view[self._at : self._at + payload_length]
             self._at += payload_length
             self._take(request, payload)
-        elif payload_length > RECEIVE_SIZE // 2:
-            self._payload_buffer = self._pool.take(payload_length)
+        elif long:
             self._payload = memoryview(self._payload_buffer)[:payload_length]
             self._payload[:here] = self._view[self._at : self._have]
             self._payload_of, self._filled = request, here
             self._at = self._have
+            self._stalls.begun()
+            self._hold()
         else:
             return False
         return True
@@ -420,14 +429,18 @@ class Transmission:
         elif at and rest:
             self._buffer[:rest] = self._buffer[at:have]
         self._at, self._have = 0, rest
+        if rest:
+            self._stalls.begun(another=bool(at))
 
     def _saturated(self) -> bool:
         """Whether reading has to stop; then it goes on at `_resume`."""
-        budget = self._budget
+        limits = self._limits
         if (
-            len(self._tasks) < budget.requests
-            and self._bytes_in_flight < budget.received_bytes
-            and self._stream.queued < budget.queued_bytes
+            len(self._tasks) < limits.requests
+            and self._bytes_in_flight < limits.received_bytes
+            and self._stream.queued < limits.queued_bytes
+            # A payload that has begun to come has its memory; others wait for what it holds.
+            and (not self._memory.short or self._payload or self._share.allows(self._wanted))
         ):
             return False
         self._stream.pause_reading()
@@ -448,6 +461,7 @@ class Transmission:
 
     def _resume(self) -> None:
         """Serve what is left in the buffer, then receive again."""
+        self._hold()
         if self._closing or self._yielding or self._saturated():
             return
         if self._have and self._payload is None and not self._skipping:
@@ -470,7 +484,7 @@ class Transmission:
         ``buffer`` holds their payloads and goes back to the pool after the last of them.
         """
         writes, self._writes = self._writes, []
-        hops = _hops(writes)
+        hops = write_hops(writes)
         lease = Lease(buffer, len(hops), self._pool)
         for hop, held in hops:
             self._start(self._write(hop, lease), held, changes=True)
@@ -498,6 +512,7 @@ class Transmission:
         self._tasks[number] = self._loop.create_task(serving_on)
         if changes:
             self._changing.add(number)
+        self._hold()
 
     async def _finish_serving(
         self, number: int, serving: Awaitable[Sequence[Piece]], length: int
@@ -517,10 +532,36 @@ class Transmission:
     def _send_soon(self) -> None:
         self._sending_soon = False
         self._flush()
+        self._hold()
         if not self._stream.reading:
             self._resume()
         if not self._tasks and (self._closing or self.commands.stopping):
             self._finish()
+
+    # What all connections share, and who stalls
+
+    def _hold(self) -> None:
+        """Tell what this connection holds in memory."""
+        waits = self._stream.queued - self._stream.queued_files
+        received = self._bytes_in_flight + len(self._payload_buffer)
+        self._share.hold(waits + received + REQUEST_COST * len(self._tasks))
+
+    def _blocked(self) -> None:
+        """The peer does not take its replies at once."""
+        self._hold()
+        self._stalls.owed()
+
+    def _brought(self) -> Brought | None:
+        """How far the request is that has begun to come in, if one has."""
+        if self._payload is None and not self._skipping and not self._have:
+            return None
+        done = self._filled if self._payload else self._have - self._skipping
+        return Brought(done, wanted=self._stream.reading and not self._yielding)
+
+    def _give_up(self, complaint: str) -> None:
+        self._violation = ProtocolError(complaint)
+        self._stream.pause_reading()
+        self._stream.lose()
 
     # Sending and ending
 
@@ -545,6 +586,7 @@ class Transmission:
         self._closing = True
         if self._stream.queued or self._stream.lent:
             self._stream.on_drained = self._finish
+            self._stalls.owed(ending=True)
         else:
             self._end()
 
@@ -557,20 +599,3 @@ class Transmission:
         self._closing = True
         self._cancel(self._tasks.keys() - self._changing)
         self._end()
-
-
-def _hops(writes: list[Request]) -> list[tuple[list[Request], int]]:
-    """The writes of a batch as they go to the pool together, and how many bytes that is."""
-    total = sum([request.length for request in writes])
-    if total <= WRITE_HOP:
-        return [(writes, total)]
-    hops: list[tuple[list[Request], int]] = []
-    hop: list[Request] = []
-    held = 0
-    for request in writes:
-        if hop and held + request.length > WRITE_HOP:
-            hops.append((hop, held))
-            hop, held = [], 0
-        hop.append(request)
-        held += request.length
-    return [*hops, (hop, held)]

@@ -32,6 +32,7 @@ from pynbd.block.qcow2 import builder
 from pynbd.block.qcow2.builder import Compressed, Data, Image, Zero
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
+from pynbd.server.limits import Limits
 from pynbd.server.listening import listen_unix
 from pynbd.server.server import Server
 
@@ -195,7 +196,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     server = Server(
         table,
         [listener],
-        handshake_limit=arguments.handshake_limit,
+        limits=Limits(handshake_seconds=arguments.handshake_limit),
         extended=not arguments.no_extended_headers,
     )
 

@@ -27,8 +27,9 @@ from pynbd.protocol.handshake import Session
 from pynbd.server.buffers import BufferPool
 from pynbd.server.contexts import Context
 from pynbd.server.export import Export
+from pynbd.server.limits import Limits
 from pynbd.server.stream import PlainStream
-from pynbd.server.transmission import Budget, Transmission
+from pynbd.server.transmission import Transmission
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(6))
@@ -280,7 +281,7 @@ async def talking(
     *,
     contexts: Mapping[str, Context] | None = None,
     export: Export | None = None,
-    budget: Budget | None = None,
+    limits: Limits | None = None,
     wrap: Callable[[socket.socket], socket.socket] = lambda sock: sock,
 ) -> AsyncIterator[Talk]:
     """A session on ``node`` with all ``contexts`` selected; it ends when the client leaves.
@@ -291,7 +292,7 @@ async def talking(
     ours, theirs = socket.socketpair()
     stream = PlainStream(asyncio.get_running_loop(), wrap(ours))
     session = negotiated(export, mode, dict(enumerate(export.contexts)))
-    transmission = Transmission(stream, export, session, BufferPool(), budget)
+    transmission = Transmission(stream, export, session, BufferPool(), limits or Limits())
     running = asyncio.get_running_loop().create_task(transmission.run())
     running.add_done_callback(lambda _: stream.close())  # as its connection does
     client = Client(theirs, mode)

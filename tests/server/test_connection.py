@@ -24,6 +24,7 @@ from pynbd.server.buffers import BufferPool
 from pynbd.server.connection import Connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
+from pynbd.server.limits import Limits
 from tests.server.session import BLOCK_STATUS, READ, Client, Mode, open_files
 
 SIZE = 1 << 20
@@ -89,7 +90,7 @@ async def talking(tmp_path: Path, limit: float = 10) -> AsyncIterator[Talk]:
     node = await open_image(path, format="raw")
     exports = ExportTable([Export("x", node, contexts=standard_contexts(depth=True, bitmaps=()))])
     ours, theirs = socket.socketpair()
-    talk = Talk(Connection(ours, exports, BufferPool(), handshake_limit=limit), theirs)
+    talk = Talk(Connection(ours, exports, BufferPool(), Limits(handshake_seconds=limit)), theirs)
     try:
         yield talk
     finally:
@@ -212,7 +213,7 @@ async def test_a_network_that_breaks_down(
         theirs.send(bytes(4))
         failing = FailingSocket(fileno=ours.detach())
         failing.failure = OSError(number, os.strerror(number))
-        await Connection(failing, ExportTable([]), BufferPool()).run()
+        await Connection(failing, ExportTable([]), BufferPool(), Limits()).run()
         assert failing.fileno() == -1
         assert theirs.recv(18) == GREETING
     assert not caplog.records

@@ -31,6 +31,7 @@ from pynbd.server.commands import EXTENTS_AT_ONCE, Commands
 from pynbd.server.connection import Connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
+from pynbd.server.limits import Limits
 from pynbd.server.stream import COPY_COST, COPY_PIECE, SEND_TURN, PlainStream
 from pynbd.server.transmission import TURN_REQUESTS
 from tests.block.reading import eventually
@@ -347,7 +348,7 @@ async def test_a_flood_of_options(
     ours, theirs = socket.socketpair()
     with closing(theirs):
         theirs.setblocking(False)
-        connection = Connection(ours, exports, BufferPool())
+        connection = Connection(ours, exports, BufferPool(), Limits())
         monkeypatch.setattr(connection._stream, "_loop", _Counting(loop, counted))
         running = loop.create_task(connection.run())
         option = struct.pack(">QII", IHAVEOPT, UNKNOWN_COMMAND, len(data)) + data

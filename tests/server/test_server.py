@@ -22,6 +22,7 @@ import pytest
 from pynbd.block.chain import open_image
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
+from pynbd.server.limits import Limits
 from pynbd.server.server import GRACE, Server
 from tests.server.session import (
     ESHUTDOWN,
@@ -153,7 +154,7 @@ async def test_who_does_not_negotiate_is_dropped(
     path: Path, engine: WatchedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Row H9: after the time for the whole negotiation, however often it says something."""
-    async with serving(path, engine, max_clients=1, handshake_limit=0.3) as scene:
+    async with serving(path, engine, max_clients=1, limits=Limits(handshake_seconds=0.3)) as scene:
         loop = asyncio.get_running_loop()
         silent = await scene.connect()
         start = time.monotonic()
@@ -180,7 +181,7 @@ async def test_who_does_not_negotiate_is_dropped(
 
 
 async def test_no_deadline(path: Path, engine: WatchedEngine) -> None:
-    async with serving(path, engine, handshake_limit=0) as scene:
+    async with serving(path, engine, limits=Limits(handshake_seconds=0)) as scene:
         sock = await scene.connect()
         assert await scene.greeted(sock)
         await asyncio.sleep(0.1)
@@ -281,6 +282,7 @@ async def test_a_listener_that_fails_is_seen(path: Path, engine: WatchedEngine) 
             raise ValueError
 
         scene.server._place = defect  # type: ignore[method-assign]
+        await scene.connect()
         await asyncio.wait([scene.running], timeout=5)
         assert isinstance(scene.running.exception(), ValueError)
         scene.running = asyncio.get_running_loop().create_task(asyncio.sleep(0))

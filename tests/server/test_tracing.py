@@ -22,6 +22,7 @@ from pynbd.server.buffers import BufferPool
 from pynbd.server.connection import Connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
+from pynbd.server.limits import Limits
 from pynbd.server.stream import FilePiece, ReplyEnd
 from pynbd.server.tracing import TracedStream
 from tests.server import test_stream
@@ -56,7 +57,9 @@ async def talking(tmp_path: Path, *, trace: bool) -> AsyncIterator[socket.socket
     exports = ExportTable([Export("x", node, contexts=standard_contexts(depth=True, bitmaps=()))])
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    running = asyncio.create_task(Connection(ours, exports, BufferPool(), trace=trace).run())
+    running = asyncio.create_task(
+        Connection(ours, exports, BufferPool(), Limits(), trace=trace).run()
+    )
     try:
         yield theirs
     finally:

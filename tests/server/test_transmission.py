@@ -18,7 +18,8 @@ from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
 from pynbd.errors import ProtocolError
 from pynbd.server.contexts import standard_contexts
-from pynbd.server.transmission import RECEIVE_SIZE, Budget
+from pynbd.server.limits import Limits
+from pynbd.server.transmission import RECEIVE_SIZE
 from tests.block.reading import eventually
 from tests.server.counting import Costs
 from tests.server.session import (
@@ -364,7 +365,7 @@ async def test_what_comes_after_a_session_was_cancelled_is_not_served(
 async def test_a_budget_of_requests(path: Path, engine: WatchedEngine) -> None:
     async with (
         opened(path, engine) as node,
-        talking(node, budget=Budget(requests=5)) as talk,
+        talking(node, limits=Limits(requests=5)) as talk,
     ):
         client = talk.client
         engine.held = {"_fallocate_errno"}
@@ -381,7 +382,7 @@ async def test_a_budget_of_requests(path: Path, engine: WatchedEngine) -> None:
 async def test_a_budget_of_bytes(path: Path, engine: WatchedEngine) -> None:
     async with (
         opened(path, engine) as node,
-        talking(node, budget=Budget(received_bytes=1 << 20)) as talk,
+        talking(node, limits=Limits(received_bytes=1 << 20)) as talk,
     ):
         client = talk.client
         engine.held = {"_write_batch"}
@@ -402,10 +403,10 @@ async def test_a_peer_that_takes_no_replies(
     path: Path, engine: WatchedEngine, mode: Mode, length: int, lends_pages: bool
 ) -> None:
     """What waits for it is bounded, however many requests one receive brought."""
-    budget = Budget(received_bytes=4 << 20, queued_bytes=4 << 20)
+    limits = Limits(received_bytes=4 << 20, queued_bytes=4 << 20)
     async with (
         opened(path, engine) as node,
-        talking(node, mode, budget=budget) as talk,
+        talking(node, mode, limits=limits) as talk,
     ):
         node.file.lends_pages = lends_pages
         client, most = talk.client, 0

@@ -22,6 +22,7 @@ from pynbd.cli.running import listen_on, run_server
 from pynbd.cli.signals import watch
 from pynbd.errors import PynbdError
 from pynbd.server.export import Export
+from pynbd.server.limits import Limits
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
 from pynbd.server.serving import open_to_serve
@@ -94,7 +95,7 @@ async def _serve(
             ready,
             max_clients=wanted.shared,
             until_idle=not wanted.persistent,
-            handshake_limit=wanted.handshake_limit,
+            limits=Limits(handshake_seconds=wanted.handshake_limit),
             thrown_away=wanted.snapshot,
             trace=trace,
         )

@@ -1,0 +1,111 @@
+"""The options of `pynbd serve` that limit what clients may take; each is a field of `Limits`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+
+from pynbd.block.sizes import parse_size
+from pynbd.cli.numbers import in_bytes, seconds, size_in_bytes, whole_number
+from pynbd.server.limits import Limits
+
+F = TypeVar("F", bound=Callable[..., Any])
+_DEFAULTS = Limits()
+
+
+def _some_bytes(value: str | int) -> int:
+    size = parse_size(str(value))
+    if not size:
+        raise click.BadParameter(f"{value!r} is not a number of bytes, 1 or more")
+    return size
+
+
+# Field, option, its metavar and type, what it says.
+_OPTIONS: Iterable[tuple[str, str, str, Callable[[Any], float], str]] = (
+    (
+        "handshake_seconds",
+        "--handshake-limit",
+        "SECONDS",
+        seconds,
+        "Time for the negotiation; 0 is no limit.",
+    ),
+    (
+        "stall_seconds",
+        "--stall-limit",
+        "SECONDS",
+        seconds,
+        "Time to take more replies, or to end a request that has begun; 0 is no limit.",
+    ),
+    (
+        "per_address",
+        "--max-per-address",
+        "NUM",
+        whole_number(0),
+        "Connections from one IPv4 address, or one IPv6 network of 64 bits; 0 is any number.",
+    ),
+    (
+        "options",
+        "--max-options",
+        "NUM",
+        whole_number(0),
+        "Options of one negotiation; 0 is any number.",
+    ),
+    (
+        "option_bytes",
+        "--max-option-bytes",
+        "SIZE",
+        size_in_bytes,
+        "Bytes of the options of one negotiation; 0 is any number.",
+    ),
+    (
+        "all_bytes",
+        "--max-memory",
+        "SIZE",
+        size_in_bytes,
+        "Memory for requests and replies of all clients; past it they take turns. 0 is no limit.",
+    ),
+    (
+        "requests",
+        "--max-requests",
+        "NUM",
+        whole_number(1),
+        "Requests of one connection that are under way at a time; more wait.",
+    ),
+    (
+        "received_bytes",
+        "--max-received",
+        "SIZE",
+        _some_bytes,
+        "Memory that requests of one connection hold while they are under way.",
+    ),
+    (
+        "queued_bytes",
+        "--max-queued",
+        "SIZE",
+        _some_bytes,
+        "Bytes of replies that wait for one connection before it is served no more.",
+    ),
+)
+
+
+def limit_options(command: F) -> F:
+    """The options; their values come as the keyword arguments that `limits_of` takes away."""
+    for field, option, metavar, kind, text in reversed(list(_OPTIONS)):
+        default = getattr(_DEFAULTS, field)
+        command = click.option(
+            option,
+            field,
+            metavar=metavar,
+            type=kind,
+            default=in_bytes(default) if metavar == "SIZE" else default,
+            show_default=True,
+            help=text,
+        )(command)
+    return command
+
+
+def limits_of(options: dict[str, Any]) -> Limits:
+    """The limits in ``options``, which has the rest left."""
+    return Limits(**{field: options.pop(field) for field, *_ in _OPTIONS})
