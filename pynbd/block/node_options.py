@@ -274,7 +274,8 @@ class _Node:
         return ImageError(f"{self._at(name)}: {self._options.get(name)!r} is not {allowed}")
 
     def _at(self, name: str) -> str:
-        return f"image option {self._path}{name}"
+        path = f"{self._path}{name}"  # in a name from JSON there may be anything
+        return f"image option {path if path.isprintable() else repr(path)}"
 
 
 def _listed(names: frozenset[str] | set[str]) -> str:
