@@ -246,7 +246,7 @@ class _Reading:
             return
         if self.wanted.command == Cmd.READ:
             assert self.covered == self.wanted.length
-            assert asked.view == self.said
+            assert bytes(asked.view or b"") == self.said
         if self.wanted.command == Cmd.BLOCK_STATUS:
             assert self.statuses.keys() == _CONTEXTS.keys()
         assert {number: list(told) for number, told in asked.statuses.items()} == self.statuses

@@ -23,7 +23,15 @@ from typing import Any
 from pynbd.block.cache_modes import Cache
 from pynbd.block.chain import open_image
 from pynbd.block.engine import Engine
-from pynbd.block.qcow2.builder import Bitmap, Compressed, Data, Image, InternalSnapshot, Zero
+from pynbd.block.qcow2.builder import (
+    Bitmap,
+    Cluster,
+    Compressed,
+    Data,
+    Image,
+    InternalSnapshot,
+    Zero,
+)
 from pynbd.errors import ProtocolError
 from pynbd.server.export import Export
 from pynbd.server.offers import offered_contexts
@@ -175,7 +183,7 @@ async def _hear(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
 
 
 def _qcow2(noise: bytes, backing: str) -> bytes:
-    clusters = {
+    clusters: dict[int, Cluster] = {
         0: Data(noise[:65536]),
         1 << 16: Zero(),
         2 << 16: Compressed(noise[:20000]),

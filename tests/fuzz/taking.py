@@ -17,12 +17,6 @@ class Taking:
         """Whether anything is left."""
         return self._at < len(self._data)
 
-    def bytes(self, count: int) -> bytes:
-        """The next ``count`` bytes, fewer at the end."""
-        taken = self._data[self._at : self._at + count]
-        self._at += count
-        return taken
-
     def rest(self) -> bytes:
         return self.bytes(len(self._data))
 
@@ -36,3 +30,9 @@ class Taking:
 
     def flag(self) -> bool:
         return bool(self.number(1) & 1)
+
+    def bytes(self, count: int) -> bytes:
+        """The next ``count`` bytes, fewer at the end."""
+        taken = self._data[self._at : self._at + count]
+        self._at += count
+        return taken

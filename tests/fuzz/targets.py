@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PARTS = ("protocol", "block")
+PARTS = ("protocol", "names", "block")
 
 
 @dataclass(frozen=True, slots=True)
