@@ -139,3 +139,13 @@ def test_refused(text: str, kind: type[ImageError], parts: str) -> None:
     assert type(caught.value) is kind
     assert parts in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\u2028", "\udcff"])
+def test_an_option_whose_name_is_not_for_people_is_quoted(name: str) -> None:
+    """A backing file may be recorded as ``json:{...}``, with any name in it."""
+    with pytest.raises(ImageError, match="no option of the driver file") as caught:
+        meant({"driver": "raw", "file": {"driver": "file", "filename": "x", name: "1"}})
+    path = f"file.{name}"
+    assert f"image option {path!r}: " in str(caught.value)
+    assert str(caught.value).isprintable()
