@@ -170,7 +170,8 @@ def find(snapshots: Sequence[Snapshot], wanted: str) -> Snapshot | None:
     unknown = keys.keys() - {"snapshot.id", "snapshot.name"}
     if unknown:
         raise UsageError(
-            f"{', '.join(sorted(unknown))}: choose by snapshot.id=ID or snapshot.name=NAME"
+            f"{', '.join(map(repr, sorted(unknown)))}:"
+            " choose by snapshot.id=ID or snapshot.name=NAME"
         )
     for snapshot in snapshots:
         if (

@@ -154,6 +154,11 @@ class TestFind:
         with pytest.raises(UsageError, match="choose by snapshot"):
             find(self.table, wanted)
 
+    def test_a_key_is_refused_in_one_line(self) -> None:
+        with pytest.raises(UsageError, match=r"^'snapshot\.x\\ny': choose by") as refused:
+            find(self.table, "snapshot.x\ny=1")
+        assert len(str(refused.value).splitlines()) == 1
+
 
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 def test_snapshots_by_qemu_img(compat: str, tmp_path: Path) -> None:
