@@ -59,7 +59,7 @@ class Usage:
         """How many of the first ``clusters`` of refcount block ``index`` are in use."""
         header = self._header
         host_offset = entry & REFT_OFFSET_MASK
-        if host_offset % header.cluster_size or host_offset > MAX_OFFSET:
+        if host_offset % header.cluster_size or host_offset > MAX_OFFSET - header.cluster_size:
             raise CorruptImage(
                 f"{self._file.path}: refcount block {index} is at {host_offset:#x}, "
                 "not a cluster of the file"

@@ -365,7 +365,7 @@ class Refcounts:
 
     async def _load(self, index: int) -> Table:
         host_offset = int(self.table.values[index]) & REFT_OFFSET_MASK
-        if host_offset % self._cluster_size or host_offset > MAX_OFFSET:
+        if host_offset % self._cluster_size or host_offset > MAX_OFFSET - self._cluster_size:
             raise CorruptImage(
                 f"{self._file.path}: refcount block {index} is at {host_offset:#x}, not at a"
                 " cluster of the file"

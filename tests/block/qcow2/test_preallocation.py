@@ -12,7 +12,7 @@ import pytest
 from interop import peers
 from pynbd.block.engine import Engine, HostFile
 from pynbd.block.qcow2 import preallocation as module
-from pynbd.block.qcow2.builder import Data, Image
+from pynbd.block.qcow2.builder import Data, Image, poke
 from pynbd.block.qcow2.image import read_header
 from pynbd.block.qcow2.preallocation import Usage
 from pynbd.errors import CorruptImage
@@ -62,12 +62,12 @@ async def test_counting_is_bounded(
         assert await counted.count_in_use(2000, 1 << 40) == 3 * 256
 
 
-async def test_a_misplaced_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [512, 1 << 63, (1 << 64) - 65536, (1 << 63) - 65536])
+async def test_a_misplaced_block(tmp_path: Path, place: int) -> None:
+    """Also where it would be the last cluster of the longest file, whose end has no number."""
     path = tmp_path / "disk.qcow2"
     written = Image(size=1 << 20).write(path)
-    with path.open("r+b") as file:
-        file.seek(written.header.refcount_table_offset + 6)
-        file.write(b"\2")
+    poke(path, written.header.refcount_table_offset, place.to_bytes(8, "big"))
     with opened(path) as host:
         counted = Usage(host, written.header)
         with pytest.raises(CorruptImage, match="refcount block 0"):
