@@ -2,7 +2,7 @@
 
 1. Text is a line for people, with the name of the program before it; what passes on a connection
    (``--trace``) has the time there instead. Whatever a name has in it, a terminal takes none of it
-   for a command.
+   for a command, and a long one leaves room for what is said of it.
 2. JSON is one object a line: ``time`` (ISO 8601, UTC), ``level``, ``logger``, ``message``; for
    ``--trace`` also ``connection``, ``direction`` and ``nbd``, the message and its fields; where a
    defect shows, ``traceback``.
@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from pynbd.cli.output import printable
+from pynbd.cli.output import one_line, printable
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _P = ParamSpec("_P")
@@ -80,7 +80,7 @@ def last_words(program: str, text: str) -> None:
     if any(isinstance(handler.formatter, _Json) for handler in logging.getLogger().handlers):
         logging.getLogger("pynbd").error("%s", text)
     else:
-        click.echo(f"{program}: {printable(text)}", err=True)
+        click.echo(f"{program}: {one_line(text)}", err=True)
 
 
 def line_of(text: str) -> str:
@@ -99,9 +99,10 @@ class _Formatter(logging.Formatter):
 
 class _Text(_Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        message = "\n".join(map(printable, record.message.split("\n")))
+        lines = record.message.split("\n")
         if record.name != TRACE.name:
-            return f"{self._program}: {message}"
+            return f"{self._program}: " + "\n".join(map(one_line, lines))
+        message = "\n".join(map(printable, lines))
         time = datetime.fromtimestamp(record.created)
         return f"{time:%H:%M:%S.%f} {message}"
 

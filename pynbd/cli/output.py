@@ -17,6 +17,9 @@ import click
 from pynbd.errors import PynbdError
 
 _STATUS_OF_SIGPIPE = 141
+# Of a line on standard error, without the program's name.
+_LONGEST_LINE = 280
+_GAP = " [...] "
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -59,6 +62,17 @@ def _give_up(error: OSError) -> None:
 def printable(text: str) -> str:
     """A name from an image or a server, without what a terminal would take for a command."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
+def one_line(text: str) -> str:
+    """What is said of an image or a server, `printable`, and without its middle where it is long:
+    the names that these give may be of any length.
+    """
+    text = printable(text)
+    if len(text) <= _LONGEST_LINE:
+        return text
+    half = (_LONGEST_LINE - len(_GAP)) // 2
+    return text[:half] + _GAP + text[-half:]
 
 
 def in_units(count: int) -> str:

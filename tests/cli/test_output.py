@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pynbd.cli.output import in_units, printable, table
+from pynbd.cli.output import in_units, one_line, printable, table
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,15 @@ def test_in_units(count: int, shown: str) -> None:
 
 def test_printable() -> None:
     assert printable("Platte é\x1b[31m\n\udcff") == "Platte é?[31m??"
+
+
+def test_one_line() -> None:
+    """A name may be of any length: whose it is, and what is wrong with it, is told all the same."""
+    line = one_line("disk.qcow2: its data file '" + "x" * 10000 + "\n' cannot be a file name")
+    assert len(line) <= 280
+    assert line.startswith("disk.qcow2: its data file 'xxx")
+    assert line.endswith("xxx?' cannot be a file name")
+    assert one_line("y" * 280) == "y" * 280
 
 
 def test_table() -> None:
