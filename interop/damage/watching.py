@@ -119,12 +119,15 @@ def named_files(top: Path) -> set[str]:
 
 def _first_bytes(path: str) -> bytes:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
-        with open(path, "rb") as file:
-            return file.read(2 * MiB)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         return b""
+    try:
+        return os.read(file, 2 * MiB)
+    except OSError:
+        return b""
+    finally:
+        os.close(file)
 
 
 def _named_by(path: str) -> Iterator[str]:
