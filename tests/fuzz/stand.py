@@ -77,6 +77,7 @@ class _Place:
         """What the other client reads."""
         async with asyncio.timeout(_DEADLINE):
             reply = await self._other.ask(sessions.READ, 0, SIZE)
+        self._other.replies.clear()
         assert not reply.error
         return reply.data(0, SIZE)
 
