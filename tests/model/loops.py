@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
@@ -20,6 +21,7 @@ from typing import Any, Final, TypeVar
 import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
+from hypothesis.errors import StopTest
 
 from pynbd.server.export import ExportTable
 from pynbd.server.listening import listen_unix
@@ -68,7 +70,8 @@ class LoopThread:
 
     def __init__(self, kind: str) -> None:
         self.loop = LOOPS[kind]()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="pynbd-server")
+        run = self.loop.run_forever
+        self._thread = threading.Thread(target=run, name="pynbd-server", daemon=True)
         self._thread.start()
         self._defects = _Defects()
         self._log = logging.getLogger("pynbd")
@@ -129,6 +132,12 @@ class LoopThread:
         self._log.removeHandler(self._defects)
         assert not tasks, f"tasks are left: {tasks}"
         assert not self._defects.told, self._defects.told
+
+
+def failed() -> bool:
+    """Whether a machine is torn down because it has failed."""
+    error = sys.exc_info()[1]
+    return error is not None and not isinstance(error, StopTest)  # its example is too long
 
 
 def descriptors() -> set[str]:

@@ -42,7 +42,7 @@ from tests.conformance.client import (
     option,
 )
 from tests.conformance.server import pattern
-from tests.model.loops import LoopThread, descriptors, profile, unhurried
+from tests.model.loops import LoopThread, descriptors, failed, profile, unhurried
 from tests.model.negotiation import MAX_OPTION, Answer, Known, Negotiation, Then
 
 _READING = Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.SEND_FUA | Flag.CAN_MULTI_CONN
@@ -184,6 +184,7 @@ def _options(draw: st.DrawFn) -> bytes:
     return option(code, data)
 
 
+_FAILING_SET = option(Option.SET_META_CONTEXT, meta_data("nosuch"))
 _LAST = (
     _nearly(_NAMES).map(lambda name: option(Option.EXPORT_NAME, name))
     | _EMPTY.map(lambda data: option(Option.ABORT, data))
@@ -203,9 +204,11 @@ class Handshake(RuleBasedStateMachine):
         loop=st.sampled_from(["asyncio", "uvloop"]),
         structured=st.sampled_from([True, True, True, False]),
         extended=st.sampled_from([True, True, True, False]),
+        flags=st.sampled_from([3, 3, 1]),
     )
-    def start(self, loop: str, structured: bool, extended: bool) -> None:
+    def start(self, loop: str, structured: bool, extended: bool, flags: int) -> None:
         self.before = descriptors()
+        self.flags = flags
         self.folder = TemporaryDirectory(prefix="pynbd-model-")
         self.thread = LoopThread(loop)
         self.nodes = self.thread.run(_nodes(Path(self.folder.name)))
@@ -221,9 +224,9 @@ class Handshake(RuleBasedStateMachine):
         self.refused = frozenset(int(code) for code, offered in refused.items() if not offered)
 
     def teardown(self) -> None:
-        if not hasattr(self, "refused"):
-            return  # it has not come as far as that
-        self._connect()
+        if failed() or not hasattr(self, "refused"):
+            return
+        self._connect(self.flags)
         self._send(option(Option.GO, info_data("")), [])
         self._leave()
         self.thread.loop.call_soon_threadsafe(self.server.stop)
@@ -236,7 +239,7 @@ class Handshake(RuleBasedStateMachine):
 
     # Coming and going
 
-    def _connect(self, flags: int = 3, cuts: Sequence[int] = ()) -> None:
+    def _connect(self, flags: int, cuts: Sequence[int] = ()) -> None:
         self._leave()
         self.peer = Peer(self.path)
         self.model = Negotiation(EXPORTS, self.refused)
@@ -275,7 +278,7 @@ class Handshake(RuleBasedStateMachine):
         export=st.sampled_from(EXPORTS),
         wanted=st.sets(st.integers(0, 4), min_size=1),
         upgraded=st.booleans(),
-        between=st.none() | _options(),
+        between=st.none() | _options() | st.just(_FAILING_SET),
         other=st.none() | st.none() | _NAMES,
         last=st.sampled_from([Option.GO, Option.GO, Option.INFO, Option.EXPORT_NAME]),
     )
@@ -334,7 +337,7 @@ class Handshake(RuleBasedStateMachine):
     def _send(self, data: bytes, cuts: Sequence[int]) -> None:
         """In segments, each only once the one before was taken; then all answers are read."""
         if self.peer is None:
-            self._connect()
+            self._connect(self.flags)
         peer = self.peer
         assert peer
         ends = [*sorted({cut % len(data) for cut in cuts} if data else ()), len(data)]
