@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -170,7 +171,7 @@ class Commands:
         try:
             self.validate(request)
             return await self._serve[request.command](self, request)
-        except (RequestError, OSError) as error:
+        except (RequestError, OSError, MemoryError) as error:
             return (self.refusal(request, error),)
         except Exception:
             log.exception("a defect in pynbd, while serving %s", request)
@@ -182,7 +183,7 @@ class Commands:
         pieces = [(request.offset, request.payload) for request in requests if request.payload]
         try:
             errors = await self._pwrite(pieces, fua=fua)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             return [self.refusal(request, error) for request in requests]
         except Exception:
             log.exception("a defect in pynbd, while writing")
@@ -210,8 +211,10 @@ class Commands:
             return await self._node.pwrite_batch(pieces, fua=fua)
         return await pwrite_detecting(self._node, pieces, detect, fua=fua)
 
-    def refusal(self, request: Request, error: RequestError | OSError) -> bytes:
+    def refusal(self, request: Request, error: RequestError | OSError | MemoryError) -> bytes:
         """The reply to a request that failed."""
+        if isinstance(error, MemoryError):
+            error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         if isinstance(error, RequestError):
             code, text = Error(error.error), error.message
         else:
