@@ -27,8 +27,11 @@ def loaded(chosen: tuple[str, ...]) -> list[Target]:
         return [load(name) for name in chosen]
 
 
-def run(targets: list[Target], folder: Path, bounds: Bounds, jobs: int) -> bool:
-    """Run each in a child, ``jobs`` at a time, and print a line for each; whether all is well."""
+def run(targets: list[Target], folder: Path, scratch: str, bounds: Bounds, jobs: int) -> bool:
+    """Run each in a child, ``jobs`` at a time, and print a line for each; whether all is well.
+
+    ``scratch``: for the temporary files of the children, who end without a chance to remove them.
+    """
     waiting, running, well = targets[::-1], dict[int, tuple[Target, float]](), True
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -37,6 +40,7 @@ def run(targets: list[Target], folder: Path, bounds: Bounds, jobs: int) -> bool:
             sys.stdout.flush()
             child = os.fork()
             if not child:
+                tempfile.tempdir = scratch
                 try:
                     fuzz(target, folder / target.name, bounds)
                 finally:
@@ -103,8 +107,8 @@ def main(
         print("all is well")
         return
     bounds = Bounds(seconds if seconds or runs else 60, runs, seed, hang)
-    with working_folder(corpus) as folder:
-        if not run(loaded(chosen or tuple(names())), folder, bounds, jobs):
+    with working_folder(corpus) as folder, tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        if not run(loaded(chosen or tuple(names())), folder, scratch, bounds, jobs):
             sys.exit(1)
 
 

@@ -33,8 +33,10 @@ from pynbd.block.qcow2.builder import (
     Zero,
 )
 from pynbd.errors import ProtocolError
+from pynbd.protocol.uri import NbdUri
 from pynbd.server.export import Export
 from pynbd.server.offers import offered_contexts
+from pynbd.server.serving import serve
 from tests.conformance.client import Mode
 from tests.server import session as sessions
 
@@ -94,6 +96,8 @@ class Stand(logging.Handler):
         logging.getLogger("pynbd").addHandler(self)
         self.troubles: list[str] = []
         self._engine = Engine(2)
+        self._listening = ""
+        self._ends = AsyncExitStack()
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(lambda _, what: self.troubles.append(repr(what)))
         noise = random.Random(1).randbytes(SIZE)
@@ -112,6 +116,29 @@ class Stand(logging.Handler):
 
     def content(self, number: int) -> bytes:
         return self._places[number].content
+
+    def meet(self, stream: bytes, step: int) -> bytes:
+        """Connect to the read-only export, from the first byte on; the rest is as in `say`."""
+        step = max(step or len(stream), len(stream) // _MOST_PIECES, 1)
+        return self._loop.run_until_complete(self._meet(stream, step))
+
+    async def _meet(self, stream: bytes, step: int) -> bytes:
+        if not self._listening:
+            node = self._places[-1].export.node
+            server = await self._ends.enter_async_context(serve(node))
+            self._listening = NbdUri.parse(server.uri).socket
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.setblocking(False)
+            async with asyncio.timeout(_DEADLINE):
+                await self._loop.sock_connect(sock, self._listening)
+                return await self._converse(sock, stream, step)
+
+    async def _converse(self, sock: socket.socket, stream: bytes, step: int) -> bytes:
+        """What the server says until it hangs up."""
+        async with asyncio.TaskGroup() as both:
+            hearing = both.create_task(_hear(self._loop, sock))
+            both.create_task(_say(self._loop, sock, stream, step))
+        return hearing.result()
 
     def seen(self, number: int) -> bytes:
         """All of an export, as its other client reads it."""
@@ -139,17 +166,16 @@ class Stand(logging.Handler):
         selected = {name: export.contexts[name] for name in contexts}
         dialect = sessions.Mode(mode.value)
         async with sessions.talking(export.node, dialect, contexts=selected) as talk:
-            sock = talk.client.sock
-            async with asyncio.timeout(_DEADLINE), asyncio.TaskGroup() as both:
-                hearing = both.create_task(_hear(self._loop, sock))
-                both.create_task(_say(self._loop, sock, stream, step))
+            async with asyncio.timeout(_DEADLINE):
+                said = await self._converse(talk.client.sock, stream, step)
             try:
                 await talk.ends()
             except ProtocolError as error:
-                return hearing.result(), error
-            return hearing.result(), None
+                return said, error
+            return said, None
 
     def end(self) -> None:
+        self._loop.run_until_complete(self._ends.aclose())
         logging.getLogger("pynbd").removeHandler(self)
         for place in (*self._places, self._base):
             self._loop.run_until_complete(place.close())
