@@ -71,11 +71,12 @@ def fuzz(target: Target, folder: Path, bounds: Bounds) -> None:
         "max_len": target.max_len,
         "timeout": bounds.hang,
         "rss_limit_mb": RSS_LIMIT_MB,
-        "dict": words,
         "artifact_prefix": f"{folder}/",
         "print_final_stats": 1,
         "len_control": 0,  # seeds are long from the beginning on
     }
+    if target.dictionary:  # an empty one is refused
+        flags["dict"] = words
     if bounds.seconds:
         flags["max_total_time"] = bounds.seconds
     if bounds.runs:
