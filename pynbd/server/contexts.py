@@ -15,6 +15,7 @@ Rules:
    an answer, unless the client wants one extent only (REQ_ONE): that one is followed to its end,
    and nothing of it is kept but how far it reaches.
 4. Damaged metadata anywhere in the answer fails the request: nobody may take a guess for a map.
+   An only extent that ends before them says nothing of them.
 5. The contexts of a reply share its extents, and each has a turn of the loop.
 """
 
@@ -123,7 +124,7 @@ async def block_status(
     end = offset + length
     if one:
         return await _first_extents(node, contexts, offset, end)
-    runs = await _map(node, contexts.values(), offset, end)
+    runs = await _map(node, contexts.values(), offset, end, one=False)
     answers: dict[int, tuple[Lengths, States]] = {}
     left = MAX_EXTENTS_PER_REPLY
     for number, context in contexts.items():
@@ -156,7 +157,7 @@ async def _first_extents(
     following = dict(contexts)
     mapped = offset  # those that need the map have come equally far
     while following:
-        runs = await _map(node, following.values(), mapped, end)
+        runs = await _map(node, following.values(), mapped, end, one=True)
         if runs is not None:
             mapped = runs.end
         for number, context in list(following.items()):
@@ -178,13 +179,17 @@ async def _first_extents(
 
 
 async def _map(
-    node: BlockNode, contexts: Collection[Context], offset: int, end: int
+    node: BlockNode, contexts: Collection[Context], offset: int, end: int, *, one: bool
 ) -> Runs | None:
-    """The map that those of ``contexts`` need which need one."""
+    """The map that those of ``contexts`` need which need one; if ``one``, up to the damage."""
     if not any(context.needs_map for context in contexts):
         return None
     want_zero = any(context.needs_zero for context in contexts)
     runs = await node.map(offset, end - offset, want_zero=want_zero)
-    if (runs.kind == CORRUPT).any():
-        raise OSError(errno.EIO, "corrupt metadata in the range", node.name)
-    return runs
+    damaged = runs.kind == CORRUPT
+    if not damaged.any():
+        return runs
+    start = int(runs.starts[np.argmax(damaged)])
+    if one and start > offset:
+        return runs.clip(start)
+    raise OSError(errno.EIO, "corrupt metadata in the range", node.name)

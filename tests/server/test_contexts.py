@@ -264,6 +264,14 @@ async def test_damage_is_no_answer(one: bool) -> None:
     assert await asked(node, contexts, 110, 100, one=one) == {0: [(100, 0)], 1: [(100, 1)]}
 
 
+async def test_damage_behind_an_only_extent_is_not_in_the_answer() -> None:
+    node = ModelNode([(100, DATA), (50, ZERO), (10, CORRUPT), (100, DATA)], 1 << 30)
+    contexts = standard_contexts(depth=False, bitmaps=[])
+    assert await asked(node, contexts, 0, 260, one=True) == {0: [(100, 0)]}
+    with pytest.raises(OSError, match="corrupt metadata"):
+        await asked(node, contexts, 100, 160, one=True)
+
+
 def test_names_and_their_order() -> None:
     bitmaps = [DirtyBitmap("b1", 10, 512), DirtyBitmap("a:b", 10, 512)]
     assert list(standard_contexts(depth=True, bitmaps=bitmaps)) == [
