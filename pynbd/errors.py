@@ -56,7 +56,12 @@ class RequestError(PynbdError):
 
 
 class ImageError(PynbdError):
-    """An image cannot be opened or served as asked. The text names the file and the reason."""
+    """An image cannot be opened or served as asked. The text names the file and the reason; it is
+    one line, whatever is in the names that an image gives of others.
+    """
+
+    def __str__(self) -> str:
+        return "".join(sign if sign.isprintable() else "?" for sign in super().__str__())
 
 
 class CorruptImage(ImageError):

@@ -214,6 +214,14 @@ async def test_a_name_is_judged_before_its_format(tmp_path: Path) -> None:
     await refused(path, UnsupportedFeature, path, "not a plain file name")
 
 
+async def test_a_name_of_several_lines_is_told_in_one(tmp_path: Path) -> None:
+    image = Image(size=512, backing_file="a\n\x1b[2Jb", backing_format="raw")
+    image.write(tmp_path / "x")
+    with pytest.raises(ImageError, match=r"a\?\?\[2Jb: cannot be opened") as refused:
+        await open_image(tmp_path / "x")
+    assert str(refused.value).isprintable()
+
+
 @pytest.mark.parametrize("name", ["a\0b", "\0"])
 async def test_names_with_zero_bytes(tmp_path: Path, name: str) -> None:
     path = overlay(tmp_path / "top", name, None)
