@@ -37,6 +37,7 @@ from pynbd.block.direct import Calls, DirectAccess, alignment_of
 from pynbd.block.pool import Lane, Pool
 from pynbd.block.quick_writes import QuickWrites
 from pynbd.block.syscalls import (
+    PROC,
     REMOTE,
     SYS_CACHESTAT,
     TMPFS,
@@ -192,7 +193,8 @@ class HostFile:
             raise OSError(errno.EINVAL, "it cannot be the name of a file", path) from None
         try:
             mode = os.fstat(fd).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            is_image = stat.S_ISBLK(mode) or (stat.S_ISREG(mode) and file_system(fd) != PROC)
+            if not is_image:
                 raise OSError(errno.EINVAL, "not a regular file or a block device", path)
             return cls(engine, path, fd, writable=writable, cache=cache)
         except BaseException:

@@ -604,6 +604,23 @@ def test_a_directory_a_pipe_and_a_character_device_are_refused(
     assert open_files() == before
 
 
+@pytest.mark.parametrize("name", ["mem", "environ", "maps"])
+def test_what_is_of_a_process_is_no_image(engine: Engine, name: str) -> None:
+    """It says that it is a regular file. An image may name the memory of who serves it."""
+    before = open_files()
+    with pytest.raises(OSError, match="not a regular file or a block device"):
+        HostFile.open(engine, f"/proc/self/{name}", writable=False)
+    assert open_files() == before
+
+
+def test_a_file_by_its_descriptor(engine: Engine, path: Path) -> None:
+    """/proc has names for what is elsewhere, too."""
+    with path.open("rb") as there:
+        file = HostFile.open(engine, f"/proc/self/fd/{there.fileno()}", writable=False)
+        assert file.size() == len(DATA)
+        file.close()
+
+
 def test_what_is_known_of_a_file(engine: Engine, path: Path) -> None:
     before = open_files()
     file = HostFile.open(engine, str(path), writable=False)
