@@ -9,13 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tests.conformance.client import Cmd, Errno, Mode, Option, Peer
 
 MiB = 1 << 20
 _LONGEST = 32 * MiB
 _FIRST = 64 * MiB  # of a disk as much is read; of what is beyond, some places
-_GRANULE = 512
+GRANULE = 512
+_LARGEST_GRANULE = 4096
+_MOST_LOST = 400  # after so many clusters that are lost alone, longer ranges are not halved
 _HOLE, _ZERO = 1, 2
 _MOST_REPLIES = 200  # of BLOCK_STATUS, for each context
 ALLOCATION = "base:allocation"
@@ -63,12 +66,19 @@ def ranges(size: int) -> Iterator[tuple[int, int]]:
         yield last, size - last
 
 
-def read(peer: Peer, size: int, *, granule: int = _GRANULE) -> Guest:
+def granule_of(image: Path) -> int:
+    """What is lost at a time, or a part of it: a cluster, if that is not larger than 4 KiB."""
+    with image.open("rb") as file:
+        bits = int.from_bytes(file.read(24)[20:24])
+    return min(max(1 << min(bits, 21), GRANULE), _LARGEST_GRANULE)
+
+
+def read(peer: Peer, size: int, granule: int) -> Guest:
     """All of a disk, or as much as is looked at of a large one."""
     guest = Guest(size)
     for offset, length in ranges(size):
-        if not _read(peer, guest, offset, length, granule):
-            guest.lost = _joined(guest.lost)
+        _read(peer, guest, offset, length, granule)
+    guest.lost = _joined(guest.lost)
     return guest
 
 
@@ -78,6 +88,8 @@ def _read(peer: Peer, guest: Guest, offset: int, length: int, granule: int) -> b
         guest.pieces[offset] = reply.data
         return True
     assert reply.error == Errno.EIO, f"READ of {length} at {offset:#x}: error {reply.error}"
+    if len(guest.lost) == _MOST_LOST:
+        return False
     if length <= granule:
         guest.lost.append((offset, length))
         return False
@@ -125,25 +137,29 @@ def _check_piece(peer: Peer, guest: Guest, offset: int, length: int) -> None:
         assert known in (None, reply.data), f"{where} gives other bytes than a longer one"
 
 
-def map_all(peer: Peer, guest: Guest, ids: dict[str, int]) -> None:
+def map_all(peer: Peer, guest: Guest, ids: dict[str, int], granule: int) -> None:
     """The status of all contexts, from the beginning to the end of the ranges that are read."""
     for offset, length in ranges(guest.size):
-        _map(peer, guest, ids, offset, length)
+        _map(peer, guest, ids, offset, length, granule)
     guest.unmapped = _joined(guest.unmapped)
 
 
-def _map(peer: Peer, guest: Guest, ids: dict[str, int], offset: int, length: int) -> None:
+def _map(
+    peer: Peer, guest: Guest, ids: dict[str, int], offset: int, length: int, granule: int
+) -> None:
     end = offset + length
     for _ in range(_MOST_REPLIES):
         reply = peer.ask(Cmd.BLOCK_STATUS, offset, end - offset)
         if reply.error:
             assert reply.error == Errno.EIO, f"BLOCK_STATUS at {offset:#x}: error {reply.error}"
-            if end - offset <= _GRANULE:
+            if len(guest.unmapped) == _MOST_LOST:
+                return
+            if end - offset <= granule:
                 guest.unmapped.append((offset, end - offset))
                 return
-            half = -(-(end - offset) // 2 // _GRANULE) * _GRANULE
-            _map(peer, guest, ids, offset, half)
-            _map(peer, guest, ids, offset + half, end - offset - half)
+            half = -(-(end - offset) // 2 // granule) * granule
+            _map(peer, guest, ids, offset, half, granule)
+            _map(peer, guest, ids, offset + half, end - offset - half, granule)
             return
         assert sorted(reply.status) == sorted(ids.values())
         reached = end

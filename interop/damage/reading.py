@@ -16,8 +16,8 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from pynbd.cli.info import info
 from pynbd.cli.map import map as map_command
 from pynbd.cli.output import one_line
 from pynbd.errors import ImageError
-from pynbd.server.serving import serve
+from pynbd.server.serving import Serving, serve
 from tests.conformance.client import Mode, Peer
 
 _LONGEST_LINE = 300
@@ -50,6 +50,27 @@ class Outcome(Enum):
     DEFECT = "defect"
 
 
+class Household:
+    """Servers in a thread of their own."""
+
+    def __init__(self) -> None:
+        self._loop = uvloop.new_event_loop()
+        self.troubles: list[str] = []
+        self._loop.set_exception_handler(lambda _, context: self.troubles.append(repr(context)))
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+    @contextmanager
+    def serving(self, server: AbstractAsyncContextManager[Serving]) -> Iterator[None]:
+        self._run(server.__aenter__())
+        try:
+            yield
+        finally:
+            self._run(server.__aexit__(None, None, None))
+
+    def _run(self, step: Coroutine[Any, Any, object]) -> None:
+        asyncio.run_coroutine_threadsafe(step, self._loop).result(_DEADLINE)
+
+
 class Reading:
     """Judges one case after the other, in this process."""
 
@@ -60,10 +81,7 @@ class Reading:
         self._said = _Said()
         logging.getLogger("pynbd").addHandler(self._said)
         logging.getLogger("pynbd").propagate = False
-        self._loop = uvloop.new_event_loop()
-        self._troubles: list[str] = []
-        self._loop.set_exception_handler(lambda _, context: self._troubles.append(repr(context)))
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._household = Household()
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -83,7 +101,7 @@ class Reading:
         allowed = named_files(path)
         before = state(self._folder)
         self._said.records.clear()
-        self._troubles.clear()
+        self._household.troubles.clear()
         resident = reset_peak()
         with self._watch.on() as events:
             outcome = self._served(path, random.Random(case.name))
@@ -98,8 +116,8 @@ class Reading:
 
     def _served(self, path: Path, rng: random.Random) -> tuple[Outcome, str]:
         try:
-            with self._serving(path):
-                found = look(self._socket, rng)
+            with self._household.serving(serve(path, read_only=True, socket=self._socket)):
+                found = look(self._socket, rng, guest.granule_of(path))
         except ImageError as error:
             said = str(error)
             check_line(said, path)
@@ -110,20 +128,6 @@ class Reading:
             return Outcome.REFUSED, said
         return (Outcome.EIO if found.lost else Outcome.SERVED), ""
 
-    @contextmanager
-    def _serving(self, path: Path) -> Iterator[None]:
-        """In the other thread."""
-        context = serve(path, read_only=True, socket=self._socket)
-
-        def run(step: Any) -> Any:
-            return asyncio.run_coroutine_threadsafe(step, self._loop).result(_DEADLINE)
-
-        run(context.__aenter__())
-        try:
-            yield
-        finally:
-            run(context.__aexit__(None, None, None))
-
     def _check_events(self, events: Sequence[tuple[str, str, bool]], allowed: set[str]) -> None:
         ours = os.fspath(self._socket)
         for event, path, writes in events:
@@ -133,7 +137,7 @@ class Reading:
             assert path in allowed, f"{path!r} was opened, and the chain does not name it"
 
     def _check_said(self) -> None:
-        assert not self._troubles, self._troubles
+        assert not self._household.troubles, self._household.troubles
         for record in self._said.records:
             text = one_line(record.getMessage())
             assert not record.exc_info, (text, record.exc_info)
@@ -149,12 +153,12 @@ class _Said(logging.Handler):
         self.records.append(record)
 
 
-def look(socket: Path, rng: random.Random) -> Guest:
+def look(socket: Path, rng: random.Random, granule: int) -> Guest:
     """What a guest sees, by several connections that have to see the same."""
     with Peer(socket) as peer:
         size, ids = guest.negotiated(peer, Mode.EXTENDED)
-        found = guest.read(peer, size)
-        guest.map_all(peer, found, ids)
+        found = guest.read(peer, size, granule)
+        guest.map_all(peer, found, ids, granule)
         guest.check_map(found)
         guest.check_pieces(peer, found, rng)
         peer.disconnect()
@@ -164,9 +168,9 @@ def look(socket: Path, rng: random.Random) -> Guest:
         assert again == size
         if ids:
             alone = Guest(size)
-            guest.map_all(peer, alone, ids)
+            guest.map_all(peer, alone, ids, granule)
             # What has no status has no bytes, either.
-            for offset, length in alone.unmapped:
+            for offset, length in alone.unmapped[:100]:
                 assert found.bytes_at(offset, length) is None, f"{offset:#x} has bytes, no status"
             alone.pieces, alone.lost = found.pieces, found.lost
             guest.check_map(alone)
