@@ -29,8 +29,8 @@ SYS_CACHESTAT = 451  # the same number on every architecture (Linux 6.5)
 
 # What Linux reads ahead for one posix_fadvise, unless the device is set to less; it drops the rest.
 _WILL_NEED_PIECE = 128 * 1024
-# The f_type of statfs(2): tmpfs; proc, whose files say that they are regular, and are processes'; and
-# those where a write may wait for a daemon, or another host: FUSE, NFS, 9p, SMB, CIFS, Ceph.
+# The f_type of statfs(2): tmpfs; proc, whose files say that they are regular, and are a process's;
+# and those where a write may wait for a daemon, or another host: FUSE, NFS, 9p, SMB, CIFS, Ceph.
 TMPFS = 0x0102_1994
 PROC = 0x9FA0
 REMOTE = frozenset({0x6573_5546, 0x6969, 0x0102_1997, 0xFE53_4D42, 0xFF53_4D42, 0x00C3_6400})
