@@ -23,6 +23,7 @@ from pynbd.errors import CorruptImage, UsageError
 EXTRA_V3 = SNAPSHOT_EXTRA.vm_state_size.sizeof() + SNAPSHOT_EXTRA.disk_size.sizeof()
 _MAX_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
 _NANOSECONDS = 10**9
+_MAX_DATE_SEC = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +128,15 @@ def build(snapshots: Sequence[Snapshot]) -> bytes:
             known = {"vm_state_size": one.vm_state_size, "disk_size": one.disk_size, "icount": 0}
             extra = SNAPSHOT_EXTRA.build(known)[:EXTRA_V3]
         identity, name = to_bytes(one.id), to_bytes(one.name)
-        date_sec, date_nsec = divmod(one.date, _NANOSECONDS)
+        # A damaged table may have nanoseconds that are more than a second's.
+        date_sec = min(one.date // _NANOSECONDS, _MAX_DATE_SEC)
         fields = {
             "l1_table_offset": one.l1_table_offset,
             "l1_size": one.l1_size,
             "id_size": len(identity),
             "name_size": len(name),
             "date_sec": date_sec,
-            "date_nsec": date_nsec,
+            "date_nsec": one.date - date_sec * _NANOSECONDS,
             "vm_clock_nsec": one.vm_clock,
             # What does not fit is in the extra data alone: then it is none for who reads only this.
             "vm_state_size": one.vm_state_size if one.vm_state_size < 1 << 32 else 0,

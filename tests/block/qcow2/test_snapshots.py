@@ -10,7 +10,7 @@ import pytest
 from interop import peers
 from pynbd.block.qcow2 import header as headers
 from pynbd.block.qcow2.header import Header
-from pynbd.block.qcow2.snapshots import Snapshot, find, parse
+from pynbd.block.qcow2.snapshots import Snapshot, build, find, parse
 from pynbd.errors import CorruptImage, UsageError
 
 HEADER = Header(
@@ -180,3 +180,13 @@ def test_snapshots_by_qemu_img(compat: str, tmp_path: Path) -> None:
         assert snapshot.vm_state_size == said["vm-state-size"]
     sizes = [64, 128, 192] if compat != "0.10" else [64, 64, 64]
     assert [snapshot.disk_size >> 20 for snapshot in found] == sizes
+
+
+def test_a_date_with_too_many_nanoseconds_can_be_written_again() -> None:
+    """A repair writes the table again: the most that the fields of a damaged one can say."""
+    known = replace(HEADER, nb_snapshots=1)
+    table = bytearray(entry(b"1", b"a"))
+    table[16:24] = b"\xff" * 8
+    (one,) = parse(bytes(table), known, name="x")
+    (again,) = parse(build([one]), known, name="x")
+    assert again.date == one.date == ((1 << 32) - 1) * (10**9 + 1)
