@@ -27,7 +27,7 @@ _NAMES = (
     *("/dev/zero", "fifo", "", "sub", "file:base.raw", "json:{}", "nbd://h", "a\nb", "link.qcow2"),
     *("./base.raw", "\udcff", "/proc/self/fd/0", "x.data", "missing"),
 )
-DICTIONARY = tuple(os.fsencode(name) for name in _NAMES)
+DICTIONARY = tuple(os.fsencode(name) for name in _NAMES if name)
 _FORMATS = (None, "raw", "qcow2", "vmdk", "", "file")
 _watch = cache(Watch)
 

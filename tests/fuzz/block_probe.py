@@ -23,7 +23,10 @@ DICTIONARY = (
     *(b"\x7f\x10\xda\xbe", b"LUKS\xba\xbe", b"WithoutFreeSpace", b"koly", b"\n", b"#", b"\r\n"),
     *(b"# Disk DescriptorFile\n", b"version=1", b" version = 2\n"),
 )
-_FORMATS = frozenset("raw qcow qcow2 qed vmdk vpc vhdx vdi luks parallels bochs cloop dmg".split())
+_FORMATS = {
+    *("raw", "qcow", "qcow2", "qed", "vmdk", "vpc", "vhdx", "vdi", "luks", "parallels", "bochs"),
+    *("cloop", "dmg"),
+}
 _MOST_REQUESTS = 8
 
 

@@ -56,8 +56,6 @@ def one_input(data: bytes) -> None:
     again = parse_table(table, header, name="x")
     for one, other in zip(snapshots, again, strict=True):
         assert len(other.extra) >= EXTRA_V3
-        date = one.date % (10**9 << 32)  # nanoseconds may be more than a second's
-        assert replace(other, extra=b"", date=0) == replace(one, extra=b"", date=0)
-        assert other.date == date
+        assert replace(other, extra=b"") == replace(one, extra=b"")
     found = find(snapshots, wanted)
     assert found is None or any(found is one for one in snapshots)

@@ -8,6 +8,7 @@ import asyncio
 import atexit
 import errno
 import logging
+import os
 import tempfile
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -89,8 +90,11 @@ def _told() -> Iterator[None]:
 
 
 def put(data: bytes, name: str = "x.qcow2") -> Path:
+    """A file with these bytes; one that is there is not made anew, which costs more than all else."""
     path = folder() / name
-    path.write_bytes(data)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+        file.write(data)
+        file.truncate()
     return path
 
 
