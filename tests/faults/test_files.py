@@ -77,7 +77,7 @@ def test_a_file_is_cut_short_while_it_is_sent(tmp_path: Path, mode: Mode) -> Non
             peer.read(0)
             begun = peer.sock.recv(1)  # it is on its way, and does not fit into the socket
             os.truncate(path, MiB)
-            peer.read = _after(begun, peer.read)  # type: ignore[method-assign]
+            peer.read = _after(begun, peer.read)  # type: ignore[assignment,method-assign]
             if mode is Mode.SIMPLE:
                 with pytest.raises(Disconnected):
                     peer.reply(0, size)
