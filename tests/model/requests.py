@@ -95,7 +95,7 @@ class Asked:
             return Errno.EINVAL
         if self.command in CHANGES and session.read_only:
             return Errno.EPERM
-        if self.flags & ~legal_flags(session.mode, self.command):
+        if self.flags & ~int(legal_flags(session.mode, self.command)):
             return Errno.EINVAL
         if self.command == Cmd.FLUSH:
             return Errno.EINVAL if self.offset or self.length else Errno.OK

@@ -147,6 +147,7 @@ class Connections(RuleBasedStateMachine):
     def _serve(self) -> None:
         export = Export("", self.node, contexts=offered_contexts(self.node))
         self.server = self.thread.serve(ExportTable([export]), self.path)
+        self.idle = descriptors()
 
     def _stop_server(self) -> None:
         self.thread.loop.call_soon_threadsafe(self.server.stop)
@@ -185,7 +186,12 @@ class Connections(RuleBasedStateMachine):
         client.give_up()
         self.clients[which] = None
         if not any(self.clients):
-            self.thread.settle()
+            self._alone()
+
+    def _alone(self) -> None:
+        """All clients have left, and nothing of theirs is left."""
+        self.thread.settle()
+        assert descriptors() == self.idle
 
     @rule(which=_WHICH, mode=_MODES, contexts=st.booleans())
     def come_anew(self, which: int, mode: Mode, contexts: bool) -> None:
@@ -281,6 +287,24 @@ class Connections(RuleBasedStateMachine):
             stable = self.thread.run(self.disk.stable())
             self.judge.shadow.judge(reading, stable[offset : offset + asked.length])
 
+    @rule(which=_WHICH, offset=_OFFSETS)
+    def one_extent(self, which: int, offset: int) -> None:
+        """Row X6: REQ_ONE gives the first extent as long as it is, while nothing changes."""
+        client = self._client(which)
+        for busy in filter(None, self.clients):
+            busy.collect()
+        offset = min(offset, SIZE - 1)
+        length = self.disk.size - offset
+        if client.session.contexts:
+            every = client.peer.ask(Cmd.BLOCK_STATUS, offset, length).status
+            one = client.peer.ask(Cmd.BLOCK_STATUS, offset, length, flags=CmdFlag.REQ_ONE).status
+            assert set(every) == set(one) == set(client.session.contexts)
+            for number, extents in every.items():
+                (only,) = one[number]
+                assert only.flags == extents[0].flags
+                if len(extents) > 1:  # else that answer may be a short one
+                    assert only.length == extents[0].length
+
     # The ends of sessions
 
     @rule(which=_WHICH, batch=_BATCH, garbage=_requests())
@@ -329,7 +353,7 @@ class Connections(RuleBasedStateMachine):
         assert client
         client.peer.sock.close()
         self.clients[which] = None
-        self.thread.settle()
+        self._alone()
         client.give_up()
 
     @rule(which=_WHICH, batch=_BATCH, how=st.sampled_from(["magic", "other magic", "payload"]))

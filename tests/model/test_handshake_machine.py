@@ -220,6 +220,7 @@ class Handshake(RuleBasedStateMachine):
         self.server = self.thread.serve(
             self.exports, self.path, structured=structured, extended=extended
         )
+        self.idle = descriptors()
         refused = {Option.STRUCTURED_REPLY: structured, Option.EXTENDED_HEADERS: extended}
         self.refused = frozenset(int(code) for code, offered in refused.items() if not offered)
 
@@ -252,6 +253,7 @@ class Handshake(RuleBasedStateMachine):
             self.peer.sock.close()
             self.thread.settle()
             self.peer = None
+            assert descriptors() == self.idle
 
     @rule(
         flags=st.sampled_from([3, 3, 3, 1, 1, 1, 0, 2, 4, 7, 1 << 31]),
