@@ -75,13 +75,13 @@ class _Place:
         self._other = (await self._open.enter_async_context(talk)).client
         self.content = await self.seen()
 
-    async def seen(self) -> bytes:
+    async def seen(self, length: int = SIZE) -> bytes:
         """What the other client reads."""
         async with asyncio.timeout(_DEADLINE):
-            reply = await self._other.ask(sessions.READ, 0, SIZE)
+            reply = await self._other.ask(sessions.READ, 0, length)
         self._other.replies.clear()
         assert not reply.error
-        return reply.data(0, SIZE)
+        return reply.data(0, length)
 
     async def close(self) -> None:
         await self._open.aclose()
@@ -140,9 +140,9 @@ class Stand(logging.Handler):
             both.create_task(_say(self._loop, sock, stream, step))
         return hearing.result()
 
-    def seen(self, number: int) -> bytes:
-        """All of an export, as its other client reads it."""
-        return self._loop.run_until_complete(self._places[number].seen())
+    def seen(self, number: int, length: int = SIZE) -> bytes:
+        """The first bytes of an export, as its other client reads them."""
+        return self._loop.run_until_complete(self._places[number].seen(length))
 
     def undo(self, number: int) -> None:
         """All that was written."""
