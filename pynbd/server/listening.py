@@ -16,7 +16,10 @@ from pynbd.errors import PynbdError, UsageError
 from pynbd.protocol.uri import NbdUri, Transport
 from pynbd.protocol.values import DEFAULT_PORT
 
-BACKLOG = 128
+# Who comes while so many wait is turned away by a unix socket at once, and by TCP made to wait for
+# seconds: a crowd that comes all at once, such as a thousand that connect again after a restart,
+# has room. The kernel may give less (net.core.somaxconn).
+BACKLOG = 1024
 _NO_SUCH_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 # How often a free port is looked for that is free at every address.
 _PORT_TRIES = 16

@@ -25,6 +25,7 @@ import asyncio
 import logging
 import os
 import socket
+import struct
 import sys
 import termios
 from collections import deque
@@ -215,7 +216,7 @@ class PlainStream:
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError:
-                self.lose()
+                self._lose()
                 return
             self._sent += sent
             if sent == len(view):
@@ -251,10 +252,13 @@ class PlainStream:
             self._drop_queue()
             self._sock.close()
 
-    def lose(self) -> None:
-        """The peer has gone, or is given up, or a reply cannot be finished: nothing more can be
-        said to it.
-        """
+    def abort(self) -> None:
+        """Give up a peer that takes nothing: the kernel keeps nothing for it either."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._lose()
+
+    def _lose(self) -> None:
+        """The peer has gone, or a reply cannot be finished: nothing more can be said to it."""
         self._lost = True
         self._drop_queue()
         if self._writing:
@@ -295,7 +299,7 @@ class PlainStream:
                 self._loop.add_writer(self._fd, self._on_writable)
             self.on_blocked()
         except OSError:
-            self.lose()
+            self._lose()
         else:
             if self._writing:
                 self._writing = False

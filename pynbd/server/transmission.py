@@ -88,6 +88,7 @@ class Transmission:
         self.commands = Commands(export, session, self._dialect)
         self._limits = limits
         self._memory = pool.memory
+        self._bytes_brought = 0  # of long payloads
         self._wanted = 0  # bytes that the next request needs, if it is a long one
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._tasks: dict[int, asyncio.Task[None]] = {}  # by a number of their own
@@ -127,7 +128,7 @@ class Transmission:
     async def run(self) -> None:
         """Serve until the session ends. Raises `ProtocolError` if the peer broke a rule."""
         ASKING.set(self)  # here, and in all that begins here: callbacks and Tasks
-        self._share = Share(self._memory, self._resume)
+        self._share = Share(self._memory, self._resume, self._moved)
         self._stalls = Stalls(self._limits, self._stream, self._share, self._brought, self._give_up)
         self._stream.on_readable = self._on_readable
         self._stream.on_blocked = self._blocked
@@ -250,6 +251,7 @@ class Transmission:
             self._payload = self._payload_of = None
             buffer, self._payload_buffer = self._payload_buffer, _NO_BUFFER
             self._start_writes(buffer)
+            self._bytes_brought += self._filled
             self._hold()
         elif self._skipping:
             self._skipping -= count
@@ -350,7 +352,7 @@ class Transmission:
             return True
         payload_length = self._dialect.payload_length(flags, command, length)
         held = length if command == _READ else _STATUS_HELD * (command == _BLOCK_STATUS)
-        self._wanted = payload_length or held
+        self._wanted = payload_length or (held if command == _READ else 0)
         if self._memory.short and not self._share.allows(self._wanted):
             return False
         self._wanted = 0
@@ -558,10 +560,14 @@ class Transmission:
         done = self._filled if self._payload else self._have - self._skipping
         return Brought(done, wanted=self._stream.reading and not self._yielding)
 
+    def _moved(self) -> int:
+        """Bytes that the client has taken, and brought in long payloads."""
+        return self._stream.taken() + self._bytes_brought
+
     def _give_up(self, complaint: str) -> None:
         self._violation = ProtocolError(complaint)
         self._stream.pause_reading()
-        self._stream.lose()
+        self._stream.abort()
 
     # Sending and ending
 

@@ -1,0 +1,1 @@
+"""Clients that mean harm, all at once, and a polite one among them."""
