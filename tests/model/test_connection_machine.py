@@ -92,7 +92,8 @@ def _requests(draw: st.DrawFn) -> Asked:
     return Asked(command, flags, offset, length)
 
 
-_CUTS = st.lists(st.integers(0, 1 << 20), max_size=3)
+# Anywhere, or after each of the first bytes.
+_CUTS = st.lists(st.integers(0, 1 << 20), max_size=3) | st.just(range(1, 60))
 _WHICH = st.integers(0, 1)
 _MODES = st.sampled_from([Mode.SIMPLE, Mode.STRUCTURED, Mode.EXTENDED, Mode.EXTENDED])
 _IDS = st.lists(st.integers(0, 2), max_size=3)
@@ -395,4 +396,4 @@ class Connections(RuleBasedStateMachine):
 
 
 TestConnections = Connections.TestCase
-TestConnections.settings = profile(examples=30, steps=20)
+TestConnections.settings = profile(examples=50, steps=20)

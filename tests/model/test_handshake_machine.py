@@ -28,7 +28,6 @@ from tests.conformance.answers import check_error
 from tests.conformance.client import (
     Cmd,
     CmdFlag,
-    Disconnected,
     Errno,
     Flag,
     Mode,
@@ -42,6 +41,7 @@ from tests.conformance.client import (
     option,
 )
 from tests.conformance.server import pattern
+from tests.model.conversation import cut
 from tests.model.loops import LoopThread, descriptors, failed, profile, unhurried
 from tests.model.negotiation import MAX_OPTION, Answer, Known, Negotiation, Then
 
@@ -190,7 +190,8 @@ _LAST = (
     | _EMPTY.map(lambda data: option(Option.ABORT, data))
     | _nearly(_INFO_DATA).map(lambda data: option(Option.GO, data))
 )
-_CUTS = st.lists(st.integers(0, 1 << 16), max_size=4)
+# Anywhere, or after each of the first bytes.
+_CUTS = st.lists(st.integers(0, 1 << 16), max_size=4) | st.just(range(1, 40))
 
 
 @unhurried
@@ -342,16 +343,7 @@ class Handshake(RuleBasedStateMachine):
             self._connect(self.flags)
         peer = self.peer
         assert peer
-        ends = [*sorted({cut % len(data) for cut in cuts} if data else ()), len(data)]
-        start = 0
-        for end in ends:
-            try:
-                peer.send(data[start:end])
-            except Disconnected:
-                break  # the answers tell whether it was right to close
-            if end < len(data):
-                peer.wait_taken()
-            start = end
+        cut(peer, data, cuts)
         for answer in self.model.take(data):
             self._judge(peer, answer)
         if self.peer and not self.model.missing:
@@ -412,4 +404,4 @@ class Handshake(RuleBasedStateMachine):
 
 
 TestHandshake = Handshake.TestCase
-TestHandshake.settings = profile(examples=60, steps=25)
+TestHandshake.settings = profile(examples=100, steps=25)
