@@ -4,49 +4,61 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
 import click
 
-from interop.damage import generator
-from interop.damage.reading import Outcome
-from interop.damage.workers import Result, judged
+from interop.damage import beside_qemu, generator
+from interop.damage.generator import Case
+from interop.damage.reading import make_judge
+from interop.damage.workers import DEFECT, Result, judged, table
+
+PARTS = ("reading", "qemu")
 
 
-def table(results: Iterable[Result]) -> str:
-    """By structure and by outcome."""
-    counts: dict[str, Counter[Outcome]] = defaultdict(Counter)
-    for result in results:
-        counts[result.case.structure][result.outcome] += 1
-        counts["all"][result.outcome] += 1
-    columns = [outcome for outcome in Outcome if counts["all"][outcome]]
-    lines = [f"{'':28}{'images':>8}" + "".join(f"{outcome.value:>9}" for outcome in columns)]
-    for structure, found in sorted(counts.items(), key=lambda item: (item[0] == "all", item[0])):
-        numbers = "".join(f"{found[outcome]:9}" for outcome in columns)
-        lines.append(f"{structure:28}{found.total():8}{numbers}")
-    return "\n".join(lines)
+def reading(cases: Sequence[Case], processes: int, commands_every: int) -> bool:
+    """Whether there was no defect."""
+    results: list[Result] = []
+    with suppress(KeyboardInterrupt):  # then the figures are those of what was done
+        for result in judged(cases, processes, partial(make_judge, commands_every=commands_every)):
+            results.append(result)
+            if result.outcome == DEFECT:
+                print(result, flush=True)
+    print(f"{len(results)} images\n{table(results)}")
+    return not any(result.outcome == DEFECT for result in results)
+
+
+def qemu(cases: Sequence[Case]) -> bool:
+    """Whether no image has other bytes there."""
+    counts = Counter[str]()
+    with suppress(KeyboardInterrupt):
+        for one in beside_qemu.compared(cases):
+            counts[one.verdict.value] += 1
+            if one.verdict is not beside_qemu.Verdict.ALIKE:
+                print(f"{one.case.name}: {one.verdict.value}: {one.said}", flush=True)
+    print(f"{counts.total()} images beside qemu-nbd: {dict(counts)}")
+    return not counts[beside_qemu.Verdict.OTHER.value]
 
 
 @click.command(epilog="Example: python -m interop.damage --only 'plain/header v2/l1_size'")
+@click.option("--part", type=click.Choice(PARTS), default="reading", show_default=True)
 @click.option("--seed", default=1, show_default=True, help="What decides about everything.")
 @click.option("--count", default=0, help="So many images, spread over all structures (0: all).")
 @click.option("--only", default="", help="Those whose names begin so.")
 @click.option("--processes", default=2, show_default=True)
 @click.option("--commands-every", default=4, show_default=True, help="How many run the commands.")
-def main(seed: int, count: int, only: str, processes: int, commands_every: int) -> None:
+def main(part: str, seed: int, count: int, only: str, processes: int, commands_every: int) -> None:
     """Open damaged images for reading, and print the figures; status 1 if there is a defect."""
-    cases: list[generator.Case] = generator.cases_named(only, seed)
+    cases = generator.cases_named(only, seed)
     if count:
         cases = generator.spread(cases, count, seed)
-    started, results = time.monotonic(), list[Result]()
-    for result in judged(cases, processes, commands_every):
-        results.append(result)
-        if result.outcome is Outcome.DEFECT:
-            print(f"{result.case.name}:\n{result.said}", flush=True)
-    print(f"{len(results)} images in {time.monotonic() - started:.0f} s")
-    print(table(results))
-    sys.exit(any(result.outcome is Outcome.DEFECT for result in results))
+    started = time.monotonic()
+    well = reading(cases, processes, commands_every) if part == "reading" else qemu(cases)
+    print(f"in {time.monotonic() - started:.0f} s")
+    sys.exit(not well)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import shutil
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from interop.damage.generator import Case
 from interop.damage.guest import ALLOCATION, Guest
 from interop.damage.images import sound
 from interop.damage.watching import MOST_MEMORY, Watch, named_files, peak, reset_peak, state
+from interop.damage.workers import Judge
 from pynbd.cli import complaints
 from pynbd.cli.check import check
 from pynbd.cli.info import info
@@ -43,11 +44,16 @@ _LONGEST_LINE = 300
 _DEADLINE = 20.0
 
 
-class Outcome(Enum):
+class Outcome(StrEnum):
     REFUSED = "refused"
     EIO = "EIO"
     SERVED = "served"
-    DEFECT = "defect"
+
+
+def make_judge(folder: Path, commands_every: int = 4) -> Judge:
+    """A judge for a process of `interop.damage.workers`."""
+    reading = Reading(folder)
+    return lambda number, case: reading.judge(case, commands=number % commands_every == 0)
 
 
 class Household:

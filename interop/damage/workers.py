@@ -11,6 +11,7 @@ import resource
 import tempfile
 import threading
 import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,28 +19,36 @@ from pathlib import Path
 from queue import Queue
 
 from interop.damage.generator import Case
-from interop.damage.reading import Outcome, Reading
 
+DEFECT = "defect"
 DEADLINE = 10.0  # for one case: a hang is one that takes longer
 _START = 60.0
 _ADDRESSES = 4 << 30  # of memory: where there is no end, there is one here
+
+# Of one case, which has a number: its outcome, and what was said. An exception is a defect.
+Judge = Callable[[int, Case], tuple[str, str]]
+# What makes a judge in a process, whose temporary files are below a folder; it can be pickled.
+MakeJudge = Callable[[Path], Judge]
 
 
 @dataclass(frozen=True)
 class Result:
     case: Case
-    outcome: Outcome
+    outcome: str
     said: str
 
+    def __str__(self) -> str:
+        return f"{self.case.name}: {self.outcome}: {self.said}"
 
-def judged(cases: Iterable[Case], processes: int, commands_every: int = 4) -> Iterator[Result]:
+
+def judged(cases: Iterable[Case], processes: int, make_judge: MakeJudge) -> Iterator[Result]:
     """The results, in any order."""
-    waiting: Queue[tuple[Case, bool] | None] = Queue()
+    waiting: Queue[tuple[int, Case] | None] = Queue()
     results: Queue[Result | None] = Queue()
-    for number, case in enumerate(cases):
-        waiting.put((case, number % commands_every == 0))
+    for numbered in enumerate(cases):
+        waiting.put(numbered)
     threads = [
-        threading.Thread(target=_drive, args=(waiting, results), daemon=True)
+        threading.Thread(target=_drive, args=(waiting, results, make_judge), daemon=True)
         for _ in range(processes)
     ]
     for thread in threads:
@@ -50,15 +59,31 @@ def judged(cases: Iterable[Case], processes: int, commands_every: int = 4) -> It
             yield result
 
 
-def _drive(waiting: Queue[tuple[Case, bool] | None], results: Queue[Result | None]) -> None:
+def table(results: Iterable[Result]) -> str:
+    """The figures, by structure and by outcome."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for result in results:
+        counts[result.case.structure][result.outcome] += 1
+        counts["all"][result.outcome] += 1
+    columns = sorted(counts["all"])
+    lines = [f"{'':28}{'images':>8}" + "".join(f"{outcome:>9}" for outcome in columns)]
+    for structure, found in sorted(counts.items(), key=lambda item: (item[0] == "all", item[0])):
+        numbers = "".join(f"{found[outcome]:{max(9, len(outcome))}}" for outcome in columns)
+        lines.append(f"{structure:28}{found.total():8}{numbers}")
+    return "\n".join(lines)
+
+
+def _drive(
+    waiting: Queue[tuple[int, Case] | None], results: Queue[Result | None], make_judge: MakeJudge
+) -> None:
     worker: _Worker | None = None
-    while (work := waiting.get()) is not None:
-        worker = worker or _Worker()
-        outcome, said = worker.judge(*work)
-        if outcome is Outcome.DEFECT:
+    while (numbered := waiting.get()) is not None:
+        worker = worker or _Worker(make_judge)
+        outcome, said = worker.judge(*numbered)
+        if outcome == DEFECT:
             worker.end()
             worker = None
-        results.put(Result(work[0], outcome, said))
+        results.put(Result(numbered[1], outcome, said))
     if worker:
         worker.end()
     results.put(None)
@@ -67,29 +92,30 @@ def _drive(waiting: Queue[tuple[Case, bool] | None], results: Queue[Result | Non
 class _Worker:
     """A process, and what is said to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_judge: MakeJudge) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._ours, theirs = spawn.Pipe()
         self._folder = tempfile.TemporaryDirectory(prefix="pynbd-damage-")
         self._stacks = Path(self._folder.name) / "stacks"
-        self._process = spawn.Process(target=_work, args=(theirs, self._folder.name), daemon=True)
+        work = (theirs, self._folder.name, make_judge)
+        self._process = spawn.Process(target=_work, args=work, daemon=True)
         self._process.start()
         theirs.close()
         self._first = True
 
-    def judge(self, case: Case, commands: bool) -> tuple[Outcome, str]:
-        self._ours.send((case, commands))
+    def judge(self, number: int, case: Case) -> tuple[str, str]:
+        self._ours.send((number, case))
         try:
             # The process ends itself, and tells where it was; this is for one that cannot.
             if self._ours.poll(3 * DEADLINE + self._first * _START):
                 self._first = False
                 outcome, said = self._ours.recv()
-                return Outcome(outcome), str(said)
-            return Outcome.DEFECT, "it hangs, and does not end itself"
+                return outcome, said
+            return DEFECT, "it hangs, and does not end itself"
         except EOFError:
             self._process.join()
             where = self._stacks.read_text() if self._stacks.exists() else ""
-            return Outcome.DEFECT, f"it ended with {self._process.exitcode}: {where}"
+            return DEFECT, f"it ended with {self._process.exitcode}: {where}"
 
     def end(self) -> None:
         self._ours.close()
@@ -100,20 +126,21 @@ class _Worker:
         self._folder.cleanup()
 
 
-def _work(pipe: Connection, folder: str) -> None:
+def _work(pipe: Connection, folder: str, make_judge: MakeJudge) -> None:
+    tempfile.tempdir = folder
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
     with (Path(folder) / "stacks").open("w") as stacks:
         faulthandler.enable(stacks)
-        judge: Callable[..., tuple[Outcome, str]] = Reading(Path(folder)).judge
+        judge = make_judge(Path(folder))
         while True:
             try:
-                case, commands = pipe.recv()
+                number, case = pipe.recv()
             except EOFError:
                 return
             faulthandler.dump_traceback_later(DEADLINE, exit=True, file=stacks)
             try:
-                outcome, said = judge(case, commands=commands)
+                outcome, said = judge(number, case)
             except BaseException:  # whatever it is, it is told
-                outcome, said = Outcome.DEFECT, traceback.format_exc()
+                outcome, said = DEFECT, traceback.format_exc()
             faulthandler.cancel_dump_traceback_later()
-            pipe.send((outcome.value, said))
+            pipe.send((outcome, said))
