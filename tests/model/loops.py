@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.errors import StopTest
 
 from pynbd.server.export import ExportTable
+from pynbd.server.limits import Limits
 from pynbd.server.listening import listen_unix
 from pynbd.server.server import Server
 from tests.conformance.client import DEADLINE
@@ -35,6 +36,7 @@ LOOPS: Final[Mapping[str, Callable[[], asyncio.AbstractEventLoop]]] = {
     "asyncio": asyncio.new_event_loop,
     "uvloop": uvloop.new_event_loop,
 }
+_PATIENT: Final = Limits(handshake_seconds=0)  # a busy machine takes its time
 unhurried: Final = pytest.mark.timeout(0 if LONG else 600)  # a failure is made small first
 
 for make in LOOPS.values():
@@ -90,7 +92,8 @@ class LoopThread:
 
         async def start() -> Server:
             listener = listen_unix(path)
-            server = Server(exports, [listener], structured=structured, extended=extended)
+            dialects = {"structured": structured, "extended": extended}
+            server = Server(exports, [listener], limits=_PATIENT, **dialects)
             self._serving = asyncio.create_task(server.run())
             await asyncio.sleep(0)
             self._lasting = asyncio.all_tasks()
