@@ -20,6 +20,7 @@ from pynbd.block.confinement import Confinement
 from pynbd.block.engine import Engine, HostFile
 from pynbd.block.file import open_host_file
 from pynbd.block.image_options import JSON_PREFIX, nested, parse_json_name
+from pynbd.block.limits import ChainMemory, ImageLimits
 from pynbd.block.node import BlockNode
 from pynbd.block.node_options import FileOptions, ImageOptions, image_options
 from pynbd.block.probe import PROBE_LENGTH, probe_format
@@ -29,7 +30,6 @@ from pynbd.block.slice import SliceNode
 from pynbd.block.window import WindowFile
 from pynbd.errors import CorruptImage, ImageError, UnsupportedFeature, UsageError
 
-MAX_LAYERS = 200
 FORMATS = ("raw", "qcow2")
 
 _BACKING_FILE = "backing file"
@@ -52,6 +52,7 @@ async def open_image(
     whole_sectors: bool = False,
     cache: Cache = Cache.WRITEBACK,
     untrusted: bool = False,
+    limits: ImageLimits | None = None,
 ) -> BlockNode:
     """Open an image and the chain below it; close it with `BlockNode.close`.
 
@@ -66,7 +67,7 @@ async def open_image(
     ``cache``: how its files are cached, unless the options of a node say it. ``untrusted``: the
     image is from a stranger. Its files are regular ones in its directory, or it is refused; its
     format has to be given, by ``format`` or the options of the node, and those of backing files
-    have to be recorded.
+    have to be recorded. ``limits``: of its memory, if not the usual ones.
 
     Raises `ImageError`, or `UsageError` for a name that is not JSON and for arguments that exclude
     each other; nothing is open then.
@@ -83,6 +84,7 @@ async def open_image(
         probe_backing=probe_backing,
         whole_sectors=whole_sectors,
         confinement=Confinement() if untrusted else None,
+        memory=ChainMemory(limits or ImageLimits()),
     )
     try:
         top = await opening.top(options, read_only=read_only, snapshot=snapshot)
@@ -96,9 +98,8 @@ async def open_image(
         raise
     if engine is None:
         top.own_engine = opening.engine
-    layers = [node for node in top.chain() if isinstance(node, Qcow2Node)]
-    for node in layers:
-        node.share_memory(len(layers))
+    for node in top.chain():
+        node.resolved_bytes = opening.memory.limits.runs
     return top
 
 
@@ -137,12 +138,14 @@ class _Opening:
         probe_backing: bool,
         whole_sectors: bool,
         confinement: Confinement | None,
+        memory: ChainMemory,
     ) -> None:
         self.engine = engine
         self.files: list[HostFile] = []
         self._probe_backing = probe_backing
         self._whole_sectors = whole_sectors
         self._confinement = confinement
+        self.memory = memory
 
     async def top(
         self, options: ImageOptions, *, read_only: bool, snapshot: str | None
@@ -155,14 +158,17 @@ class _Opening:
             image = await self.top(inner, read_only=read_only, snapshot=snapshot)
             return SliceNode(image, options.offset, options.size)
         top = node = await self._node(options, read_only=read_only, snapshot=snapshot)
-        for _ in range(MAX_LAYERS):
+        most = self.memory.limits.layers
+        for _ in range(most):
             below = self._below(node, options)
             if below is None:
                 return top
             assert isinstance(node, Qcow2Node)
             node.backing = node = await self._backing(node, below)
             options = below
-        raise ImageError(f"{top.name}: its backing chain has more than {MAX_LAYERS} layers")
+        raise ImageError(
+            f"{top.name}: its backing chain has more than {most} layers (--max-layers)"
+        )
 
     async def _backing(self, overlay: Qcow2Node, options: ImageOptions) -> BlockNode:
         try:
@@ -247,7 +253,12 @@ class _Opening:
         elif options.data_file:
             raise ImageError(f"{path}: image option data-file: it has no external data file")
         return await Qcow2Node.open(
-            file, header, data_file=data_file, snapshot=snapshot, writable=not read_only
+            file,
+            header,
+            self.memory,
+            data_file=data_file,
+            snapshot=snapshot,
+            writable=not read_only,
         )
 
     def _data_file(

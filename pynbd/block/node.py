@@ -35,7 +35,7 @@ from pynbd.block.extent import (
     concatenate,
 )
 from pynbd.block.pins import Pins
-from pynbd.block.resolved import ResolvedWindows, Window
+from pynbd.block.resolved import RESOLVED_BYTES, ResolvedWindows, Window
 
 log = logging.getLogger("pynbd")
 
@@ -68,6 +68,7 @@ class BlockNode(ABC):
     backing: BlockNode | None = None
     own_engine: Engine | None = None  # an engine that was made for this chain, and ends with it
     window: int = RESOLVE_WINDOW
+    resolved_bytes: int = RESOLVED_BYTES  # that `resolved` may take
     preferred_block_size: int = 4096
     can_discard: bool = True  # if it is written at all
     can_prefetch: bool = True
@@ -178,7 +179,7 @@ class BlockNode(ABC):
     @cached_property
     def resolved(self) -> ResolvedWindows:
         """What of this chain was looked up before."""
-        return ResolvedWindows(min(node.window for node in self.chain()))
+        return ResolvedWindows(min(node.window for node in self.chain()), self.resolved_bytes)
 
     async def resolve(self, offset: int, end: int) -> list[Extent]:
         """The extents that make up guest bytes [offset, end), cut to them."""

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from interop import peers
-from pynbd.block.chain import MAX_LAYERS, open_image
+from pynbd.block.chain import open_image
 from pynbd.block.engine import Engine
+from pynbd.block.limits import ImageLimits
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.builder import Data, Image, InternalSnapshot
-from pynbd.block.qcow2.cache import TABLE_CACHE_BYTES
 from pynbd.block.qcow2.image import Qcow2Node
 from pynbd.errors import CorruptImage, ImageError, ImageLocked, UnsupportedFeature
 from tests.block.reading import contents, qemu_contents, qemu_rows, rows
@@ -286,14 +286,17 @@ async def test_loops(tmp_path: Path, read_only: bool) -> None:
 
 async def test_layers(tmp_path: Path) -> None:
     raw(tmp_path / "1", b"bottom", 4096)
-    for number in range(2, MAX_LAYERS + 2):
+    for number in range(2, ImageLimits().layers + 2):
         kind = "raw" if number == 2 else "qcow2"
         image = Image(size=4096, cluster_bits=9, backing_file=str(number - 1), backing_format=kind)
         image.write(tmp_path / str(number))
     async with opened(tmp_path / "200") as node:
         assert len(list(node.chain())) == 200
         assert await node.pread(0, 6) == b"bottom"
-    await refused(tmp_path / "201", ImageError, tmp_path / "201", "more than 200 layers")
+    await refused(tmp_path / "201", ImageError, tmp_path / "201", "200 layers", "--max-layers")
+    async with opened(tmp_path / "201", limits=ImageLimits(layers=201)):
+        pass
+    await refused(tmp_path / "3", ImageError, "more than 2 layers", limits=ImageLimits(layers=2))
 
 
 async def test_formats(tmp_path: Path) -> None:
@@ -362,20 +365,21 @@ async def test_a_writer_shares_with_nobody(tmp_path: Path) -> None:
 
 
 async def test_a_long_chain_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
-    """Each of ten layers keeps a tenth of the L2 tables that one image keeps."""
-    below: list[str] = []
-    for number in range(10):
-        path = tmp_path / f"{number}.qcow2"
-        peers.run("qemu-img", "create", "-q", "-f", "qcow2", *below, path, "1T")
-        below = ["-b", str(path), "-F", "qcow2"]
-    async with await open_image(tmp_path / "0.qcow2") as one, await open_image(path) as chain:
-        (alone,) = one.chain()
-        assert isinstance(alone, Qcow2Node)
-        most = alone.mapping.tables.limit
-        assert most == TABLE_CACHE_BYTES // 65536
-        for node in chain.chain():
-            assert isinstance(node, Qcow2Node)
-            assert node.mapping.tables.limit == most // 10
+    """Its layers keep no more L2 tables together than one image does, whichever they are of."""
+    layers, tables, cluster = 10, 32, 512
+    below: dict[str, Any] = {}
+    for number in range(layers):
+        clusters = {table * 64 * cluster + number * cluster: Data(b"x") for table in range(tables)}
+        image = Image(size=SIZE, cluster_bits=9, clusters=clusters, **below)
+        image.write(tmp_path / str(number))
+        below = {"backing_file": str(number), "backing_format": "qcow2"}
+    for kept, limit in ((layers * tables, 1 << 20), (7, 7 * cluster), (1, 1)):
+        async with opened(tmp_path / "9", limits=ImageLimits(tables=limit)) as node:
+            for at in range(0, SIZE, 64 * cluster):
+                assert await node.pread(at, 1) == b"x"
+            chain = [each for each in node.chain() if isinstance(each, Qcow2Node)]
+            assert sum(len(each.mapping.tables) for each in chain) == kept
+            assert sum(each.mapping.tables.loads for each in chain) >= layers * tables
 
 
 @pytest.mark.parametrize("broken", ["top.qcow2", "x.data", "base"])

@@ -4,7 +4,7 @@ side.
 The bitmap directory and the bitmap tables are read and checked when the image is opened, and one
 bad entry refuses the image, as QEMU does: nothing that is written later could tell which clusters
 are the bitmaps'. Tables beyond `TABLE_BYTES_AT_OPEN` are checked when they are used. Bitmap data is
-read when a bitmap is used, one at a time; what was used last is kept, up to `BITMAP_CACHE_BYTES`.
+read when a bitmap is used, one at a time; what was used last is kept (`ImageLimits.bitmaps`).
 
 An entry that is in use was not saved: its bitmap keeps its name but cannot be used. Where autoclear
 bit 0 is not set the whole extension is out of date, and it is as if there were no bitmaps.
@@ -15,21 +15,22 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from bitarray import bitarray
-from construct import Container
 
 from pynbd.block.bitmap import DirtyBitmap, blank
 from pynbd.block.engine import HostFile
-from pynbd.block.qcow2.cache import SharedReads, read_table
+from pynbd.block.limits import Budget, ChainMemory
+from pynbd.block.qcow2.cache import LEAST_READ, SharedReads, read_table, read_up_to
 from pynbd.block.qcow2.entries import UInt64s
 from pynbd.block.qcow2.extensions import BitmapsExtension
 from pynbd.block.qcow2.format import (
-    BITMAP_DIRECTORY_ENTRY,
     BITMAP_FLAGS_OFFSET,
     BITMAP_TABLE_ALL_ONES,
     BITMAP_TABLE_OFFSET_MASK,
@@ -52,10 +53,12 @@ log = logging.getLogger("pynbd")
 _KNOWN_FLAGS = int(BitmapFlags.IN_USE | BitmapFlags.AUTO)
 
 
-# Of bits that are kept for the next use; the last used ones are kept in any case.
-BITMAP_CACHE_BYTES = 64 << 20
 # Of bitmap tables: 65535 bitmaps of a disk of 4 TiB, with the usual granularity and clusters.
 TABLE_BYTES_AT_OPEN = 64 << 20
+
+# What a bitmap takes in memory without its bits, and how many copies of its name there are.
+_ENTRY_BYTES = 1024
+_NAME_COPIES = 4
 
 # One step reads and checks so many table entries, or reads so many clusters or bytes of bits: about
 # a millisecond's worth.
@@ -74,7 +77,7 @@ class BitmapTable:
     granularity: int  # bytes
 
     @classmethod
-    def of(cls, entry: Container, where: str) -> BitmapTable:
+    def of(cls, entry: DirectoryEntry, where: str) -> BitmapTable:
         return cls(
             where, entry.bitmap_table_offset, entry.bitmap_table_size, 1 << entry.granularity_bits
         )
@@ -137,8 +140,10 @@ async def tables(file: HostFile, header: Header) -> AsyncIterator[tuple[BitmapTa
         yield table, await read_bitmap_table(file, header, table)
 
 
-async def load(file: HostFile, header: Header) -> PersistentBitmaps:
-    """The bitmaps of the image in ``file``. Raises `CorruptImage`."""
+async def load(file: HostFile, header: Header, memory: ChainMemory) -> PersistentBitmaps:
+    """The bitmaps of the image in ``file``. Raises `CorruptImage`, or `ImageError` if they would
+    need too much ``memory``.
+    """
     extension = header.bitmaps
     if extension is None:
         return PersistentBitmaps()
@@ -149,8 +154,13 @@ async def load(file: HostFile, header: Header) -> PersistentBitmaps:
             extension.nb_bitmaps,
         )
         return PersistentBitmaps()
-    directory = await file.read_bytes(extension.directory_size, extension.directory_offset)
-    data = BitmapData(file, header)
+    memory.take(
+        extension.nb_bitmaps * _ENTRY_BYTES + extension.directory_size * _NAME_COPIES,
+        "bitmap directory",
+        file.path,
+    )
+    directory = await read_up_to(file, extension.directory_size, extension.directory_offset)
+    data = BitmapData(file, header, memory.bitmaps)
     usable: list[DirtyBitmap] = []
     inconsistent: list[str] = []
     stored: list[Stored] = []
@@ -168,7 +178,8 @@ async def load(file: HostFile, header: Header) -> PersistentBitmaps:
             inconsistent.append(name)
             stored.append(Stored(name, None, table, flags, flags_offset))
             continue
-        table_bytes += table.size * 8
+        memory.check_bits(_data_bytes(header, table.granularity), f"bitmap {name!r}", file.path)
+        table_bytes += max(table.size * 8, LEAST_READ)
         if table_bytes <= TABLE_BYTES_AT_OPEN:
             await read_bitmap_table(file, header, table)
         bitmap = DirtyBitmap(
@@ -183,18 +194,33 @@ async def load(file: HostFile, header: Header) -> PersistentBitmaps:
     return PersistentBitmaps(tuple(usable), tuple(inconsistent), data, tuple(stored))
 
 
+class DirectoryEntry(NamedTuple):
+    """The fields of `BITMAP_DIRECTORY_ENTRY`: there may be very many."""
+
+    bitmap_table_offset: int
+    bitmap_table_size: int
+    flags: int
+    type: int
+    granularity_bits: int
+    name_size: int
+    extra_data_size: int
+
+
+ENTRY = struct.Struct(">QIIBBHI")
+
+
 def _entries(
-    directory: bytes, extension: BitmapsExtension, path: str
-) -> Iterator[tuple[Container, str, int]]:
+    directory: bytes | bytearray, extension: BitmapsExtension, path: str
+) -> Iterator[tuple[DirectoryEntry, str, int]]:
     """(fields, name, place in the directory) of each entry; there must be exactly as many as the
     extension says.
     """
-    at, size = 0, BITMAP_DIRECTORY_ENTRY.sizeof()
+    at, size = 0, ENTRY.size
     for index in range(extension.nb_bitmaps):
         place = f"{path}: bitmap directory entry {index} at {extension.directory_offset + at:#x}"
         if at + size > len(directory):
             raise CorruptImage(f"{place}: the directory ends before it does")
-        entry = BITMAP_DIRECTORY_ENTRY.parse(directory[at : at + size])
+        entry = DirectoryEntry(*ENTRY.unpack_from(directory, at))
         if entry.extra_data_size:
             raise CorruptImage(f"{place}: it has extra data, and none is defined")
         if not 0 < entry.name_size <= MAX_BITMAP_NAME:
@@ -213,7 +239,7 @@ def _entries(
         )
 
 
-def _check_entry(entry: Container, header: Header, where: str) -> None:
+def _check_entry(entry: DirectoryEntry, header: Header, where: str) -> None:
     longest = MAX_BITMAP_BYTES // header.cluster_size
     rules = (
         (entry.type == BITMAP_TYPE_DIRTY_TRACKING, f"type {entry.type}; 1 is allowed"),
@@ -252,12 +278,12 @@ def _data_bytes(header: Header, granularity: int) -> int:
 class BitmapData:
     """The bits of an image's bitmaps: those that were used last, and how to read the others."""
 
-    def __init__(self, file: HostFile, header: Header) -> None:
+    def __init__(self, file: HostFile, header: Header, memory: Budget) -> None:
         self._file = file
         self._header = header
         self._tables: list[BitmapTable] = []
         self._one_at_a_time = asyncio.Lock()  # what is being read is not counted as kept
-        self.reads = SharedReads(self._read, BITMAP_CACHE_BYTES, lambda bits: bits.nbytes)
+        self.reads = SharedReads(self._read, memory, lambda bits: bits.nbytes)
 
     def source(self, table: BitmapTable) -> Callable[[], Awaitable[bitarray]]:
         """What brings the bits that ``table`` leads to; ``OSError`` if they cannot be read."""

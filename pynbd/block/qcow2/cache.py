@@ -12,6 +12,7 @@ one `Table` as long as anybody has it, in the cache or not: what one writer chan
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
@@ -20,33 +21,30 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from pynbd.block.engine import HostFile
+from pynbd.block.limits import Budget
 from pynbd.block.qcow2.entries import UInt64s
 from pynbd.block.qcow2.widths import Values, decode, encode
 
 T = TypeVar("T")
-
-# Of L2 tables: the map of 128 GiB with clusters of 64 KiB.
-TABLE_CACHE_BYTES = 12 << 20
 
 
 class SharedReads(Generic[T]):
     """The last used results of ``read(key)``, each read once however many wait for it.
 
     ``limit`` of them are kept or, where ``weigh`` tells the weight of a result, so many that they
-    weigh no more together; the last one is kept in any case. ``lookups`` and ``loads`` count what
-    was asked for and what was read.
+    weigh no more together, or with those of others in one `Budget`; the last one is kept in any
+    case. ``lookups`` and ``loads`` count what was asked for and what was read.
     """
 
     def __init__(
         self,
         read: Callable[[int], Awaitable[T]],
-        limit: int,
+        limit: int | Budget,
         weigh: Callable[[T], int] = lambda _: 1,
     ) -> None:
         self._read = read
-        self.limit = limit
+        self._budget = limit if isinstance(limit, Budget) else Budget(limit)
         self._weigh = weigh
-        self._weight = 0
         self._kept: OrderedDict[int, T] = OrderedDict()
         # Who waits for a read gets its result from there: it may be dropped before he has his turn.
         self._loading: dict[int, tuple[asyncio.Event, list[T]]] = {}
@@ -79,15 +77,20 @@ class SharedReads(Generic[T]):
         return self._kept[key]
 
     def _keep(self, key: int, result: T) -> None:
+        weight = self._weigh(result)
         if key in self._kept:
-            self._weight -= self._weigh(self._kept.pop(key))
+            weight -= self._weigh(self._kept.pop(key))
         self._kept[key] = result
-        self._weight += self._weigh(result)
-        while self._weight > self.limit and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
-            self._weight -= self._weigh(dropped)
+        self._budget.keep(self, weight)
+
+    def drop_oldest(self) -> int:
+        """As `Keeper` has it."""
+        return self._weigh(self._kept.popitem(last=False)[1])
 
 
+# What reading a short table counts as, where tables of all lengths are read while there are not too
+# many bytes of them.
+LEAST_READ = 4096
 # What is written of a changed table: whole pages of it.
 PAGE = 4096
 
@@ -141,16 +144,18 @@ class Table:
 
 
 class TableCache(SharedReads[Table]):
-    """Tables of ``table_bytes`` by their host offset, with entries of ``bits`` bits."""
+    """Tables of ``table_bytes`` by their host offset, with entries of ``bits`` bits. The limit is
+    in bytes.
+    """
 
     def __init__(
         self,
         file: HostFile,
         table_bytes: int,
-        limit_bytes: int = TABLE_CACHE_BYTES,
+        limit: int | Budget,
         bits: int = 64,
     ) -> None:
-        super().__init__(self._read_table, limit_bytes // table_bytes)
+        super().__init__(self._read_table, limit, lambda table: table.length)
         self._file = file
         self._table_bytes = table_bytes
         self._bits = bits
@@ -166,10 +171,6 @@ class TableCache(SharedReads[Table]):
             )
         return table
 
-    def share(self, sharers: int) -> None:
-        """Keep no more than one of ``sharers`` may, which have the memory of one together."""
-        self.limit = max(self.limit // sharers, 1)
-
     def at_hand(self, host_offset: int) -> Table | None:
         """The table at a place, if it is in memory."""
         return self._alive.get(host_offset)
@@ -182,6 +183,17 @@ class TableCache(SharedReads[Table]):
 
 async def read_table(file: HostFile, host_offset: int, entries: int) -> UInt64s:
     """Read 64-bit entries, into native byte order. Past the end of the file they are zero."""
-    data = bytearray(entries * 8)
-    await file.read(memoryview(data), host_offset)
-    return np.frombuffer(data, ">u8").astype(np.uint64)
+    values = np.zeros(entries, np.uint64)
+    await file.read(values.view(np.uint8).data, host_offset)
+    return values.byteswap(inplace=True) if sys.byteorder == "little" else values
+
+
+async def read_up_to(file: HostFile, length: int, offset: int) -> bytearray:
+    """Up to ``length`` bytes from ``offset``, fewer only at the end of the file: once in memory, as
+    they may be many.
+    """
+    data = bytearray(length)
+    with memoryview(data) as view:
+        count = await file.read(view, offset)
+    del data[count:]
+    return data

@@ -40,8 +40,6 @@ HostRange = tuple[int, int]  # host offset and length, in bytes, of whole cluste
 
 # Changed tables in memory: a commit copies their pages in one step of the loop.
 MAX_CHANGED_PAGES = (4 << 20) // PAGE
-# A table with one changed page is in memory as a whole.
-MAX_CHANGED_TABLES = 12 << 20  # bytes
 # Ranges that were freed: to punch each of them takes a while, and flushes wait for it.
 MAX_FREED = 1 << 12
 # With lazy refcounts, blocks that wait for the end.
@@ -80,8 +78,9 @@ class _Taken:
 class Commits:
     """What was changed of one image, and its commits.
 
-    ``data_file``: the external one, if there is one. ``release``, to be set before the first
-    commit, takes freed clusters that nobody uses any more.
+    ``data_file``: the external one, if there is one. ``most_tables``: bytes of changed tables, each
+    of which is in memory as a whole if one page of it was changed. ``release``, to be set before
+    the first commit, takes freed clusters that nobody uses any more.
     """
 
     release: Callable[[Sequence[HostRange]], Awaitable[None]]
@@ -94,6 +93,7 @@ class Commits:
         pins: Pins,
         *,
         lazy_refcounts: bool,
+        most_tables: int,
     ) -> None:
         self._file = file
         self._data_file = data_file
@@ -102,7 +102,7 @@ class Commits:
         self._lazy = lazy_refcounts
         # So many tables are never too much, and need not be counted.
         self._few_tables = MAX_CHANGED_PAGES * PAGE // max(1 << fields.cluster_bits, PAGE) - 1
-        self._many_tables = MAX_CHANGED_TABLES >> fields.cluster_bits
+        self._many_tables = most_tables >> fields.cluster_bits
         # Changed tables, by what names them and what they name.
         self._new_tables: dict[Table, None] = {}
         self._new_blocks: dict[Table, None] = {}

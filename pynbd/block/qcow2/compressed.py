@@ -16,8 +16,8 @@ docs/interop/qcow2.rst, "Compressed Clusters Descriptor". Rules:
    was read by then, up to about half a millisecond's work, and the next call of its lane follows
    without a hop; a further lane begins only for what those to come will leave. An image
    never fills the pool with them.
-5. What is read ahead of its turn is bounded as what is kept: a request for four bytes may need a
-   cluster of two megabytes.
+5. What is read ahead of its turn is bounded as what is kept, for all layers of a chain together: a
+   request for four bytes may need a cluster of two megabytes (`Backlog`).
 6. Nobody reads or decompresses what nobody waits for any more.
 """
 
@@ -33,6 +33,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from pynbd.block.engine import NOWAIT_MAX, Buffer, HostFile
+from pynbd.block.limits import Backlog, Budget
 from pynbd.block.pool import Lane
 from pynbd.block.qcow2.compression import cost, decompress, decompress_all
 from pynbd.block.qcow2.entries import compressed_range
@@ -42,9 +43,6 @@ from pynbd.errors import CorruptImage
 
 log = logging.getLogger("pynbd")
 
-# Decompressed clusters that are kept for the next request; and so much of compressed ones is read
-# that wait for their turn, before the next are read.
-CACHE_BYTES = 4 << 20
 # What one hop decompresses, in bytes of clusters (at least one): about half a millisecond's work.
 HOP_BYTES = 1 << 19
 # Nor more clusters than these, as small ones cost more than their bytes.
@@ -94,7 +92,12 @@ class CompressedClusters:
     """
 
     def __init__(
-        self, file: HostFile, compression_type: CompressionType, cluster_bits: int
+        self,
+        file: HostFile,
+        compression_type: CompressionType,
+        cluster_bits: int,
+        kept: Budget,
+        backlog: Backlog,
     ) -> None:
         self._file = file
         self._type = compression_type
@@ -103,12 +106,11 @@ class CompressedClusters:
         self._in_hop = min(max(HOP_BYTES >> cluster_bits, 1), HOP_CLUSTERS)
         self._in_turn = min(TURN_BYTES >> cluster_bits, TURN_CLUSTERS)
         self._kept: OrderedDict[int, memoryview] = OrderedDict()
-        self._kept_bytes = 0
-        self._most_bytes = CACHE_BYTES
+        self._budget = kept
+        self._backlog = backlog
         self._waiting: dict[int, Wanted] = {}
         self._unread: deque[list[Place]] = deque()
         self._reading: set[asyncio.Task[None]] = set()
-        self._held = 0  # compressed bytes in memory, or soon
         # What was read and not decompressed yet: what the loop may do, and what it may not.
         self._read: deque[Wanted] = deque()
         self._long: deque[Wanted] = deque()
@@ -120,10 +122,6 @@ class CompressedClusters:
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    def share(self, sharers: int) -> None:
-        """Keep no more than one of ``sharers`` may, which have the memory of one together."""
-        self._most_bytes //= sharers
 
     def read_now(self, descriptor: int, first: int, view: memoryview) -> bool:
         """Fill ``view`` with bytes from ``first`` on of a cluster, which has as many. False if it
@@ -181,7 +179,7 @@ class CompressedClusters:
                 wanted.length = length
             wanted.waiters.append((waiter, length))
         self._unread += self._neighbours(new)
-        self._read_more()
+        self.read_more()
         return started
 
     def _neighbours(self, new: Iterable[Wanted]) -> Iterator[list[Place]]:
@@ -201,19 +199,23 @@ class CompressedClusters:
         if group:
             yield group
 
-    def _read_more(self) -> None:
-        while self._unread and self._held < self._most_bytes:
+    def read_more(self) -> None:
+        """Read what is wanted, as much of it as may wait for its turn."""
+        backlog = self._backlog
+        while self._unread and backlog.held < backlog.limit:
             group = self._unread.popleft()
             if any(place.wanted.is_wanted() for place in group):
                 self._read_group(group)
             else:
                 for place in group:
                     self._finish(place.wanted, None)
+        if self._unread:
+            backlog.waiting[self] = None
 
     def _read_group(self, group: list[Place]) -> None:
         for wanted, start, end in group:
             wanted.held = end - start
-            self._held += wanted.held
+            self._backlog.held += wanted.held
         data = memoryview(bytearray(group[-1].end - group[0].start))
         done = self._file.read_now(data, group[0].start)
         if done == len(data):
@@ -231,7 +233,7 @@ class CompressedClusters:
         except OSError as error:
             if len(group) == 1:
                 self._finish(group[0].wanted, error)
-                self._read_more()
+                self._backlog.go_on()
             for place in group if len(group) > 1 else ():  # a bad sector fails alone
                 await self._read_rest([place], memoryview(bytearray(place.end - place.start)), 0)
         else:
@@ -365,16 +367,18 @@ class CompressedClusters:
                 self._finish(wanted, outcome)
             else:
                 self._finish(wanted, self._keep(wanted.descriptor, memoryview(outcome)))
-        self._read_more()
+        self._backlog.go_on()
         self._send(in_turn)
 
     def _keep(self, descriptor: int, cluster: memoryview) -> memoryview:
         before = self._kept.pop(descriptor, b"")
         self._kept[descriptor] = cluster
-        self._kept_bytes += len(cluster) - len(before)
-        while self._kept_bytes > self._most_bytes and len(self._kept) > 1:
-            self._kept_bytes -= len(self._kept.popitem(last=False)[1])
+        self._budget.keep(self, len(cluster) - len(before))
         return cluster
+
+    def drop_oldest(self) -> int:
+        """As `Keeper` has it."""
+        return len(self._kept.popitem(last=False)[1])
 
     def _finish(self, wanted: Wanted, outcome: Outcome | None) -> None:
         del self._waiting[wanted.descriptor]
@@ -391,4 +395,4 @@ class CompressedClusters:
             self._waiting[wanted.descriptor] = wanted
             self._queue(wanted)
         else:
-            self._held -= wanted.held
+            self._backlog.held -= wanted.held

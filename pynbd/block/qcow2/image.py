@@ -19,6 +19,7 @@ import numpy as np
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.engine import Buffer, HostFile
 from pynbd.block.extent import DATA, Runs
+from pynbd.block.limits import ChainMemory
 from pynbd.block.node import BlockNode
 from pynbd.block.pins import Pins
 from pynbd.block.qcow2 import bitmaps, repair, snapshots, writer, zeroing
@@ -30,6 +31,7 @@ from pynbd.block.qcow2.damage import DamageLog
 from pynbd.block.qcow2.entries import UInt64s
 from pynbd.block.qcow2.format import (
     L1E_OFFSET_MASK,
+    L1E_SIZE,
     SECTOR,
     Incompatible,
 )
@@ -67,6 +69,7 @@ class Qcow2Node(BlockNode):
         header: Header,
         mapping: Mapping,
         damage: DamageLog,
+        memory: ChainMemory,
         *,
         size: int,
         persistent: PersistentBitmaps,
@@ -86,7 +89,11 @@ class Qcow2Node(BlockNode):
         usage = Usage(metadata_file, header)
         self._preallocated = SharedReads(lambda _: usage.metadata_preallocated(), 1)
         self.clusters = CompressedClusters(
-            metadata_file, header.compression_type, header.cluster_bits
+            metadata_file,
+            header.compression_type,
+            header.cluster_bits,
+            memory.clusters,
+            memory.backlog,
         )
 
     @classmethod
@@ -94,6 +101,7 @@ class Qcow2Node(BlockNode):
         cls,
         file: HostFile,
         header: Header,
+        memory: ChainMemory,
         *,
         data_file: HostFile | None = None,
         snapshot: str | None = None,
@@ -103,8 +111,8 @@ class Qcow2Node(BlockNode):
 
         ``snapshot``: an internal snapshot to be served in place of the active layer, named as
         `snapshots.find` takes it. ``writable``: for writing, in files that are open for that; an
-        image that is marked dirty is repaired first. Raises `ImageError`, and leaves the files to
-        the caller then.
+        image that is marked dirty is repaired first. ``memory`` is that of its chain. Raises
+        `ImageError`, and leaves the files to the caller then.
         """
         if writable:
             header = await _ready_to_be_written(file, header, snapshot)
@@ -112,33 +120,32 @@ class Qcow2Node(BlockNode):
             log.warning("%s: the image is marked corrupt; it is only read", file.path)
         table, entries, size = header.l1_table_offset, header.l1_size, header.virtual_size
         persistent = PersistentBitmaps()
-        known = await snapshots.load(file, header)
+        known = await snapshots.load(file, header, memory)
         if snapshot is None:
-            persistent = await bitmaps.load(file, header)
+            persistent = await bitmaps.load(file, header, memory)
         else:
             chosen = _find_snapshot(known, snapshot, file.path)
             chosen.check(header, name=file.path)
             table, entries = chosen.l1_table_offset, chosen.l1_size
             size = chosen.disk_size // SECTOR * SECTOR
+        # Where the tables are that it names is kept once more of an image that is written.
+        memory.take(entries * L1E_SIZE * (1 + writable), "L1 table", file.path)
         l1 = await read_table(file, table, entries)
         _tell_missing_tables(file, header, table, l1)
         damage = DamageLog(file.path)
-        mapping = Mapping(file, l1, header.layout, damage)
-        node = cls(file, data_file, header, mapping, damage, size=size, persistent=persistent)
+        mapping = Mapping(file, l1, header.layout, damage, memory.tables)
+        node = cls(
+            file, data_file, header, mapping, damage, memory, size=size, persistent=persistent
+        )
         if writable:
             pins = node.pins = Pins()
             node._writer = await writer.Writer.open(
-                node, file, data_file, header, mapping, persistent, known, pins
+                node, file, data_file, header, mapping, persistent, known, pins, memory
             )
             node.read_only = False
             # Guest clusters keep their place in a data file.
             node.file.lends_pages = data_file is not None
         return node
-
-    def share_memory(self, layers: int) -> None:
-        """What is kept of an image is bounded for its chain, which has so many of them."""
-        self.mapping.tables.share(layers)
-        self.clusters.share(layers)
 
     def files(self) -> Sequence[HostFile]:
         if self.file is self.metadata_file:

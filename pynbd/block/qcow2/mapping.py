@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pynbd.block.engine import HostFile
 from pynbd.block.extent import CORRUPT, UNALLOCATED, Runs, concatenate
+from pynbd.block.limits import Budget
 from pynbd.block.qcow2 import entries
 from pynbd.block.qcow2.cache import TableCache
 from pynbd.block.qcow2.damage import DamageLog
@@ -34,12 +35,14 @@ IndexArray = npt.NDArray[np.intp]
 
 
 class Mapping:
-    """What the L1 table ``l1`` and the L2 tables in ``file`` say."""
+    """What the L1 table ``l1`` and the L2 tables in ``file`` say; ``memory`` is for these."""
 
-    def __init__(self, file: HostFile, l1: UInt64s, layout: Layout, damage: DamageLog) -> None:
+    def __init__(
+        self, file: HostFile, l1: UInt64s, layout: Layout, damage: DamageLog, memory: Budget
+    ) -> None:
         self.l1 = l1
         self.layout = layout
-        self.tables = TableCache(file, layout.cluster_size)
+        self.tables = TableCache(file, layout.cluster_size, memory)
         self._damage = damage
         self._span = layout.cluster_size * layout.l2_entries  # guest bytes of one L2 table
         granules = SUBCLUSTERS if layout.extended else 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ from pynbd.errors import CorruptImage
 
 # So many clusters that came later are put in order with the others.
 _LATER_MAX = 1 << 16
+# Of what is in one place no more is told: of a damaged image it may be millions of tables.
+_MOST_NAMED = 4
 
 
 class Places:
@@ -152,8 +154,8 @@ class Places:
                 raise CorruptImage(f"{path}: {' and '.join(there)} are in one cluster")
 
     def names(self, host_offset: int, length: int = 1) -> list[str]:
-        """What is in the clusters of a range, and where."""
-        return list(self._names(*self._clusters(host_offset, length)))
+        """What is in the clusters of a range, and where; of very much the first."""
+        return list(islice(self._names(*self._clusters(host_offset, length)), _MOST_NAMED))
 
     def _clusters(self, host_offset: int, length: int) -> tuple[int, int]:
         return host_offset >> self._bits, (host_offset + length - 1 >> self._bits) + 1
@@ -166,15 +168,13 @@ class Places:
             offsets = host_offsets()
             numbers = offsets >> np.uint64(self._bits)
             inside = (numbers >= max(first, 1)) & (numbers < last)
-            for index in np.flatnonzero(inside).tolist():
+            for index in np.flatnonzero(inside)[:_MOST_NAMED].tolist():
                 yield f"{what} {index} at {int(offsets[index]):#x}"
         for what, indexes, offsets in self._unchanging:
             numbers = offsets >> np.uint64(self._bits)
             inside = (numbers >= first) & (numbers < last)
-            for index, offset in zip(
-                indexes[inside].tolist(), offsets[inside].tolist(), strict=True
-            ):
-                yield f"{what} {index} at {offset:#x}"
+            for row in np.flatnonzero(inside)[:_MOST_NAMED].tolist():
+                yield f"{what} {indexes[row]} at {int(offsets[row]):#x}"
 
 
 def _has(numbers: Sequence[int], first: int, end: int) -> bool:

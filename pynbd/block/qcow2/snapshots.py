@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pynbd.block.engine import HostFile
+from pynbd.block.limits import ChainMemory
+from pynbd.block.qcow2.cache import read_up_to
 from pynbd.block.qcow2.extensions import to_bytes
 from pynbd.block.qcow2.format import (
     L1E_SIZE,
@@ -21,6 +24,11 @@ from pynbd.errors import CorruptImage, UsageError
 
 # Bytes of extra data that version 3 demands: vm_state_size and disk_size.
 EXTRA_V3 = SNAPSHOT_EXTRA.vm_state_size.sizeof() + SNAPSHOT_EXTRA.disk_size.sizeof()
+# As declared: there may be very many.
+ENTRY = struct.Struct(">QIHHIIQII")
+EXTRA = struct.Struct(">QQQ")
+# What a snapshot takes in memory besides the bytes of its entry.
+_ENTRY_BYTES = 512
 _MAX_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
 _NANOSECONDS = 10**9
 _MAX_DATE_SEC = (1 << 32) - 1
@@ -60,19 +68,29 @@ class Snapshot:
         raise CorruptImage(f"{name}: the L1 table of the snapshot {self.id!r} {problem}")
 
 
-async def load(file: HostFile, header: Header, *, padded: bool = False) -> list[Snapshot]:
+async def load(
+    file: HostFile, header: Header, memory: ChainMemory | None = None, *, padded: bool = False
+) -> list[Snapshot]:
     """The internal snapshots of the image in ``file``. ``padded``: as far as the table is past the
-    end of the file, it reads as zeroes. Raises `CorruptImage`.
+    end of the file, it reads as zeroes. Raises `CorruptImage`, or `ImageError` if they would need
+    too much ``memory``.
     """
     if not header.nb_snapshots:
         return []
     length = min(header.nb_snapshots * _MAX_ENTRY, MAX_SNAPSHOT_TABLE_BYTES)
     there = max(min(length, file.size() - header.snapshots_offset), 0)
-    data = await file.read_bytes(there, header.snapshots_offset)
-    return parse(data.ljust(length * padded, b"\0"), header, name=file.path)
+    if memory is not None:
+        memory.take(header.nb_snapshots * _ENTRY_BYTES, "snapshot table", file.path)
+    data = await read_up_to(file, there, header.snapshots_offset)
+    if padded:
+        data = data.ljust(length, b"\0")
+    known = parse(data, header, name=file.path)
+    if memory is not None:
+        memory.take(table_length(known), "snapshot table", file.path)
+    return known
 
 
-def parse(data: bytes, header: Header, *, name: str) -> list[Snapshot]:
+def parse(data: bytes | bytearray, header: Header, *, name: str) -> list[Snapshot]:
     """The ``header.nb_snapshots`` snapshots in ``data``, the bytes from
     ``header.snapshots_offset`` on.
 
@@ -81,37 +99,47 @@ def parse(data: bytes, header: Header, *, name: str) -> list[Snapshot]:
     """
     snapshots, at = [], 0
     for index in range(header.nb_snapshots):
-        fields_end = at + SNAPSHOT_ENTRY.sizeof()
+        fields_end = at + ENTRY.size
         place = f"{name}: snapshot table entry {index} at {header.snapshots_offset + at:#x}"
         if fields_end > len(data):
             raise CorruptImage(f"{place}: the table is cut short")
-        entry = SNAPSHOT_ENTRY.parse(data[at:fields_end])
-        if entry.extra_data_size > MAX_SNAPSHOT_EXTRA:
+        (
+            l1_table_offset,
+            l1_size,
+            id_size,
+            name_size,
+            date_sec,
+            date_nsec,
+            vm_clock,
+            vm_state_size,
+            extra_data_size,
+        ) = ENTRY.unpack_from(data, at)
+        if extra_data_size > MAX_SNAPSHOT_EXTRA:
             raise CorruptImage(
-                f"{place}: extra_data_size is {entry.extra_data_size}; "
+                f"{place}: extra_data_size is {extra_data_size}; "
                 f"{MAX_SNAPSHOT_EXTRA} at most is allowed"
             )
-        extra_end = fields_end + entry.extra_data_size
-        id_end = extra_end + entry.id_size
-        name_end = id_end + entry.name_size
+        extra_end = fields_end + extra_data_size
+        id_end = extra_end + id_size
+        name_end = id_end + name_size
         if name_end > MAX_SNAPSHOT_TABLE_BYTES:
             raise CorruptImage(f"{place}: the table exceeds {MAX_SNAPSHOT_TABLE_BYTES} bytes")
         if name_end > len(data):
             raise CorruptImage(f"{place}: the table is cut short")
-        extra = data[fields_end:extra_end]
+        extra = bytes(data[fields_end:extra_end])
         # Fields that are not there read as zero below, and are not asked for then.
-        known = SNAPSHOT_EXTRA.parse(extra.ljust(SNAPSHOT_EXTRA.sizeof(), b"\0"))
+        long_size, disk_size, icount = EXTRA.unpack_from(extra.ljust(EXTRA.size, b"\0"))
         snapshots.append(
             Snapshot(
                 id=data[extra_end:id_end].decode("utf-8", "surrogateescape"),
                 name=data[id_end:name_end].decode("utf-8", "surrogateescape"),
-                l1_table_offset=entry.l1_table_offset,
-                l1_size=entry.l1_size,
-                disk_size=known.disk_size if len(extra) >= 16 else header.virtual_size,
-                vm_state_size=known.vm_state_size if len(extra) >= 8 else entry.vm_state_size,
-                date=entry.date_sec * 10**9 + entry.date_nsec,
-                vm_clock=entry.vm_clock_nsec,
-                icount=known.icount if len(extra) >= 24 and known.icount != 2**64 - 1 else None,
+                l1_table_offset=l1_table_offset,
+                l1_size=l1_size,
+                disk_size=disk_size if len(extra) >= 16 else header.virtual_size,
+                vm_state_size=long_size if len(extra) >= 8 else vm_state_size,
+                date=date_sec * _NANOSECONDS + date_nsec,
+                vm_clock=vm_clock,
+                icount=icount if len(extra) >= 24 and icount != 2**64 - 1 else None,
                 extra=extra,
             )
         )

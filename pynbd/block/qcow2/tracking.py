@@ -19,22 +19,20 @@ import numpy as np
 
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.engine import Buffer, HostFile
+from pynbd.block.limits import ChainMemory
 from pynbd.block.qcow2.bitmaps import Stored, read_bitmap_table
-from pynbd.block.qcow2.cache import Table
+from pynbd.block.qcow2.cache import LEAST_READ, Table
 from pynbd.block.qcow2.commit import Commits, Rule
 from pynbd.block.qcow2.entries import UInt64s
 from pynbd.block.qcow2.format import BITMAP_TABLE_OFFSET_MASK, BitmapFlags
 from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.places import Places
 from pynbd.block.qcow2.refcounts import Refcounts
-from pynbd.errors import UnsupportedFeature
 
 _FLAGS = struct.Struct(">I")
 
 # Of bits that are written in one go.
 _BYTES_PER_STEP = 4 << 20
-# Bits of all bitmaps that record, which are in memory from the first change on.
-MAX_TRACKED_BYTES = 1 << 30
 # Tables of the other bitmaps, whose bits have their places known.
 _UNTRACKED_TABLE_BYTES = 16 << 20
 
@@ -79,17 +77,14 @@ class Tracking:
         refcounts: Refcounts,
         commits: Commits,
         places: Places,
+        memory: ChainMemory,
     ) -> Tracking:
-        """Read the bitmap tables: all of them have their places. Raises `UnsupportedFeature` if
-        there are too many bits to record in.
+        """Read the bitmap tables: all of them have their places. Raises `ImageError` if there are
+        too many bits to record in.
         """
         tracking = cls(file, header, stored, refcounts, commits, places)
         needed = sum(each.bitmap.size // each.bitmap.granularity for each in tracking._tracked) // 8
-        if needed > MAX_TRACKED_BYTES:
-            raise UnsupportedFeature(
-                f"{file.path}: its bitmaps that record every write would need {needed} bytes of"
-                f" memory; {MAX_TRACKED_BYTES} are allowed"
-            )
+        memory.check_bits(needed, "its bitmaps that record every write", file.path)
         tracked = {each.stored.name: each for each in tracking._tracked}
         left = _UNTRACKED_TABLE_BYTES
         for each in stored:
@@ -101,7 +96,7 @@ class Tracking:
                 table = tracked[each.name].table = Table(each.table.offset, values)
                 places.add_tables(bits, partial(_host_offsets, table))
             elif length <= left:
-                left -= length
+                left -= max(length, LEAST_READ)
                 values = await read_bitmap_table(file, header, each.table)
                 places.add_unchanging(bits, values & np.uint64(BITMAP_TABLE_OFFSET_MASK))
             await asyncio.sleep(0)

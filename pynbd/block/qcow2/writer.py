@@ -24,10 +24,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pynbd.block.engine import Buffer, HostFile
+from pynbd.block.limits import ChainMemory
 from pynbd.block.node import BlockNode
 from pynbd.block.pins import Pins
 from pynbd.block.qcow2.bitmaps import PersistentBitmaps
-from pynbd.block.qcow2.cache import Table, read_table
+from pynbd.block.qcow2.cache import LEAST_READ, Table, read_table
 from pynbd.block.qcow2.commit import Commits, HostRange, Rule
 from pynbd.block.qcow2.cow import CopyOnWrite, Piece
 from pynbd.block.qcow2.format import (
@@ -128,6 +129,7 @@ class Writer:
         bitmaps: PersistentBitmaps,
         snapshots: Sequence[Snapshot],
         pins: Pins,
+        memory: ChainMemory,
     ) -> Writer:
         """Find out where all metadata is. Nothing is written before the first change. Raises
         `CorruptImage` if some of it is in the place of other.
@@ -135,7 +137,11 @@ class Writer:
         fields = HeaderFields(file, header)
         places = Places(header.cluster_bits)
         lazy = Compatible.LAZY_REFCOUNTS in header.compatible
-        commits = Commits(file, data_file, fields, pins, lazy_refcounts=lazy)
+        most = memory.limits.changed_tables
+        commits = Commits(file, data_file, fields, pins, lazy_refcounts=lazy, most_tables=most)
+        memory.take(
+            header.refcount_table_clusters << header.cluster_bits, "refcount table", file.path
+        )
         refcounts = await Refcounts.open(file, header, commits, places)
         if refcounts.end - file.size() >= header.cluster_size:
             log.warning(
@@ -146,7 +152,9 @@ class Writer:
         links = Links(
             file, Table(header.l1_table_offset, mapping.l1), mapping, refcounts, commits, places
         )
-        tracking = await Tracking.open(file, header, bitmaps.stored, refcounts, commits, places)
+        tracking = await Tracking.open(
+            file, header, bitmaps.stored, refcounts, commits, places, memory
+        )
         places.add(0, header.cluster_size, "header")
         if header.bitmaps and bitmaps.stored:
             extension = header.bitmaps
@@ -430,7 +438,7 @@ async def _add_snapshots(
         length = snapshot.l1_size * L1E_SIZE
         places.add(snapshot.l1_table_offset, length, what)
         if length <= left:
-            left -= length
+            left -= max(length, LEAST_READ)
             l1 = await read_table(file, snapshot.l1_table_offset, snapshot.l1_size)
             named = l1 & np.uint64(L1E_OFFSET_MASK)
             places.add_unchanging(f"L2 table of snapshot {snapshot.id!r}", named)

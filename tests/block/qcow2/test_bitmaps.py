@@ -16,6 +16,7 @@ import pytest
 from interop import peers
 from pynbd.block.bitmap import DirtyBitmap
 from pynbd.block.chain import open_image
+from pynbd.block.limits import ImageLimits
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2 import bitmaps
 from pynbd.block.qcow2 import header as headers
@@ -121,15 +122,12 @@ async def test_who_wants_a_bitmap_at_the_same_time_shares_its_reading(tmp_path: 
     await node.close()
 
 
-async def test_the_bits_in_memory_are_bounded_over_all_bitmaps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_bits_in_memory_are_bounded_over_all_bitmaps(tmp_path: Path) -> None:
     """Each has 16384 bits, 2 KiB; those used last are kept, and one if it is larger."""
     path = tmp_path / "disk.qcow2"
     image(path, *(Bitmap(str(index), 512, [(index << 20, 512)]) for index in range(4)))
     for limit, kept in ((5000, 2), (2048, 1), (100, 1)):
-        monkeypatch.setattr(bitmaps, "BITMAP_CACHE_BYTES", limit)
-        node = await open_image(path)
+        node = await open_image(path, limits=ImageLimits(bitmaps=limit))
         for index, bitmap in enumerate(node.bitmaps()):
             assert (index << 20, 512, 1) in await rows(bitmap, SIZE)
             assert len(data(node).reads) == min(index + 1, kept)

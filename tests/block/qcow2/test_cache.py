@@ -123,7 +123,7 @@ async def test_entries_are_big_endian_on_disk(file: HostFile) -> None:
 
 
 async def test_past_the_end_of_the_file_are_zeroes(file: HostFile) -> None:
-    tables = TableCache(file, 512)
+    tables = TableCache(file, 512, 1 << 20)
     table = await tables.load(1024 - 8)
     assert table.values.tolist() == [0x38393A3B3C3D3E3F] + [0] * 63
     assert not (await tables.load(1 << 40)).values.any()
@@ -185,7 +185,7 @@ def test_a_table_that_is_shorter_than_a_page() -> None:
 
 async def test_a_table_that_somebody_has_is_never_read_again(file: HostFile) -> None:
     """What one writer changed is there for the next, though the cache dropped it."""
-    tables = TableCache(file, 512, limit_bytes=1024)
+    tables = TableCache(file, 512, 1024)
     mine = await tables.load(0)
     mine.values[0] = 99
     for number in range(1, 5):
@@ -195,7 +195,7 @@ async def test_a_table_that_somebody_has_is_never_read_again(file: HostFile) -> 
 
 
 async def test_a_new_table_takes_the_place_of_one_that_is_gone(file: HostFile) -> None:
-    tables = TableCache(file, 512, limit_bytes=1024)
+    tables = TableCache(file, 512, 1024)
     await tables.load(512)
     new = Table(512, np.full(64, 7, np.uint64))
     tables.add(new)

@@ -17,10 +17,10 @@ import pytest
 
 from pynbd.block.chain import open_image
 from pynbd.block.engine import Engine, HostFile
+from pynbd.block.limits import ImageLimits
 from pynbd.block.qcow2 import compressed, compression
 from pynbd.block.qcow2.builder import Compressed, Image
 from pynbd.block.qcow2.compressed import (
-    CACHE_BYTES,
     HOP_BYTES,
     HOP_CLUSTERS,
     HOPS,
@@ -73,13 +73,16 @@ def hops(monkeypatch: pytest.MonkeyPatch) -> Hops:
 
 @asynccontextmanager
 async def opened(
-    path: Path, kind: CompressionType = CompressionType.ZLIB, **damaged: bytes
+    path: Path,
+    kind: CompressionType = CompressionType.ZLIB,
+    limits: ImageLimits | None = None,
+    **damaged: bytes,
 ) -> AsyncIterator[Qcow2Node]:
     clusters = {number * K64: Compressed(content(number)) for number in range(CLUSTERS)}
     for number, stream in damaged.items():
         clusters[int(number.strip("_")) * K64] = Compressed(stream=stream)
     Image(size=CLUSTERS * K64, clusters=clusters, compression_type=kind).write(path)
-    async with await open_image(path, format="qcow2") as node:
+    async with await open_image(path, format="qcow2", limits=limits) as node:
         assert isinstance(node, Qcow2Node)
         await node.resolve(0, node.size)
         yield node
@@ -190,7 +193,7 @@ async def test_what_waits_for_its_turn_is_bounded_in_bytes(
         tasks = [asyncio.create_task(node.pread((at << bits) + 9, 1)) for at in range(number)]
         for _ in range(10):
             await asyncio.sleep(0)
-        assert sum(reads) <= CACHE_BYTES + (1 << bits)
+        assert sum(reads) <= ImageLimits().clusters + (1 << bits)
         tasks[-1].cancel()  # before it was read
         go_on.set()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
@@ -201,12 +204,8 @@ async def test_what_waits_for_its_turn_is_bounded_in_bytes(
         assert last == random_bytes[number + 8]
 
 
-async def test_the_cache_is_bounded_in_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert CACHE_BYTES <= 24 << 20
-    monkeypatch.setattr(compressed, "CACHE_BYTES", 4 * K64)
-    async with opened(tmp_path / "x") as node:
+async def test_the_cache_is_bounded_in_bytes(tmp_path: Path) -> None:
+    async with opened(tmp_path / "x", limits=ImageLimits(clusters=4 * K64)) as node:
         for at in (0, 1, 2, 3, 0, 4):
             await node.pread((at + 1) * K64 - 1, 1)
         assert node.clusters.loads == 5
@@ -215,6 +214,31 @@ async def test_the_cache_is_bounded_in_bytes(
         await node.pread(2 * K64 - 1, 1)
         assert node.clusters.loads == 6
         assert len(node.clusters) == 4
+
+
+@pytest.mark.parametrize("limit", [1, 20_000, 1 << 20])
+async def test_all_layers_of_a_chain_have_one_bound(tmp_path: Path, limit: int) -> None:
+    """Of what is kept and of what waits; whoever waits for room is not forgotten, and no layer has
+    to keep anything.
+    """
+    below: dict[str, Any] = {}
+    layers = 6
+    for layer in range(layers):
+        clusters = {
+            number * K64: Compressed(content(number))
+            for number in range(CLUSTERS)
+            if number % layers == layer
+        }
+        Image(size=CLUSTERS * K64, clusters=clusters, **below).write(tmp_path / str(layer))
+        below = {"backing_file": str(layer), "backing_format": "qcow2"}
+    limits = ImageLimits(clusters=limit)
+    async with await open_image(tmp_path / str(layers - 1), limits=limits) as node:
+        order = random.Random(6).sample(range(CLUSTERS), CLUSTERS)
+        reading = [asyncio.create_task(node.pread(at * K64 + K64 - 9, 9)) for at in order]
+        async with asyncio.timeout(60):
+            assert await asyncio.gather(*reading) == [content(at)[-9:] for at in order]
+        chain = [each for each in node.chain() if isinstance(each, Qcow2Node)]
+        assert sum(len(each.clusters) for each in chain) == max(limit // K64, 1)
 
 
 async def test_who_goes_takes_his_work_along_but_not_that_of_others(

@@ -21,11 +21,11 @@ import pytest
 from interop import peers
 from interop.samples import qemu_io
 from pynbd.block.chain import open_image
-from pynbd.block.qcow2 import tracking
+from pynbd.block.limits import ImageLimits
 from pynbd.block.qcow2.builder import Bitmap, Image, poke
 from pynbd.block.qcow2.format import BitmapFlags
 from pynbd.block.qcow2.image import Qcow2Node
-from pynbd.errors import UnsupportedFeature
+from pynbd.errors import ImageError
 from tests.block.qcow2.writing import (
     Call,
     KiB,
@@ -298,17 +298,20 @@ def put(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-async def test_more_bits_than_may_be_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_more_bits_than_may_be_in_memory(tmp_path: Path) -> None:
     """Nothing is written to the image, which can be read."""
     path = with_bitmaps(tmp_path / "x.qcow2")
     before = bytes_of(path)
-    monkeypatch.setattr(tracking, "MAX_TRACKED_BYTES", 1)
-    with pytest.raises(UnsupportedFeature, match=r"need .* bytes of memory; 1 are allowed"):
-        await open_image(path, read_only=False)
-    assert bytes_of(path) == before
     async with await open_image(path) as node:
+        sizes = [bitmap.size // bitmap.granularity // 8 for bitmap in node.bitmaps()]
+        most = ImageLimits(bitmap_bits=max(sizes) + 8)
+    told = (
+        rf"that record .* need .* bytes of memory; {most.bitmap_bits} are allowed \(--bitmap-memory"
+    )
+    with pytest.raises(ImageError, match=told):
+        await open_image(path, read_only=False, limits=most)
+    assert bytes_of(path) == before
+    async with await open_image(path, limits=most) as node:
         assert node.bitmaps()
 
 
