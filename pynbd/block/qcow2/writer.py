@@ -132,7 +132,7 @@ class Writer:
         memory: ChainMemory,
     ) -> Writer:
         """Find out where all metadata is. Nothing is written before the first change. Raises
-        `CorruptImage` if some of it is in the place of other.
+        `CorruptImage` if some of it is in the place of other, or where nothing is.
         """
         fields = HeaderFields(file, header)
         places = Places(header.cluster_bits)
@@ -163,6 +163,15 @@ class Writer:
         places.seal()
         for problem in places.overlaps():
             raise CorruptImage(f"{file.path}: {problem} (pynbd check tells more; -r reads it)")
+        for what, offset, entries in (
+            ("L1 table", header.l1_table_offset, header.l1_size),
+            ("refcount table", header.refcount_table_offset, header.refcount_table_clusters),
+        ):
+            if entries and offset >= file.size():  # writing it would make the file as long
+                raise CorruptImage(
+                    f"{file.path}: the {what} at {offset:#x} is past the end of the file"
+                    " (pynbd check tells more; -r reads it)"
+                )
         return cls(node, file, header, fields, commits, refcounts, places, links, tracking, pins)
 
     # Changes

@@ -406,3 +406,19 @@ async def test_an_image_of_version_2_has_no_bit(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="turned read-only"):
             await write(node, C, b"x")
     assert bytes_of(path) == before
+
+
+@pytest.mark.parametrize("field, what", [(40, "L1 table"), (48, "refcount table")])
+@pytest.mark.parametrize("behind", [C, 1 << 57])
+async def test_a_table_behind_the_end_of_the_file_is_not_written(
+    places: Places, field: int, what: str, behind: int
+) -> None:
+    """It would make the file as long; the space belongs to nobody."""
+    size = places.path.stat().st_size
+    places.poke(field, -(-size // C) * C + behind)
+    before = bytes_of(places.path)
+    with pytest.raises(ImageError, match=f"{what} at 0x[0-9a-f]+ is past the end of the file"):
+        await open_image(places.path, read_only=False)
+    assert bytes_of(places.path) == before
+    async with await open_image(places.path) as node:  # what is there is there
+        assert node.size
