@@ -70,12 +70,12 @@ def one_input(data: bytes) -> None:
         word = int(table[number * each // 8])
         bitmap = int(table[number * 2 + 1]) if extended else 0
         guest = start + number * size
-        expected = _meaning(word, bitmap, layout, guest)
+        expected = meaning(word, bitmap, layout, guest)
         assert said[number * parts : (number + 1) * parts] == expected, (hex(word), hex(bitmap))
         assert bool(explain(word, bitmap, layout, guest)) == (expected[0][0] == CORRUPT)
 
 
-def _meaning(word: int, bitmap: int, layout: Layout, guest: int) -> list[tuple[int, int]]:
+def meaning(word: int, bitmap: int, layout: Layout, guest: int) -> list[tuple[int, int]]:
     """(kind, host) of each subcluster. Reserved bits are looked at by nobody."""
     size, parts = layout.cluster_size, 32 if layout.extended else 1
     corrupt = [(CORRUPT, NO_HOST)] * parts

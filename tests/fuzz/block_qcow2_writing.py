@@ -1,5 +1,5 @@
-"""A whole image of which anything is changed, refcounts of every width among it, opened for writing:
-clusters are written, allocated, zeroed, given back (docs/interop/qcow2.rst, "Host cluster
+"""A whole image of which anything is changed, refcounts of several widths among it, opened for
+writing: clusters are written, allocated, zeroed, given back (docs/interop/qcow2.rst, "Host cluster
 management", "Cluster mapping").
 
 Allowed: `ImageError`, which refuses it; what is damaged is EIO for who touches it. A damaged image
@@ -71,7 +71,7 @@ async def _changed(path: Path, damaged: bytes, requests: list[bytes]) -> None:
             path, format="qcow2", read_only=False, engine=disk.engine(), cache=Cache.UNSAFE
         )
     except ImageError:
-        assert dirty or path.read_bytes() == damaged
+        assert dirty or disk.content(path) == damaged
         raise
     expected = list(before)
     try:

@@ -90,12 +90,16 @@ def _told() -> Iterator[None]:
 
 
 def put(data: bytes, name: str = "x.qcow2") -> Path:
-    """A file with these bytes; one that is there is not made anew, which costs more than all else."""
+    """A file with these bytes; one that is there is not made anew, which would take longest."""
     path = folder() / name
     with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
         file.write(data)
         file.truncate()
     return path
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
 
 
 # Images
