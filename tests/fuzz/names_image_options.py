@@ -49,6 +49,8 @@ def seeds() -> Iterable[bytes]:
     yield b"\1driver=qcow2,file.driver=file,file.filename=a,,b,read-only"
     yield b"\1a.raw,driver=raw,offset=1k,size=0x200,noforce-share"
     yield b"\1driver=raw,file.driver=qcow2,file.file.filename=x,file.cache.direct=on"
+    yield b"\1driver=raw,file.filename=x,size=513"
+    yield b'\0{"driver": "raw", "file": {"filename": "x"}, "offset": -1, "size": 1e3}'
     yield b"\1driver=raw,size=" + b"9" * 400 + b"." + b"9" * 400 + b"E"
 
 

@@ -80,6 +80,10 @@ def seeds() -> Iterable[bytes]:
     yield b"\x0b" + every + option(Option.GO, info_data("disk", [3, 1]))
     yield b"\x0b" + every + option(Option.ABORT, b"bye")
     yield b"\x0f" + every
+    other = option(Option.GO, info_data("é" * 2048))
+    yield (
+        b"\x0b" + opening(Mode.EXTENDED, contexts=_NAMES)[: -len(option(7, info_data("")))] + other
+    )
     for wanted in (0, 1, 2, 3):
         yield b"\x0b" + client_flags(wanted) + option(Option.EXPORT_NAME, b"disk")
     yield b"\x0b" + client_flags(3) + option(Option.INFO, bytes(200_000))

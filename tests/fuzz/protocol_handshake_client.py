@@ -58,9 +58,18 @@ def seeds() -> Iterable[bytes]:
     extended, structured = reply(EXTENDED_HEADERS, ACK), reply(STRUCTURED_REPLY, ACK)
     yield b"\x00" + _GREETING + go
     yield b"\x03" + _GREETING + extended + go
+    for sizes in (
+        (3, 4096, 1 << 25),
+        (1, 256, 1 << 25),
+        (1, 4096, 4095),
+        (1 << 17, 1 << 17, 1 << 25),
+    ):
+        odd = struct.pack(">HIII", 3, *sizes)
+        yield b"\x00" + _GREETING + go.replace(struct.pack(">HIII", 3, 1, 4096, 1 << 25), odd)
     yield b"\x03" + _GREETING + reply(EXTENDED_HEADERS, ERR_UNSUP, b"why") + structured + go
     yield b"\x07" + _GREETING + extended + metas + go
     yield b"\x05" + _GREETING + structured + metas + go
+    yield b"\x05" + _GREETING + structured + metas.replace(b"base:", b"else:") + go
     yield b"\x00" + _GREETING + reply(GO, ERR_UNSUP) + struct.pack(">QH", 1 << 20, 1)
     yield b"\x00NBDMAGICIHAVEOPT\0\0" + struct.pack(">QH", 1 << 20, 1) + bytes(124)
     yield b"\x00NBDMAGIC" + (0x420281861253).to_bytes(8, "big") + bytes(136)

@@ -68,6 +68,15 @@ def seeds() -> Iterable[bytes]:
             head = bytes([_MODES.index(mode), step, len(_REQUESTS)])
             said = _simple() if mode is Mode.SIMPLE else _chunks(mode)
             yield head + b"".join(wanted.encoded() for wanted in _REQUESTS) + said
+    for mode in (Mode.STRUCTURED, Mode.EXTENDED):
+        head = bytes([_MODES.index(mode), 0, 1]) + _REQUESTS[0].encoded()
+        for at, length in ((16, 16), (24, 24), (15, 16), (33, 16), (32, 17), (32, 15)):
+            said = chunk(mode, 0, Chunk.OFFSET_HOLE, 1, struct.pack(">QI", 16, 16), offset=16)
+            data = struct.pack(">Q", at) + bytes(length)
+            yield head + said + chunk(mode, DONE, Chunk.OFFSET_DATA, 1, data, offset=16)
+        said = chunk(mode, 0, Chunk.OFFSET_DATA, 1, struct.pack(">Q", 16) + b"x" * 16, offset=16)
+        said += chunk(mode, 0, Chunk.OFFSET_HOLE, 1, struct.pack(">QI", 24, 16), offset=16)
+        yield head + said + chunk(mode, DONE, Chunk.NONE, 1, offset=16)
 
 
 def _simple() -> bytes:
@@ -208,14 +217,17 @@ class _Reading:
         self.wanted = wanted
         self.errors: list[int] = []
         self.said = bytearray(wanted.length)
-        self.covered = 0
+        self.missing = bytearray(b"1" * wanted.length)
+        self.twice = False
         self.statuses: dict[int, list[tuple[int, ...]]] = {}
 
     def content(self, offset: int, data: bytes) -> None:
         start = offset - self.wanted.offset
-        assert 0 <= start < start + len(data) <= self.wanted.length
-        self.said[start : start + len(data)] = data
-        self.covered += len(data)
+        content = slice(start, start + len(data))
+        assert 0 <= start < content.stop <= self.wanted.length
+        self.said[content] = data
+        self.twice |= self.missing[content] != b"1" * len(data)
+        self.missing[content] = bytes(len(data))
 
     def chunk(self, kind: int, payload: bytes) -> None:
         match kind:
@@ -245,7 +257,8 @@ class _Reading:
         if asked.error:
             return
         if self.wanted.command == Cmd.READ:
-            assert self.covered == self.wanted.length
+            assert not any(self.missing)
+            assert not self.twice
             assert bytes(asked.view or b"") == self.said
         if self.wanted.command == Cmd.BLOCK_STATUS:
             assert self.statuses.keys() == _CONTEXTS.keys()

@@ -31,6 +31,7 @@ def seeds() -> Iterable[bytes]:
     yield b"nbds+unix:///?socket=%00abstract%FF"
     yield b"nbds+vsock://3:10810/x"
     yield b"nbds://h/%C3%A9?tls-type=x509&tls-hostname=a.b&tls-verify-peer=0"
+    yield from (b"nbd://h:65536/", b"nbd+vsock://4294967296:0/", b"nbd+vsock://:4294967295")
     yield b"NBDS://h/?tls-certificates=/etc/pki&tls-psk-file=k&tls-verify-peer=1"
 
 
