@@ -205,7 +205,11 @@ class Connections(RuleBasedStateMachine):
     # Requests
 
     def _complete(self, client: Conversation, asked: Asked, ids: Sequence[int]) -> Asked:
-        """A request as this client sends it: with a payload where one belongs."""
+        """A request as this client sends it: with a payload where one belongs.
+
+        Nearly always with the flag that its mode wants; which request goes without follows from its
+        numbers, and so do filters that are wrong.
+        """
         mode, session = client.session.mode, client.session
         if mode is not Mode.EXTENDED:
             asked = replace(asked, length=asked.length & 0xFFFFFFFF)
