@@ -40,7 +40,8 @@ def _peers() -> None:
 
 @pytest.mark.parametrize("name", READ)
 def test_read(name: str, tmp_path: Path) -> None:
-    findings = read(BY_NAME[name], tmp_path, 240, SEED)
+    findings = Findings()
+    read(BY_NAME[name], tmp_path, 240, SEED, findings)
     findings.judge()
     assert findings.counts["read"] > 40
     assert findings.counts["status"] > 20
@@ -48,7 +49,8 @@ def test_read(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_written(name: str, tmp_path: Path) -> None:
-    findings = write(BY_NAME[name], tmp_path, 240, SEED)
+    findings = Findings()
+    write(BY_NAME[name], tmp_path, 240, SEED, findings)
     findings.judge()
     assert findings.counts["write"] > 30
     assert findings.counts["zeroes"] > 15

@@ -6,13 +6,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from math import inf
 from pathlib import Path
+from random import Random
 
 import click
 
 from interop.differential import runs
 from interop.differential.comparing import Findings
-from interop.differential.differences import Rule
+from interop.differential.differences import EVERY
 from interop.differential.images import KINDS, Subject, subjects
 
 WAYS = {"read": runs.read, "write": runs.write}
@@ -25,6 +27,7 @@ WAYS = {"read": runs.read, "write": runs.write}
 @click.option("--kind", type=click.Choice(KINDS), multiple=True, help="Of images; all without.")
 @click.option("--way", type=click.Choice(list(WAYS)), multiple=True, help="Both without.")
 @click.option("--only", help="The one image that is wanted.")
+@click.option("--seconds", type=float, default=inf, help="After which no image is begun.")
 def main(
     requests: int,
     each: int | None,
@@ -32,6 +35,7 @@ def main(
     kind: tuple[str, ...],
     way: tuple[str, ...],
     only: str | None,
+    seconds: float,
 ) -> None:
     """Ask pynbd and qemu-nbd the same, and print what is answered differently."""
     wanted = [
@@ -41,33 +45,36 @@ def main(
         if subject.kind in (kind or KINDS) and only in (None, subject.name)
         if not (subject.damaged and name == "write")
     ]
+    Random(seed).shuffle(wanted)
     each = each or -(-requests // len(wanted))
-    counts, rules, failed = Counter[str](), Counter[Rule](), 0
+    done, failed = Findings(), 0
     started = time.monotonic()
-    for subject, name in wanted:
+    for number, (subject, name) in enumerate(wanted):
+        if time.monotonic() - started > seconds:
+            print(f"no time for {len(wanted) - number} of {len(wanted)} runs")
+            break
+        findings = Findings()
         try:
-            findings = _one(subject, name, each, seed)
+            _one(subject, name, each, seed, findings)
         except Exception as error:
             failed += 1
-            print(
-                f"{name}: {subject}, {each} requests, seed {seed}: {error!r}\n{error}", flush=True
-            )
-            continue
-        counts += Counter({f"{name}: {key}": n for key, n in findings.counts.items()})
-        rules += findings.rules
-    print(f"{len(wanted)} runs in {time.monotonic() - started:.0f} s, {failed} of them failed")
-    for text, number in sorted(counts.items()):
-        print(f"  {text} {number}")
-    for rule, number in rules.items():
-        print(f"  {rule.name} ({rule.row}): {number}")
+            again = f"--way {name} --only '{subject}' --each {each} --seed {seed}"
+            print(f"{again}: {type(error).__name__}: {error}", flush=True)
+        done.counts += Counter({f"{name}: {key}": n for key, n in findings.counts.items()})
+        done.rules += findings.rules
+        print(f"{name}: {subject}, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{failed} runs failed; in {time.monotonic() - started:.0f} s:")
+    for text, count in sorted(done.counts.items()):
+        print(f"  {text} {count}")
+    for rule in EVERY:
+        print(f"  {rule.name} ({rule.row}): {done.rules[rule]}")
     sys.exit(failed > 0)
 
 
-def _one(subject: Subject, way: str, requests: int, seed: int) -> Findings:
+def _one(subject: Subject, way: str, requests: int, seed: int, findings: Findings) -> None:
     with tempfile.TemporaryDirectory(prefix="differential-") as folder:
-        findings = WAYS[way](subject, Path(folder), requests, seed)
-        findings.judge()
-        return findings
+        WAYS[way](subject, Path(folder), requests, seed, findings)
+    findings.judge()
 
 
 if __name__ == "__main__":

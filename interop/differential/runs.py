@@ -13,19 +13,21 @@ from interop.conftest import serving
 from interop.differential.answering import Connection, Gone
 from interop.differential.asking import READING, READING_AHEAD, WRITING, Form, Plan
 from interop.differential.comparing import Findings, Pair
-from interop.differential.differences import SIZE, Facts
+from interop.differential.differences import SECTOR, SIZE, Facts
 from interop.differential.images import Subject
 from interop.soak import verdict
 from tests.conformance.client import Mode
 
 
-def read(subject: Subject, folder: Path, requests: int, seed: int) -> Findings:
-    """Ask so many requests of an image that nobody writes, in all modes; and of its snapshot."""
+def read(subject: Subject, folder: Path, requests: int, seed: int, findings: Findings) -> None:
+    """Ask so many requests of an image that nobody writes, in all modes; and of its snapshot.
+
+    ``findings`` is what they come to, however far it was.
+    """
     image = made(subject, folder / "images")
     shown = [exposed(subject)]
     if subject.snapshot:
         shown.append(["-A", "-l", f"snapshot.name={subject.snapshot}"])
-    findings = Findings()
     for options in shown:
         options = ["-r", "-f", subject.format, *options]
         with ExitStack() as stack:
@@ -38,7 +40,6 @@ def read(subject: Subject, folder: Path, requests: int, seed: int) -> Findings:
                         raise
                     findings.counts["images that end qemu-nbd"] += 1
     findings.counts["images"] += 1
-    return findings
 
 
 def both_serving(
@@ -81,12 +82,11 @@ def read_served(
                 both.all_of_it()
 
 
-def write(subject: Subject, folder: Path, requests: int, seed: int) -> Findings:
+def write(subject: Subject, folder: Path, requests: int, seed: int, findings: Findings) -> None:
     """Write two images that are alike, ask for what there is meanwhile, look at both afterwards."""
     ours, theirs = (made(subject, folder / whose) for whose in ("ours", "theirs"))
     options = ["-f", subject.format, *exposed(subject)]
     contexts = contexts_of(subject, options)
-    findings = Findings()
     for detecting in ("off", "unmap"):
         changing = [*options, "--discard=unmap", f"--detect-zeroes={detecting}"]
         with ExitStack() as stack:
@@ -104,7 +104,6 @@ def write(subject: Subject, folder: Path, requests: int, seed: int) -> Findings:
                         both.all_of_it()
         afterwards(subject, ours, theirs, options, findings)
     findings.counts["images"] += 1
-    return findings
 
 
 def made(subject: Subject, folder: Path) -> Path:
@@ -191,7 +190,7 @@ def pair(
     """A connection to each server; what their exports are is compared, too."""
     ours, theirs = (Connection(path, mode, contexts) for path in sockets)
     if ours.size != theirs.size:
-        assert abs(ours.size - theirs.size) < 512
+        assert abs(ours.size - theirs.size) < SECTOR
         findings.rules[SIZE] += 1
     if ours.flags != theirs.flags:
         findings.differs(f"{mode.value}: flags {ours.flags:#x} here, {theirs.flags:#x} there")
