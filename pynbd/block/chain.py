@@ -9,6 +9,7 @@ the top are opened for reading only. Of an image from a stranger all files are b
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Mapping
@@ -209,6 +210,10 @@ class _Opening:
         except OSError as error:  # of the host, which does not know what it was done for
             where = error.filename or options.file_name
             raise ImageError(f"{where}: cannot be opened: {error.strerror}") from None
+        except MemoryError:
+            raise ImageError(
+                f"{options.file_name}: cannot be opened: {os.strerror(errno.ENOMEM)}"
+            ) from None
 
     async def _layer(
         self, options: ImageOptions, *, read_only: bool, snapshot: str | None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -361,6 +362,9 @@ class BlockNode(ABC):
         except OSError as error:
             reason = f"it could not be finished: {error.strerror or error}"
             raise OSError(error.errno, reason, self.name) from error
+        except MemoryError as error:
+            reason = f"it could not be finished: {os.strerror(errno.ENOMEM)}"
+            raise OSError(errno.ENOMEM, reason, self.name) from error
         finally:
             if self.own_engine is not None:
                 self.own_engine.close()

@@ -179,10 +179,13 @@ class Transmission:
         if self._yielding or not self._stream.reading:
             return  # this connection has its turn soon, or none at all
         self._turn_ends = monotonic() + TURN_SECONDS
-        if self._buffer is _NO_BUFFER:
-            self._buffer = self._pool.take(RECEIVE_SIZE)
-            self._view = memoryview(self._buffer)
-        self._receive()
+        try:
+            if self._buffer is _NO_BUFFER:
+                self._buffer = self._pool.take(RECEIVE_SIZE)
+                self._view = memoryview(self._buffer)
+            self._receive()
+        except MemoryError:  # to ask again would bring the same; nobody else is to go
+            self._give_up("there is no memory for its requests")
         self._let_go()
 
     def _let_go(self) -> None:

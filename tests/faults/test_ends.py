@@ -4,6 +4,7 @@ that it concerns get their error, others are served, and the server ends in good
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import subprocess
@@ -13,8 +14,13 @@ from pathlib import Path
 import pytest
 
 from interop.faults.process import Served, served
+from pynbd.block.chain import open_image
 from pynbd.block.qcow2.builder import Compressed, Data, Image
+from pynbd.errors import ImageError, ProtocolError
+from pynbd.server.buffers import BufferPool
+from tests.block.qcow2.writing import sound
 from tests.conformance.client import MAX_PAYLOAD, Cmd, CmdFlag, Errno, Mode, Peer
+from tests.server.session import talking
 
 KiB, MiB = 1 << 10, 1 << 20
 C = 64 * KiB
@@ -177,3 +183,58 @@ def test_nothing_of_an_image_is_mapped(tmp_path: Path, image: str) -> None:
             mapped = server.mapped()
             assert "/pynbd" in mapped or "python" in mapped
             assert str(tmp_path) not in mapped
+
+
+only_one_loop = pytest.mark.asyncio(loop_factories=["asyncio"])
+
+
+def image(folder: Path) -> Path:
+    path = folder / "x.qcow2"
+    Image(size=8 * MiB, clusters={0: Data(NOISE[:C])}).write(path)
+    return path
+
+
+@only_one_loop
+async def test_no_memory_for_what_an_image_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be opened, and cannot be finished, which is told in a line; its file is closed."""
+    path, before = image(tmp_path), len(os.listdir("/proc/self/fd"))
+
+    def without(patched: pytest.MonkeyPatch, name: str) -> None:
+        def failing(*_: object) -> None:
+            raise MemoryError
+
+        patched.setattr(os, name, failing)
+
+    with monkeypatch.context() as patched:
+        without(patched, "preadv")
+        with pytest.raises(ImageError, match="cannot be opened: Cannot allocate memory"):
+            await open_image(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    node = await open_image(path, read_only=False)
+    assert await node.pwrite_batch([(C, b"new")]) == [None]
+    with monkeypatch.context() as patched:
+        without(patched, "pwrite")
+        with pytest.raises(OSError, match="could not be finished: Cannot allocate memory"):
+            await node.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    await sound(path)
+
+
+async def test_no_memory_for_a_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for whose requests there is no buffer has to go; its server goes on."""
+    async with await open_image(image(tmp_path)) as node:
+
+        def take(pool: BufferPool, length: int) -> bytearray:
+            raise MemoryError
+
+        with monkeypatch.context() as without:
+            without.setattr(BufferPool, "take", take)
+            async with talking(node) as talk:
+                await talk.client.send(talk.client.request(Cmd.READ, 0, 4 * KiB))
+                with pytest.raises(ProtocolError, match="there is no memory"):
+                    await talk.ends()
+        async with talking(node) as talk:
+            reply = await talk.client.ask(Cmd.READ, 0, 4 * KiB)
+            assert reply.data(0, 4 * KiB) == NOISE[: 4 * KiB]
