@@ -14,15 +14,16 @@ import os
 import random
 import socket
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pynbd.block.cache_modes import Cache
 from pynbd.block.chain import open_image
 from pynbd.block.engine import Engine
+from pynbd.block.pool import Lane
 from pynbd.block.qcow2.builder import (
     Bitmap,
     Cluster,
@@ -40,11 +41,39 @@ from pynbd.server.serving import serve
 from tests.conformance.client import Mode
 from tests.server import session as sessions
 
+T = TypeVar("T")
+
 SIZE = 9 << 16
 EXPORTS = 3
 # Seconds in which all that one input asks is answered; what takes so long hangs.
 _DEADLINE = 60
 _MOST_PIECES = 250
+
+
+class _EngineInTurns(Engine):
+    """Makes its calls in the loop, each in a turn of its own: in the same order every time, and
+    without waiting for a thread.
+    """
+
+    def start(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        loop.call_soon(_make, future, call, args)
+        return future
+
+    def start_in_lane(self, lane: Lane, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        return self.start(call, *args)
+
+
+def _make(future: asyncio.Future[T], call: Callable[..., T], args: tuple[Any, ...]) -> None:
+    try:
+        result = call(*args)
+    except Exception as error:
+        if not future.done():
+            future.set_exception(error)
+    else:
+        if not future.done():
+            future.set_result(result)
 
 
 class _Place:
@@ -95,7 +124,7 @@ class Stand(logging.Handler):
         super().__init__(logging.WARNING)
         logging.getLogger("pynbd").addHandler(self)
         self.troubles: list[str] = []
-        self._engine = Engine(2)
+        self._engine = _EngineInTurns()
         self._listening = ""
         self._ends = AsyncExitStack()
         self._loop = asyncio.new_event_loop()
