@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,10 @@ class Watch:
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         self._ending = ENDING - ignored
         signal.pthread_sigmask(signal.SIG_BLOCK, self._ending)
-        threading.Thread(target=self._wait, name="signals", daemon=True).start()
+        try:
+            threading.Thread(target=self._wait, name="signals", daemon=True).start()
+        except RuntimeError:
+            sys.exit("pynbd: the host lets no thread start, and it takes one to wait for signals")
 
     def _wait(self) -> None:
         signal.sigwait(self._ending)

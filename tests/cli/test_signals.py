@@ -202,3 +202,13 @@ def test_output_that_cannot_be_written(disk: Path) -> None:
         assert os.strerror(28) in done.stderr
         assert "Traceback" not in done.stderr
         assert not path.exists()
+
+
+def test_no_thread_to_wait_for_them(disk: Path) -> None:
+    """There is no room for its stack: one line, and status 1."""
+    program = "import runpy, threading; threading.stack_size(1 << 46);"
+    program += "runpy.run_module('pynbd', run_name='__main__', alter_sys=True)"
+    line = [sys.executable, "-c", program, "serve", str(disk)]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=60)
+    said = "pynbd: the host lets no thread start, and it takes one to wait for signals\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
