@@ -193,7 +193,6 @@ async def read_up_to(file: HostFile, length: int, offset: int) -> bytearray:
     they may be many.
     """
     data = bytearray(length)
-    with memoryview(data) as view:
-        count = await file.read(view, offset)
-    del data[count:]
-    return data
+    count = await file.read(memoryview(data), offset)
+    # Not made shorter in its place: a call in the pool may not have let go of it yet.
+    return data if count == length else data[:count]

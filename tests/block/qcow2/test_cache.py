@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pynbd.block.engine import Engine, HostFile
-from pynbd.block.qcow2.cache import SharedReads, Table, TableCache, read_table
+from pynbd.block.qcow2.cache import SharedReads, Table, TableCache, read_table, read_up_to
 
 
 class Slow:
@@ -202,3 +202,18 @@ async def test_a_new_table_takes_the_place_of_one_that_is_gone(file: HostFile) -
     assert await tables.load(512) is new
     await tables.load(0)
     assert len(tables) == 2  # it was counted once
+
+
+@pytest.mark.parametrize("offset, there", [(0, 100), (60, 40), (100, 0), (1 << 40, 0)])
+async def test_reading_up_to_the_end_of_the_file(tmp_path: Path, offset: int, there: int) -> None:
+    """As often as one likes, though the pool is slow to let go of the memory it read into."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    engine = Engine(2)
+    file = HostFile.open(engine, str(path), writable=False)
+    for _ in range(50):
+        data = await read_up_to(file, 4096, offset)
+        assert data == bytes(range(100))[offset : offset + there]
+    assert await read_up_to(file, 30, 20) == bytes(range(20, 50))
+    file.close()
+    engine.close()
