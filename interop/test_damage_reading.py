@@ -12,7 +12,7 @@ from interop.damage.generator import Case
 from interop.damage.reading import Outcome, make_judge
 from interop.damage.workers import DEFECT, judged
 
-IMAGES, PARTS, SEED = 240, 2, 6
+IMAGES, PARTS, SEED = 400, 2, 6
 
 
 def cases(part: int) -> list[Case]:

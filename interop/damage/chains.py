@@ -38,6 +38,7 @@ class ChainDamage:
     field: str
     value: str
     structure: str = "chain"
+    harms: range | None = None
 
     @property
     def name(self) -> str:

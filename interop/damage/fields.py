@@ -7,7 +7,7 @@ declares: what is expected of a reader does not.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from construct import Struct
@@ -29,7 +29,8 @@ from pynbd.block.qcow2.format import (
 _UNUSED = 10  # a guest cluster that is in no image, beside others in an L2 table
 _OFFSET = 0x00FFFFFFFFFFFE00
 _BEHIND_NAME = 1024  # of a backing file: nothing else is in the header's cluster
-_LENGTHS = {"id": "id_size", "name": "name_size", "extra": "extra_data_size"}
+# Structures that say nothing of the active layer's content.
+_NOT_OF_THE_GUEST = ("refcount", "snapshot", "bitmap", "feature names", "extension unknown")
 
 
 class Kind(Enum):
@@ -47,6 +48,7 @@ class Field:
     they are less than eight.
 
     ``length_at``: the field, of 4 bytes, that has a text's length, and ``room`` its most.
+    ``harms``: the range of the guest that damage may concern, None: all, or the whole image.
     """
 
     structure: str
@@ -57,6 +59,7 @@ class Field:
     shift: int = 0
     room: int = 0
     length_at: int | None = None
+    harms: range | None = None
 
     @property
     def length(self) -> int:
@@ -65,7 +68,11 @@ class Field:
 
 def fields(sound: Sound) -> list[Field]:
     """Those of an image, in the order of its structures."""
-    return list(_fields(sound))
+    nothing = range(0)
+    return [
+        replace(field, harms=nothing) if field.structure.startswith(_NOT_OF_THE_GUEST) else field
+        for field in _fields(sound)
+    ]
 
 
 def _fields(sound: Sound) -> Iterator[Field]:
@@ -133,7 +140,8 @@ def _tables(sound: Sound) -> Iterator[Field]:
     in_table = header.layout.l2_entries
     clusters = IMAGES[sound.name].clusters
     for name, index in ("first", 0), ("last", header.l1_size - 1):
-        yield Field("L1", name, target.l1(index), 64, Kind.ENTRY)
+        harms = range(index * in_table * size, (index + 1) * in_table * size)
+        yield Field("L1", name, target.l1(index), 64, Kind.ENTRY, harms=harms)
     structure = "L2 extended" if header.extended_l2 else "L2 standard"
     called = {
         FIRST: "data",
@@ -143,15 +151,15 @@ def _tables(sound: Sound) -> Iterator[Field]:
         OTHER_TABLE: "other table",
     }
     there = {at // size for at in clusters}
-    places = {name: target.l2(at) for at, name in called.items() if at in there}
-    places["unused"] = target.l2(_UNUSED)
-    places["last of its table"] = target.l2(in_table - 1)
-    for name, at in places.items():
-        yield Field(structure, name, at, 64, Kind.ENTRY)
+    places = {name: at for at, name in called.items() if at in there}
+    for name, cluster in (places | {"unused": _UNUSED, "last of its table": in_table - 1}).items():
+        at, harms = target.l2(cluster), range(cluster * size, (cluster + 1) * size)
+        yield Field(structure, name, at, 64, Kind.ENTRY, harms=harms)
         if header.extended_l2:
-            yield Field(structure, f"bitmap of {name}", at + 8, 64)
+            yield Field(structure, f"bitmap of {name}", at + 8, 64, harms=harms)
     if PACKED in there and not header.has_data_file:
-        yield Field("compressed descriptor", "packed", target.l2(PACKED), 64, Kind.ENTRY)
+        at, harms = target.l2(PACKED), range(PACKED * size, (PACKED + 1) * size)
+        yield Field("compressed descriptor", "packed", at, 64, Kind.ENTRY, harms=harms)
 
 
 def _refcounts(target: Target) -> Iterator[Field]:

@@ -5,6 +5,8 @@ Pure: everything follows from the sound images and a seed. ``every()`` are those
 
 * ``name``: "image/structure/field/value", with which one can be had again (`cases_named`);
 * ``structure``, ``field``, ``value``: what a run counts by;
+* ``harms``: the guest's bytes that the damage may concern; None where that is not known. All others
+  are those of ``sound(image).guest``;
 * ``place(folder)``: writes the image and what it names into an empty folder; returns the path of
   what is to be opened.
 """
@@ -41,6 +43,8 @@ class Case(Protocol):
     def value(self) -> str: ...
     @property
     def name(self) -> str: ...
+    @property
+    def harms(self) -> range | None: ...
     def place(self, folder: Path) -> Path: ...
 
 
@@ -54,6 +58,7 @@ class Damage:
     value: str
     changes: tuple[tuple[int, bytes], ...] = ()
     size: int | None = None
+    harms: range | None = None
 
     @property
     def name(self) -> str:
@@ -76,6 +81,7 @@ class Below:
     """A sound overlay of a damaged image."""
 
     damage: Damage
+    harms: range | None = None
 
     @property
     def structure(self) -> str:
@@ -164,10 +170,12 @@ def _damages(of: Sound, seed: int) -> Iterator[Damage]:
     there = fields(of)
     for field in there:
         for value, changes in values.boundaries(field, of):
-            yield Damage(of.name, field.structure, field.name, value, changes)
+            yield Damage(of.name, field.structure, field.name, value, changes, None, field.harms)
         if _wants_bits(field, of):
             for value, changes in values.single_bits(field, of):
-                yield Damage(of.name, field.structure, field.name, value, changes)
+                yield Damage(
+                    of.name, field.structure, field.name, value, changes, None, field.harms
+                )
     yield from _truncated(of, there)
     yield from _swapped(of)
     yield from _poked(of, random.Random(f"{of.name} {seed}"))

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from interop.damage.images import FIRST_BYTES
 from tests.conformance.client import Cmd, Errno, Mode, Option, Peer
 
 MiB = 1 << 20
 _LONGEST = 32 * MiB
-_FIRST = 12 * MiB  # of a disk as much is read; of what is beyond, some places
+_FIRST = FIRST_BYTES  # of a disk as much is read; of what is beyond, some places
 GRANULE = 512
 _LARGEST_GRANULE = 4096
 _MOST_LOST = 400  # after so many clusters that are lost alone, longer ranges are not halved
@@ -177,6 +178,27 @@ def _map(
         offset = reached
         if offset == end:
             return
+
+
+def check_unharmed(guest: Guest, expected: bytes, harmed: range) -> None:
+    """What is not ``harmed`` is there, and as ``expected``."""
+    for start, end in (0, harmed.start), (harmed.stop, len(expected)):
+        for at in range(start, min(end, len(expected)), 1 << 20):
+            length = min(1 << 20, end - at, len(expected) - at)
+            there = _put_together(guest, at, length)
+            assert there == expected[at : at + length], (
+                f"damage of {harmed} harms what is between {at:#x} and {at + length:#x}"
+            )
+
+
+def _put_together(guest: Guest, offset: int, length: int) -> bytes:
+    """What was read of a range; 0xfd where nothing was."""
+    found = bytearray(b"\xfd" * length)
+    for start, data in guest.pieces.items():
+        first, last = max(start, offset), min(start + len(data), offset + length)
+        if first < last:
+            found[first - offset : last - offset] = data[first - start : last - start]
+    return bytes(found)
 
 
 def check_map(guest: Guest) -> None:

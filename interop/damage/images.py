@@ -15,12 +15,19 @@ from pathlib import Path
 
 from interop import damages
 from interop.damages import Target, clusters
-from pynbd.block.qcow2.builder import Bitmap, Data, Image, InternalSnapshot
+from pynbd.block.qcow2.builder import (
+    Bitmap,
+    Data,
+    Image,
+    InternalSnapshot,
+    Subclusters,
+    Zero,
+)
 from pynbd.block.qcow2.extensions import Extension
-from pynbd.block.qcow2.format import FEATURE_NAMES, BitmapFlags, CompressionType
+from pynbd.block.qcow2.format import FEATURE_NAMES, SUBCLUSTERS, BitmapFlags, CompressionType
 
 NAME = "disk.qcow2"
-_BLOCK = 512
+FIRST_BYTES = 12 << 20
 
 _BASE = random.Random(6).randbytes(150_001)  # shorter than what is above it, and not in sectors
 _PLAIN = damages.IMAGES["plain"]
@@ -66,6 +73,29 @@ IMAGES: dict[str, Image] = damages.IMAGES | {
 }
 
 
+def guest_bytes(image: Image, first: int) -> bytes:
+    """What a guest has to see of the first bytes of a sound image: by what it was made of."""
+    length = min(image.size, first)
+    below = _BELOW.get(image.backing_file or "", b"")
+    seen = bytearray(below if isinstance(below, bytes) else guest_bytes(below, length))
+    seen = seen[:length].ljust(length, b"\0")
+    size = 1 << image.cluster_bits
+    piece = size // SUBCLUSTERS
+    for at, cluster in image.clusters.items():
+        data = b"" if isinstance(cluster, Zero) else cluster.data
+        data = data.ljust(size, b"\0")
+        if not isinstance(cluster, Subclusters):
+            seen[at : at + size] = data
+            continue
+        for number in range(SUBCLUSTERS):
+            start = number * piece
+            if cluster.zero >> number & 1:
+                seen[at + start : at + start + piece] = bytes(piece)
+            elif cluster.allocated >> number & 1:
+                seen[at + start : at + start + piece] = data[start : start + piece]
+    return bytes(seen[:length])
+
+
 @dataclass(frozen=True)
 class Sound:
     """A sound image, its bytes, and those of the files that it names."""
@@ -74,6 +104,7 @@ class Sound:
     content: bytes
     beside: Mapping[str, bytes]
     target: Target  # it is in a folder that lives as long as the process
+    guest: bytes  # what is seen of it, or of its first `FIRST_BYTES`
 
     def place(self, folder: Path, content: bytes | None = None) -> Path:
         """Write it into ``folder``, with ``content`` in place of its own; the image's path."""
@@ -101,7 +132,8 @@ def sound(name: str) -> Sound:
         below.write(folder / "base.qcow2")
     beside = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != NAME}
     content = (folder / NAME).read_bytes()
-    return Sound(name, content, beside, Target(folder / NAME, written))
+    target = Target(folder / NAME, written)
+    return Sound(name, content, beside, target, guest_bytes(image, FIRST_BYTES))
 
 
 def write_sparsely(path: Path, content: bytes) -> None:

@@ -26,7 +26,7 @@ import uvloop
 from click.testing import CliRunner
 
 from interop.damage import guest
-from interop.damage.generator import Case
+from interop.damage.generator import Case, Damage
 from interop.damage.guest import ALLOCATION, Guest
 from interop.damage.images import sound
 from interop.damage.watching import MOST_MEMORY, Watch, named_files, peak, reset_peak, state
@@ -94,7 +94,7 @@ class Reading:
         """What libraries import when they are first used is not opened because of an image."""
         self._folder.mkdir()
         path = sound("everything").place(self._folder)
-        self._served(path, random.Random(0))
+        self._served(path, random.Random(0), None)
         _command_lines(path)
 
     def judge(self, case: Case, *, commands: bool = False) -> tuple[Outcome, str]:
@@ -110,7 +110,7 @@ class Reading:
         self._household.troubles.clear()
         resident = reset_peak()
         with self._watch.on() as events:
-            outcome = self._served(path, random.Random(case.name))
+            outcome = self._served(path, random.Random(case.name), case)
             if commands:
                 _command_lines(path)
         used = peak() - resident
@@ -120,7 +120,7 @@ class Reading:
         assert used <= MOST_MEMORY, f"{used >> 20} MiB of memory"
         return outcome
 
-    def _served(self, path: Path, rng: random.Random) -> tuple[Outcome, str]:
+    def _served(self, path: Path, rng: random.Random, case: Case | None) -> tuple[Outcome, str]:
         try:
             with self._household.serving(serve(path, read_only=True, socket=self._socket)):
                 found = look(self._socket, rng, guest.granule_of(path))
@@ -132,6 +132,8 @@ class Reading:
             said = complaints.said_of(error)
             check_line(said, path)
             return Outcome.REFUSED, said
+        if isinstance(case, Damage) and case.harms is not None:
+            guest.check_unharmed(found, sound(case.image).guest, case.harms)
         return (Outcome.EIO if found.lost else Outcome.SERVED), ""
 
     def _check_events(self, events: Sequence[tuple[str, str, bool]], allowed: set[str]) -> None:
