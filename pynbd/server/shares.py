@@ -6,7 +6,7 @@ the page cache hold none. The rules:
 
 1. While not even half of it is used, it is for whoever comes.
 2. The other half is for those who have proved that they take what they ask for, and end what they
-   begin: who wants to hold so many bytes has moved as many before.
+   begin: who has moved so many bytes may want `TRUST` times as many.
 3. A connection that holds nothing always has one short request at a time (of up to `SHORT` bytes):
    nobody starves, and everybody can prove it.
 4. All others wait, and receive nothing meanwhile: in the order in which they came to wait, one
@@ -25,7 +25,9 @@ from contextvars import Context, copy_context
 from math import inf
 
 # Bytes of a request that is served whatever others hold.
-SHORT = 1 << 18
+SHORT = 1 << 20
+# How much more than ever before a connection may want.
+TRUST = 4
 # What a request under way is worth, apart from its bytes: a Task, and what it refers to.
 REQUEST_COST = 1 << 12
 
@@ -112,7 +114,7 @@ class Share:
     def in_the_way(self) -> bool:
         """Whether others wait for what is held here."""
         memory = self._memory
-        return self.held > SHORT and (memory.awaited(proved=True) or memory.awaited(proved=False))
+        return bool(self.held) and (memory.awaited(proved=True) or memory.awaited(proved=False))
 
     def allows(self, wanted: int = 0) -> bool:
         """Whether a request that will hold ``wanted`` bytes may begin (0: any short one). False: it
@@ -121,7 +123,7 @@ class Share:
         memory = self._memory
         if not memory.short or (not self.held and wanted <= SHORT):
             return True
-        proved = self._moved() >= max(wanted, SHORT)
+        proved = self._moved() * TRUST >= max(wanted, SHORT)
         if memory.left(proved=proved) and (self._its_turn or not memory.awaited(proved=proved)):
             return True
         memory.wait(self, proved=proved)

@@ -305,6 +305,62 @@ def test_the_handshake_limit(disk: Path) -> None:
         assert time.monotonic() - start < 5
 
 
+LIMITS = {
+    "--handshake-limit": "5",
+    "--stall-limit": "0.5",
+    "--max-per-address": "2",
+    "--max-options": "4",
+    "--max-option-bytes": "1M",
+    "--max-memory": "64M",
+    "--max-requests": "8",
+    "--max-received": "32M",
+    "--max-queued": "32M",
+}
+
+
+def test_the_limits_of_clients(disk: Path) -> None:
+    """All are taken together; two of them are reached. (Each of them: tests/server.)"""
+    options = [word for option in LIMITS.items() for word in option]
+    with started(*options, "-v", "-p", "0", "-b", "127.0.0.1", disk) as server:
+        with connect(server.uri) as first, connect(server.uri), connect(server.uri) as third:
+            assert third.recv(1) == b""
+            assert greeted(first)
+            first.sendall(struct.pack(">I", 3) + struct.pack(">8sII", b"IHAVEOPT", 99, 0) * 5)
+            while first.recv(1 << 16):
+                pass
+        status, _, errors = server.end()
+    assert status == 0
+    assert errors.splitlines() == [
+        "pynbd: client refused: 127.0.0.1 has 2 connections",
+        "pynbd: client disconnected: 5 options of 80 bytes, and no end of them",
+    ]
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--stall-limit", "-1"),
+        ("--max-per-address", "-1"),
+        ("--max-options", "x"),
+        ("--max-memory", "1X"),
+        ("--max-requests", "0"),
+        ("--max-received", "0"),
+        ("--max-queued", "-1"),
+    ],
+)
+def test_limits_that_are_none(disk: Path, option: str, value: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pynbd", "serve", option, value, str(disk)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"pynbd: {option}: {value!r} is not a")
+    assert done.stderr.count("\n") == 1
+
+
 def test_verbose(disk: Path) -> None:
     """Clients that come, ask for what is not there, and leave; a probe of the port is not one."""
     with started("-v", "-p", "0", "-b", "127.0.0.1", "-x", "disk", disk) as server:

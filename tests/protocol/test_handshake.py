@@ -709,3 +709,22 @@ def test_cut_short_at_every_byte() -> None:
         peer.send(CONVERSATION[:end])
         assert not peer.over
         peer.negotiation.close()
+
+
+# Limits ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [{"max_options": 5}, {"max_option_bytes": 5 * (16 + 8)}], ids=str)
+def test_options_without_end(limit: dict[str, int]) -> None:
+    """Rows H14 and H18: as many as are allowed are served, and with one more it is over."""
+    peer = Peer(negotiate(Directory(), **limit))
+    peer.send(struct.pack(">I", 3) + option(99, bytes(8)) * 5)
+    assert peer.received().count(struct.pack(">QI", 0x3E889045565A9, 99)) == 5
+    with pytest.raises(ProtocolError, match="no end of them"):
+        peer.send(option(99, bytes(8)))
+
+
+def test_options_without_a_limit() -> None:
+    peer = Peer(negotiate(Directory()))
+    peer.send(struct.pack(">I", 3) + option(99) * 5000 + option(ABORT))
+    assert peer.over

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from pynbd.block.chain import open_image
+from pynbd.block.node import BlockNode
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.limits import Limits
@@ -50,8 +51,9 @@ def path(tmp_path: Path) -> Path:
 class Scene:
     """A server on one or two loopback ports, and those who connect to it."""
 
-    def __init__(self, server: Server, listeners: list[socket.socket]) -> None:
+    def __init__(self, server: Server, listeners: list[socket.socket], node: BlockNode) -> None:
         self.server = server
+        self.node = node
         self.addresses = [listener.getsockname() for listener in listeners]
         self.running = asyncio.get_running_loop().create_task(server.run())
         self.sockets: list[socket.socket] = []
@@ -112,7 +114,7 @@ async def serving(
     if sockets is None:
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(listeners)]
     exports = ExportTable([Export("", node, contexts=contexts)])
-    scene = Scene(Server(exports, sockets, **options), sockets)
+    scene = Scene(Server(exports, sockets, **options), sockets, node)
     try:
         yield scene
     finally:

@@ -1,0 +1,197 @@
+"""Every limit of a server is reached, by clients on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pynbd.errors import UsageError
+from pynbd.server import server as servers
+from pynbd.server.limits import Limits
+from pynbd.server.shares import SHORT
+from tests.block.reading import eventually
+from tests.server.session import READ, WRITE, Client, WatchedEngine
+from tests.server.test_server import BYTES, SIZE, Scene, path, serving
+
+__all__ = ["path"]  # a fixture
+M = 1 << 20
+
+
+async def connect_from(scene: Scene, source: str) -> socket.socket:
+    sock = socket.socket()
+    scene.sockets.append(sock)
+    sock.setblocking(False)
+    sock.bind((source, 0))
+    await asyncio.get_running_loop().sock_connect(sock, scene.addresses[0])
+    return sock
+
+
+async def test_connections_from_one_address(path: Path, engine: WatchedEngine) -> None:
+    """More than so many are closed before a word; other addresses do not notice, and who leaves
+    makes room.
+    """
+    async with serving(path, engine, limits=Limits(per_address=3)) as scene:
+        first = [await connect_from(scene, "127.0.0.1") for _ in range(3)]
+        for sock in first:
+            assert await scene.greeted(sock)
+        assert await scene.ended(await connect_from(scene, "127.0.0.1"))
+        assert await scene.greeted(await connect_from(scene, "127.0.0.2"))
+        first[0].close()
+        await eventually(lambda: len(scene.server._connections) == 3)
+        assert await scene.greeted(await connect_from(scene, "127.0.0.1"))
+
+
+async def test_who_negotiates_makes_way_for_others(
+    path: Path,
+    engine: WatchedEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two places and three who say nothing: who comes after them is served long before their time
+    is over. Who has come as far as transmission keeps its place, however silent.
+    """
+    caplog.set_level(logging.INFO, "pynbd")
+    monkeypatch.setattr(servers, "TURN", 0.1)
+    limits = Limits(handshake_seconds=3600)
+    async with serving(path, engine, max_clients=2, listeners=2, limits=limits) as scene:
+        stays = await scene.client()
+        silent = [await scene.connect(number % 2) for number in range(3)]
+        polite = await asyncio.wait_for(scene.client(), 20)
+        for sock in silent:
+            assert await scene.greeted(sock)
+            assert await scene.ended(sock)
+        for client in (polite, stays):
+            assert (await client.ask(READ, 0, 16)).data(0, 16) == BYTES[:16]
+    said = [record.getMessage() for record in caplog.records if record.name == "pynbd"]
+    assert said == ["client disconnected: others wait, and it does not negotiate"] * 3
+
+
+@contextmanager
+def few_descriptors(most: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_reserve_of_descriptors(
+    path: Path, engine: WatchedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who comes when only the reserve is left waits in the backlog, and is served once another one
+    has left; meanwhile files can be opened. It is told once.
+    """
+    async with serving(path, engine, limits=Limits(handshake_seconds=0)) as scene:
+        waiting = [await scene.connect() for _ in range(40)]
+        await eventually(lambda: len(scene.server._connections) == 40)
+        assert await scene.greeted(waiting[0])
+        first = await scene.export_name(waiting[0])
+        # So many numbers are taken now that the next connection is in the reserve.
+        with few_descriptors((max(map(int, os.listdir("/proc/self/fd"))) + 1) * 4 // 3 + 1):
+            late = [await scene.connect() for _ in range(3)]
+            await eventually(lambda: scene.server._places.full)
+            greeted = [await scene.greeted(sock, 0.05) for sock in late]
+            assert not all(greeted)
+            with path.open("rb"):
+                pass
+            assert (await first.ask(READ, 0, 16)).data(0, 16) == BYTES[:16]
+            for sock in waiting[1:]:
+                sock.close()
+            assert all(
+                [had or await scene.greeted(sock) for had, sock in zip(greeted, late, strict=True)]
+            )
+    said = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    assert said == ["connections wait until one ends: hardly any descriptors are left"]
+
+
+async def test_options_of_one_negotiation(path: Path, engine: WatchedEngine) -> None:
+    for limits in (Limits(options=10), Limits(option_bytes=10 * (16 + 50))):
+        async with serving(path, engine, limits=limits) as scene:
+            sock = await scene.connect()
+            assert await scene.greeted(sock)
+            loop = asyncio.get_running_loop()
+            unknown = struct.pack(">8sII", b"IHAVEOPT", 99, 50) + bytes(50)
+            await loop.sock_sendall(sock, struct.pack(">I", 3) + unknown * 10)
+            heard = b""
+            while heard.count(struct.pack(">Q", 0x3E889045565A9)) < 10:
+                heard += await asyncio.wait_for(loop.sock_recv(sock, 1 << 16), 10)
+            await loop.sock_sendall(sock, unknown)
+            assert await scene.ended(sock)
+
+
+@pytest.mark.parametrize("what", ["replies", "payloads"])
+async def test_memory_of_all_connections(path: Path, engine: WatchedEngine, what: str) -> None:
+    """A crowd wants far more than there is, and holds what it gets: replies that it does not take,
+    or payloads of which the last byte does not come. The limit holds; a polite client is served,
+    short requests at once, and long ones when it has proved itself.
+    """
+    limits = Limits(all_bytes=16 * M, handshake_seconds=0)
+    async with serving(path, engine, limits=limits) as scene:
+        memory = scene.server._pool.memory
+        assert memory.used == 0
+        node = scene.node
+        assert node.file is not None
+        node.file._cachestat = False  # nothing is lent
+        crowd = [await scene.client() for _ in range(20)]
+        for client in crowd:
+            # So that less of it is in the sockets than is asked for.
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        sending = []
+        for client in crowd:
+            if what == "replies":
+                talk = b"".join(client.request(READ, 0, M) for _ in range(16))
+            else:
+                talk = client.request(WRITE, 0, payload=BYTES)[:-1]
+            sending.append(asyncio.create_task(client.send(talk)))
+        await eventually(lambda: memory.used >= 8 * M)
+        polite = await scene.client()
+        for _ in range(SIZE // SHORT + 4):
+            reply = await asyncio.wait_for(polite.ask(READ, 0, SHORT), 20)
+            assert reply.data(0, SHORT) == BYTES[:SHORT]
+        for _ in range(3):
+            reply = await asyncio.wait_for(polite.ask(READ, 0, SIZE), 20)
+            assert reply.data(0, SIZE) == BYTES
+            assert not (await asyncio.wait_for(polite.ask(WRITE, 0, payload=BYTES), 20)).error
+        assert memory.short
+        assert memory.used <= 16 * M + SIZE + 21 * SHORT
+        for task in sending:
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+        for client in crowd:
+            client.sock.close()
+        polite.sock.close()
+        await eventually(lambda: memory.used == 0)
+        assert not memory.short
+
+
+async def test_a_machine_that_went_down(path: Path, engine: WatchedEngine) -> None:
+    """TCP asks a silent peer whether it is there."""
+    async with serving(path, engine) as scene:
+        client = await scene.client()
+        assert isinstance(client, Client)
+        (connection,) = scene.server._connections.values()
+        sock = connection._stream._sock
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 300
+
+
+@pytest.mark.parametrize("field", ["requests", "received_bytes", "queued_bytes"])
+def test_a_connection_always_has_something(field: str) -> None:
+    with pytest.raises(UsageError, match=f"{field}: 1 or more is expected, not 0"):
+        Limits(**{field: 0})
+
+
+def test_no_limit_is_negative() -> None:
+    with pytest.raises(UsageError, match="stall_seconds: 0 or more is expected, not -1"):
+        Limits(stall_seconds=-1)
+    assert Limits(stall_seconds=0, all_bytes=0).all_bytes == 0
