@@ -23,6 +23,7 @@ import numpy as np
 from pynbd.block.engine import HostFile
 from pynbd.block.limits import Budget
 from pynbd.block.qcow2.entries import UInt64s
+from pynbd.block.qcow2.format import MAX_OFFSET
 from pynbd.block.qcow2.widths import Values, decode, encode
 
 T = TypeVar("T")
@@ -184,7 +185,8 @@ class TableCache(SharedReads[Table]):
 async def read_table(file: HostFile, host_offset: int, entries: int) -> UInt64s:
     """Read 64-bit entries, into native byte order. Past the end of the file they are zero."""
     values = np.zeros(entries, np.uint64)
-    await file.read(values.view(np.uint8).data, host_offset)
+    if host_offset <= MAX_OFFSET - values.nbytes:  # which the host could not even be asked for
+        await file.read(values.view(np.uint8).data, host_offset)
     return values.byteswap(inplace=True) if sys.byteorder == "little" else values
 
 

@@ -19,6 +19,7 @@ from pynbd.block.qcow2.builder import (
     Compressed,
     Data,
     Image,
+    InternalSnapshot,
     Written,
     Zero,
     large_map,
@@ -29,6 +30,7 @@ from pynbd.block.qcow2.format import COPIED
 from pynbd.block.qcow2.image import read_header
 from pynbd.block.qcow2.report import MAX_FINDINGS, Report
 from pynbd.errors import CorruptImage, ImageError
+from tests.block.qcow2.writing import report_on, writable
 
 K = 1 << 10
 CLUSTER = 4 * K
@@ -160,3 +162,17 @@ async def test_a_large_image_does_not_hold_the_loop(engine: Engine, tmp_path: Pa
     assert report.allocated_clusters == 1 << 20
     assert report.fragmented_clusters == 0
     assert turns > 20
+
+
+@pytest.mark.parametrize("offset", [1 << 63, (1 << 64) - CLUSTER])
+async def test_a_snapshot_whose_l1_table_no_file_can_hold(tmp_path: Path, offset: int) -> None:
+    """It is past the end of the file, as others are."""
+    path = tmp_path / "x.qcow2"
+    written = Image(
+        size=CLUSTER, cluster_bits=12, snapshots=[InternalSnapshot("s", {0: Data(b"a")})]
+    ).write(path)
+    poke(path, written.header.snapshots_offset, offset.to_bytes(8, "big"))
+    report = await report_on(path)
+    assert any(f"{offset:#x} is past the end of the file" in line for line in report.findings)
+    async with writable(path) as node:
+        assert await node.pread(0, CLUSTER) == bytes(CLUSTER)
