@@ -74,6 +74,11 @@ class Links:
             if host_offset:
                 table = await self._mapping.tables.load(host_offset)
                 if entry & COPIED:
+                    if host_offset >= max(self._refcounts.end, self._file.size()):
+                        raise CorruptImage(  # writing it would make the file as long
+                            f"{self._file.path}: L2 table {l1_index} at {host_offset:#x} is past"
+                            " the end of the file, and has no refcount"
+                        )
                     self._places.check(table, self._file.path)
                     return table
             return await self._new_table(l1_index, table)

@@ -376,6 +376,15 @@ async def test_bits_in_the_place_of_metadata(tmp_path: Path) -> None:
     assert bytes_of(path)[l1 : l1 + 8] == data[l1 : l1 + 8]
 
 
+@pytest.mark.parametrize("table", [1 << 30, 1 << 55])
+async def test_an_l2_table_behind_the_end_of_the_file(
+    places: Places, caplog: pytest.LogCaptureFixture, table: int
+) -> None:
+    """It reads as empty; the file does not become as long."""
+    places.poke(places["L1 table"] + 8, table | COPIED)
+    await is_found(places, caplog, writes(TABLE_SPAN), f"L2 table 1 at {table:#x} is past the end")
+
+
 # Found when it is opened --------------------------------------------------------------------------
 
 
