@@ -54,6 +54,10 @@ FAULTS = {
     "cachestat": ("ENOSYS", "EPERM", "ENOMEM"),
     "sendfile": ("EIO", "EINVAL", "ENOMEM", "EAGAIN", SHORT, NOTHING),
 }
+# Nobody sees that a call was interrupted, did less than it was asked, was not to be had, or could
+# not be made without waiting; nor that one failed which has another way beside it.
+_INVISIBLE = frozenset({SHORT, "EINTR", "EAGAIN", "EOPNOTSUPP"})
+_NOT_NEEDED = frozenset({"preadv2", "cachestat", "fstatfs", "close"})
 _WHENCE = {os.SEEK_END: "SEEK_END", os.SEEK_DATA: "SEEK_DATA", os.SEEK_HOLE: "SEEK_HOLE"}
 _LOCKS = {fcntl.F_OFD_SETLK: "F_OFD_SETLK", fcntl.F_OFD_GETLK: "F_OFD_GETLK"}
 
@@ -70,6 +74,13 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.call}:{self.number}:{self.outcome}{':lasting' * self.lasting}"
+
+    @property
+    def invisible(self) -> bool:
+        """Whether everything has to go on as if nothing had happened."""
+        if self.call in _LOCKS.values():  # EAGAIN: somebody else's
+            return False
+        return self.call in _NOT_NEEDED or self.outcome in _INVISIBLE
 
     @classmethod
     def parse(cls, text: str) -> Fault:

@@ -3,8 +3,8 @@
 The rules, which are those of the NBD specification ("Error values", "Request types") and of
 docs/design.md:
 
-1. Only a request in whose time the fault was met may fail, and with the error that belongs to it. A
-   read that succeeds has the right bytes.
+1. Only a request in whose time the fault was met may fail, and with the error that belongs to it;
+   none if the fault is `Fault.invisible`. A read that succeeds has the right bytes.
 2. After a failed fdatasync every FLUSH and WRITE fails with NBD_EIO.
 3. A change that has failed has happened or not, byte by byte; one that was answered with success
    has happened.
@@ -102,6 +102,11 @@ class Run:
         self._since_flush = [self._disk.copy()]
         self._sync_failed = False
 
+    @property
+    def _to_blame(self) -> bool:
+        """Whether the fault was met, and may be seen."""
+        return bool(self.host.met and self.fault and not self.fault.invisible)
+
     async def run(self) -> str:
         """The outcome; raises AssertionError."""
         self.place.restore()
@@ -132,7 +137,7 @@ class Run:
         try:
             node = await open_image(self.place.path, **scenario.options)
         except (ImageError, OSError) as error:
-            assert self.host.met
+            assert self._to_blame
             self.outcome = "refused"
             self._check_line(error)
             return
@@ -159,7 +164,7 @@ class Run:
         except OSError as error:
             self.outcome = "unfinished"
             self._check_line(error)
-            if not self._sync_failed and self.host.met == met:
+            if not self._sync_failed and not (self.host.met > met and self._to_blame):
                 raise
         else:
             self._since_flush = [self._disk]  # all of it has to be there
@@ -214,7 +219,7 @@ class Run:
         allowed = set()
         if self._sync_failed and ask.command not in _READING:
             allowed.add(EIO)
-        if here and self.fault is not None:
+        if here and self.fault and self._to_blame:
             call, outcome = self.fault.call, self.fault.outcome
             if outcome == NOTHING:
                 allowed.add(ENOSPC if call in ("pwrite", "pwritev") else EIO)
