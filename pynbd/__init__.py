@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from pynbd.block.chain import open_image
     from pynbd.block.creation import create_image
     from pynbd.block.extent import COMPRESSED, CORRUPT, DATA, UNALLOCATED, ZERO, Runs
+    from pynbd.block.limits import ImageLimits
     from pynbd.block.node import BlockNode
     from pynbd.client.connecting import connect, list_exports
     from pynbd.client.connection import Client
@@ -74,6 +75,7 @@ __all__ = [
     "Export",
     "ExportTable",
     "ImageError",
+    "ImageLimits",
     "ImageLocked",
     "Limits",
     "MapError",
@@ -113,6 +115,7 @@ _HOMES = {
     "Disk": "pynbd.server.disk",
     "Export": "pynbd.server.export",
     "ExportTable": "pynbd.server.export",
+    "ImageLimits": "pynbd.block.limits",
     "Limits": "pynbd.server.limits",
     "Runs": "pynbd.block.extent",
     "Server": "pynbd.server.server",

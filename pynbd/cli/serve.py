@@ -17,12 +17,14 @@ import click
 
 from pynbd.block.chain import FORMATS
 from pynbd.block.image_options import JSON_PREFIX
+from pynbd.block.limits import ImageLimits
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.format import MAX_BITMAP_NAME
 from pynbd.cli import python_export
 from pynbd.cli.activation import activated_sockets
 from pynbd.cli.client_limits import limit_options, limits_of
 from pynbd.cli.completion import file_names
+from pynbd.cli.image_limits import image_limit_options, image_limits_of
 from pynbd.cli.logs import configure, log_options
 from pynbd.cli.looking import untrusted_option
 from pynbd.cli.loops import FASTEST, LOOPS
@@ -70,6 +72,7 @@ class ServeOptions:
     probe_backing: bool
     untrusted: bool
     limits: Limits
+    image_limits: ImageLimits
     loop: str
     trace: bool
 
@@ -194,6 +197,7 @@ Examples:
 )
 @untrusted_option
 @limit_options
+@image_limit_options
 @log_options
 @click.option(
     "--loop",
@@ -210,7 +214,9 @@ def serve(
     Any number of clients, on localhost by default. The first line of output is the URI.
     """
     configure(verbose=verbose, trace=trace, log_format=log_format)
-    wanted = ServeOptions(trace=trace, limits=limits_of(options), **options)
+    wanted = ServeOptions(
+        trace=trace, limits=limits_of(options), image_limits=image_limits_of(options), **options
+    )
     _check(wanted)
     sockets = activated_sockets()
     check_addresses(sockets, wanted.socket, wanted.bind, wanted.port)
@@ -267,6 +273,7 @@ async def _open(wanted: ServeOptions) -> BlockNode:
         probe_backing=wanted.probe_backing,
         force_share=wanted.force_share,
         untrusted=wanted.untrusted,
+        limits=wanted.image_limits,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pynbd.block import overlay as overlays
 from pynbd.block.chain import open_image
+from pynbd.block.limits import ImageLimits
 from pynbd.block.node import BlockNode
 from pynbd.errors import UsageError
 from pynbd.protocol.values import DEFAULT_PORT
@@ -56,6 +57,7 @@ async def serve(
     probe_backing: bool = False,
     force_share: bool = False,
     untrusted: bool = False,
+    image_limits: ImageLimits | None = None,
     depth: bool | None = None,
     bitmaps: Sequence[str] | None = None,
     discard: str = Discard.UNMAP,
@@ -76,10 +78,10 @@ async def serve(
 
     ``image``: a file, or what is open already, and stays so, or a `Disk`, which is closed in the
     end. ``format``, ``snapshot``, ``probe_backing``, ``force_share`` and ``untrusted`` as
-    `open_image` takes them; they are for files. An image is opened for writing, unless
-    ``read_only`` is asked for or nothing else is possible: with ``snapshot`` and ``force_share``.
-    ``overlay``: what clients write is seen by them, but goes to a temporary file, which is gone in
-    the end.
+    `open_image` takes them; they are for files, and so is ``image_limits``, its ``limits``. An
+    image is opened for writing, unless ``read_only`` is asked for or nothing else is possible: with
+    ``snapshot`` and ``force_share``. ``overlay``: what clients write is seen by them, but goes to a
+    temporary file, which is gone in the end.
 
     It listens on a unix socket in a private folder; or on the unix ``socket``; or, with ``host`` or
     ``port``, on TCP: localhost unless ``host`` says otherwise, any free port if ``port`` is 0.
@@ -114,6 +116,7 @@ async def serve(
             "probe_backing": probe_backing,
             "force_share": force_share,
             "untrusted": untrusted,
+            "image_limits": image_limits,
         }
         given = [name for name, value in of_files.items() if value]
         if isinstance(image, BlockNode) and read_only and not image.read_only:
@@ -136,6 +139,7 @@ async def serve(
                 probe_backing=probe_backing,
                 force_share=force_share,
                 untrusted=untrusted,
+                limits=image_limits,
             )
             stack.push_async_callback(node.close)
         contexts = offered_contexts(node, depth=depth, bitmaps=bitmaps)
