@@ -30,7 +30,7 @@ from interop.damage.generator import Case, Damage
 from interop.damage.guest import ALLOCATION, Guest
 from interop.damage.images import sound
 from interop.damage.watching import MOST_MEMORY, Watch, named_files, peak, reset_peak, state
-from interop.damage.workers import Judge
+from interop.damage.workers import DEADLINE, Judge
 from pynbd.cli import complaints
 from pynbd.cli.check import check
 from pynbd.cli.info import info
@@ -41,7 +41,7 @@ from pynbd.server.serving import Serving, serve
 from tests.conformance.client import Mode, Peer
 
 _LONGEST_LINE = 300
-_DEADLINE = 20.0
+_SNAPSHOT = "1"  # the ID of the first one in all images that have any
 
 
 class Outcome(StrEnum):
@@ -74,7 +74,7 @@ class Household:
             self._run(server.__aexit__(None, None, None))
 
     def _run(self, step: Coroutine[Any, Any, object]) -> None:
-        asyncio.run_coroutine_threadsafe(step, self._loop).result(_DEADLINE)
+        asyncio.run_coroutine_threadsafe(step, self._loop).result(DEADLINE)
 
 
 class Reading:
@@ -94,7 +94,7 @@ class Reading:
         """What libraries import when they are first used is not opened because of an image."""
         self._folder.mkdir()
         path = sound("everything").place(self._folder)
-        self._served(path, random.Random(0), None)
+        self._served(path)
         _command_lines(path)
 
     def judge(self, case: Case, *, commands: bool = False) -> tuple[Outcome, str]:
@@ -110,7 +110,9 @@ class Reading:
         self._household.troubles.clear()
         resident = reset_peak()
         with self._watch.on() as events:
-            outcome = self._served(path, random.Random(case.name), case)
+            outcome = self._served(path, case)
+            if case.structure.startswith("snapshot"):
+                self._served(path, case, snapshot=_SNAPSHOT)
             if commands:
                 _command_lines(path)
         used = peak() - resident
@@ -120,9 +122,13 @@ class Reading:
         assert used <= MOST_MEMORY, f"{used >> 20} MiB of memory"
         return outcome
 
-    def _served(self, path: Path, rng: random.Random, case: Case | None) -> tuple[Outcome, str]:
+    def _served(
+        self, path: Path, case: Case | None = None, *, snapshot: str | None = None
+    ) -> tuple[Outcome, str]:
+        server = serve(path, read_only=True, snapshot=snapshot, socket=self._socket)
+        rng = random.Random(case.name if case else 0)
         try:
-            with self._household.serving(serve(path, read_only=True, socket=self._socket)):
+            with self._household.serving(server):
                 found = look(self._socket, rng, guest.granule_of(path))
         except ImageError as error:
             said = str(error)
@@ -132,7 +138,7 @@ class Reading:
             said = complaints.said_of(error)
             check_line(said, path)
             return Outcome.REFUSED, said
-        if isinstance(case, Damage) and case.harms is not None:
+        if isinstance(case, Damage) and case.harms is not None and snapshot is None:
             guest.check_unharmed(found, sound(case.image).guest, case.harms)
         return (Outcome.EIO if found.lost else Outcome.SERVED), ""
 
@@ -163,7 +169,7 @@ class _Said(logging.Handler):
 
 def look(socket: Path, rng: random.Random, granule: int) -> Guest:
     """What a guest sees, by several connections that have to see the same."""
-    with Peer(socket) as peer:
+    with Peer(socket, deadline=DEADLINE) as peer:
         size, ids = guest.negotiated(peer, Mode.EXTENDED)
         found = guest.read(peer, size, granule)
         guest.map_all(peer, found, ids, granule)
@@ -171,7 +177,7 @@ def look(socket: Path, rng: random.Random, granule: int) -> Guest:
         guest.check_pieces(peer, found, rng)
         peer.disconnect()
     mode = rng.choice([Mode.SIMPLE, Mode.STRUCTURED])
-    with Peer(socket) as peer:
+    with Peer(socket, deadline=DEADLINE) as peer:
         again, ids = guest.negotiated(peer, mode, [ALLOCATION])
         assert again == size
         if ids:
