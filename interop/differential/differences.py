@@ -204,4 +204,10 @@ HINT = Rule(
     "W13, W14",
     "what was discarded may read as anything afterwards: it is written anew",
 )
-EVERY = [*ERRORS, *STATES, SHORTER, DONE_TWICE, HINT]
+STRICTER = Rule(
+    "a snapshot table that is cut short",
+    "docs/design.md",
+    "such an image is refused; qemu-nbd reads zeroes past the end of the file, as for a table",
+)
+REFUSED_HERE = ("damaged snapshots, their table at the end",)
+EVERY = [*ERRORS, *STATES, SHORTER, DONE_TWICE, HINT, STRICTER]

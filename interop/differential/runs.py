@@ -13,7 +13,7 @@ from interop.conftest import serving
 from interop.differential.answering import Connection, Gone
 from interop.differential.asking import READING, READING_AHEAD, WRITING, Form, Plan
 from interop.differential.comparing import Findings, Pair
-from interop.differential.differences import SECTOR, SIZE, Facts
+from interop.differential.differences import REFUSED_HERE, SECTOR, SIZE, STRICTER, Facts
 from interop.differential.images import Subject
 from interop.soak import verdict
 from tests.conformance.client import Mode
@@ -54,10 +54,14 @@ def both_serving(
             if not subject.damaged:
                 raise
             refusing.append(name)
-    if refusing:
-        findings.counts[f"images refused by {' and '.join(refusing)}"] += 1
-        return None
-    return sockets[0], sockets[1]
+    if not refusing:
+        return sockets[0], sockets[1]
+    if refusing == ["pynbd"] and subject.name in REFUSED_HERE:
+        findings.rules[STRICTER] += 1
+    elif refusing != list(SERVERS):
+        findings.differs(f"refused by {refusing[0]} only")
+    findings.counts[f"images refused by {' and '.join(refusing)}"] += 1
+    return None
 
 
 def read_served(
@@ -102,7 +106,7 @@ def write(subject: Subject, folder: Path, requests: int, seed: int, findings: Fi
                         both.exchange(batch)
                     if mode is Mode.EXTENDED:
                         both.all_of_it()
-        afterwards(subject, ours, theirs, options, findings)
+    afterwards(subject, ours, theirs, options, findings)
     findings.counts["images"] += 1
 
 
