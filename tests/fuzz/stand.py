@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import gc
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +50,8 @@ EXPORTS = 3
 # Seconds in which all that one input asks is answered; what takes so long hangs.
 _DEADLINE = 60
 _MOST_PIECES = 250
+# The buffers of a connection hang on so few objects that nobody comes to collect them.
+_COLLECT_EVERY = 50
 
 
 class _EngineInTurns(Engine):
@@ -126,6 +130,7 @@ class Stand(logging.Handler):
         self.troubles: list[str] = []
         self._engine = _EngineInTurns()
         self._listening = ""
+        self._talks = count(1)
         self._ends = AsyncExitStack()
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(lambda _, what: self.troubles.append(repr(what)))
@@ -185,6 +190,8 @@ class Stand(logging.Handler):
 
         Returns what the server said until it hung up, and why it did if it was the client's fault.
         """
+        if next(self._talks) % _COLLECT_EVERY == 0:
+            gc.collect()
         step = max(step or len(stream), len(stream) // _MOST_PIECES, 1)
         talk = self._talk(self.export(number), mode, contexts, stream, step)
         return self._loop.run_until_complete(talk)
