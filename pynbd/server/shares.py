@@ -91,15 +91,16 @@ class SharedMemory:
 
 class Share:
     """That of one connection, made in its context. ``resume`` lets it go on after it had to wait;
-    ``moved``: how many bytes its client has taken and brought so far.
+    ``taken``: how many bytes its client has taken so far. ``brought``: how many in long payloads.
     """
 
     def __init__(
-        self, memory: SharedMemory, resume: Callable[[], None], moved: Callable[[], int]
+        self, memory: SharedMemory, resume: Callable[[], None], taken: Callable[[], int]
     ) -> None:
         self._memory = memory
         self._resume = resume
-        self._moved = moved
+        self._taken = taken
+        self.brought = 0
         self._context: Context = copy_context()
         self._its_turn = False
         self.held = 0
@@ -123,7 +124,7 @@ class Share:
         memory = self._memory
         if not memory.short or (not self.held and wanted <= SHORT):
             return True
-        proved = self._moved() * TRUST >= max(wanted, SHORT)
+        proved = (self._taken() + self.brought) * TRUST >= max(wanted, SHORT)
         if memory.left(proved=proved) and (self._its_turn or not memory.awaited(proved=proved)):
             return True
         memory.wait(self, proved=proved)

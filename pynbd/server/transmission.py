@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from time import monotonic, perf_counter
 from typing import Any, Final
 
@@ -88,9 +88,8 @@ class Transmission:
         self.commands = Commands(export, session, self._dialect)
         self._limits = limits
         self._memory = pool.memory
-        self._bytes_brought = 0  # of long payloads
-        self._wanted = 0  # bytes that the next request needs, if it is a long one
-        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._wanted = 0  # bytes of the next request, if it waits for memory
+        self._ended = asyncio.Event()
         self._tasks: dict[int, asyncio.Task[None]] = {}  # by a number of their own
         self._changing: set[int] = set()  # those of them that change the image
         self._started = 0
@@ -128,7 +127,7 @@ class Transmission:
     async def run(self) -> None:
         """Serve until the session ends. Raises `ProtocolError` if the peer broke a rule."""
         ASKING.set(self)  # here, and in all that begins here: callbacks and Tasks
-        self._share = Share(self._memory, self._resume, self._moved)
+        self._share = Share(self._memory, self._resume, self._stream.taken)
         self._stalls = Stalls(self._limits, self._stream, self._share, self._brought, self._give_up)
         self._stream.on_readable = self._on_readable
         self._stream.on_blocked = self._blocked
@@ -137,12 +136,13 @@ class Transmission:
         self._stream.resume_reading()
         self._pool.users += 1
         try:
-            await self._ended
+            await self._ended.wait()
             await self._settled()
         except asyncio.CancelledError:
             self._closing = True
             self._stream.pause_reading()
-            self._cancel(self._tasks)
+            for task in self._tasks.values():
+                task.cancel()
             await self._settled()
             raise
         finally:
@@ -159,10 +159,6 @@ class Transmission:
         while self._tasks:
             await asyncio.wait(self._tasks.values())
             self._tasks = {n: task for n, task in self._tasks.items() if not task.done()}
-
-    def _cancel(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            self._tasks[number].cancel()
 
     def stop(self) -> None:
         """Refuse every further request with NBD_ESHUTDOWN, and end once those under way are
@@ -254,7 +250,7 @@ class Transmission:
             self._payload = self._payload_of = None
             buffer, self._payload_buffer = self._payload_buffer, _NO_BUFFER
             self._start_writes(buffer)
-            self._bytes_brought += self._filled
+            self._share.brought += self._filled
             self._hold()
         elif self._skipping:
             self._skipping -= count
@@ -354,8 +350,7 @@ class Transmission:
             self._closing = True
             return True
         payload_length = self._dialect.payload_length(flags, command, length)
-        held = length if command == _READ else _STATUS_HELD * (command == _BLOCK_STATUS)
-        self._wanted = payload_length or (held if command == _READ else 0)
+        self._wanted = payload_length or length * (command == _READ)
         if self._memory.short and not self._share.allows(self._wanted):
             return False
         self._wanted = 0
@@ -363,6 +358,7 @@ class Transmission:
             if command == _WRITE:
                 self._accept(request, memoryview(b""))
             else:
+                held = length if command == _READ else _STATUS_HELD * (command == _BLOCK_STATUS)
                 self._start(self.commands.serve(request), held, changes=command in _CHANGES)
             return True
         if payload_length > MAX_PAYLOAD:
@@ -563,10 +559,6 @@ class Transmission:
         done = self._filled if self._payload else self._have - self._skipping
         return Brought(done, wanted=self._stream.reading and not self._yielding)
 
-    def _moved(self) -> int:
-        """Bytes that the client has taken, and brought in long payloads."""
-        return self._stream.taken() + self._bytes_brought
-
     def _give_up(self, complaint: str) -> None:
         self._violation = ProtocolError(complaint)
         self._stream.pause_reading()
@@ -597,14 +589,11 @@ class Transmission:
             self._stream.on_drained = self._finish
             self._stalls.owed(ending=True)
         else:
-            self._end()
-
-    def _end(self) -> None:
-        if not self._ended.done():
-            self._ended.set_result(None)
+            self._ended.set()
 
     def _lost(self) -> None:
         """The peer has gone: nobody waits for what is under way, but writes are finished."""
         self._closing = True
-        self._cancel(self._tasks.keys() - self._changing)
-        self._end()
+        for number in self._tasks.keys() - self._changing:
+            self._tasks[number].cancel()
+        self._ended.set()
