@@ -90,9 +90,10 @@ class Backlog:
 
     def go_on(self) -> None:
         """There may be room again: each reads more, in turn."""
-        waiting, self.waiting = self.waiting, {}
-        for each in waiting:
-            each.read_more()
+        while self.waiting and self.held < self.limit:
+            first = next(iter(self.waiting))
+            del self.waiting[first]  # who wants still more is the last one now
+            first.read_more()
 
 
 class ChainMemory:

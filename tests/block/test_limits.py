@@ -24,6 +24,7 @@ REFUSED = {
     "65535 bitmaps with long names": ("its bitmap directory", "its bitmap directory"),
     "65535 bitmaps with short names": ("", "overlap"),
     "a bitmap of ones": ("bitmap 'b' would need", "bitmap 'b' would need"),
+    "subclusters that are all invalid": ("", "refcount block 262143"),
     "a disk of 2^63 - 512 bytes": ("l1_size is 4194304", "l1_size is 4194304"),
 }
 # The largest in memory: what is done then is one line of the log, or an error.

@@ -95,7 +95,7 @@ class Places:
 
     def _all_tables(self) -> UInt64s:
         """The clusters of all tables, in ascending order."""
-        living = [host_offsets() for _, host_offsets in self._tables]
+        living = (host_offsets() for _, host_offsets in self._tables)  # each is gone again
         named = [host_offsets[host_offsets != 0] for host_offsets in living]
         named += [host_offsets for _, _, host_offsets in self._unchanging]
         tables = np.concatenate([np.zeros(0, np.uint64), *named])
