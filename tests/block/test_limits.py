@@ -15,8 +15,8 @@ from pynbd.block.limits import Backlog, Budget, ChainMemory, ImageLimits
 from pynbd.errors import ImageError
 
 MIB = 1 << 20
-# What a process may have in memory that has such an image open: the interpreter and its libraries,
-# and what the largest metadata take that are allowed.
+# What a process may have in memory that has such an image open, besides what it truly needs: the
+# interpreter and its libraries, and what is made of the metadata.
 MOST = 256 * MIB
 # Refused, if it is read, and if it is written; others are opened.
 REFUSED = {
@@ -70,7 +70,8 @@ def test_an_image_that_claims_very_much(tmp_path: Path, name: str, read_only: bo
     assert len(refused) == bool(said), done.stdout
     assert said in "".join(refused)
     assert "Traceback" not in done.stderr
-    assert int(peak) < MOST, f"{int(peak) >> 20} MiB"
+    needed = path.stat().st_blocks * 512  # what is in the file, and not only claimed
+    assert int(peak) < MOST + needed, f"{int(peak) >> 20} MiB"
 
 
 def test_the_account_of_a_chain() -> None:
