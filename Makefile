@@ -9,7 +9,7 @@ TIME ?= 600
 ARGS ?=
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: .venv/installed ## Serve IMAGE=disk.qcow2, or a demo chain where none is named
 ifeq ($(IMAGE),)
@@ -37,6 +37,12 @@ soak: .venv/tested peers ## Write qcow2 images in every way for twenty minutes; 
 fuzz: .venv/tested ## Throw bytes at every reader of them, TIME seconds each (default: 600)
 	@$(BIN)/python -m tests.fuzz --seconds $(TIME) $(ARGS)
 
+faults: .venv/tested peers ## Let every system call fail in every way, one after the other
+	@$(BIN)/python -m interop.faults $(ARGS)
+
+damage: .venv/tested peers ## Open thousands of damaged images, for reading and for writing
+	@$(BIN)/python -m interop.damage $(ARGS)
+
 peers: .venv/tested ## Find the peers of the interop tests, or build their tree in ~/.cache/pynbd
 	@$(BIN)/python -m interop.peers --host || interop/rootfs.sh
 
@@ -57,4 +63,4 @@ clean: ## Remove the virtual environment and every cache in the checkout
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-.PHONY: help serve test check bench soak fuzz peers docs clean
+.PHONY: help serve test check bench soak fuzz faults damage peers docs clean
