@@ -371,7 +371,7 @@ class CopyOnWrite:
         first = copied = 0
         gaps: list[tuple[Cluster, list[Gap]]] = []
         for index, cluster in enumerate(clusters):
-            there = list(self._gaps(cluster))
+            there = sorted(self._gaps(cluster), key=itemgetter(0))
             if there:
                 gaps.append((cluster, there))
                 copied += self._size

@@ -24,6 +24,7 @@ from tests.block.qcow2.writing import (
     watched,
     writable,
     write,
+    zero,
 )
 from tests.block.reading import contents, qemu_contents
 
@@ -68,6 +69,20 @@ async def test_what_is_between_the_new_bytes_stays(tmp_path: Path) -> None:
         for offset, data in pieces:
             disk[offset : offset + len(data)] = data
         assert not any(await node.pwrite_batch(pieces))
+        assert await contents(node) == disk
+    await sound(path)
+    assert qemu_contents(path) == disk
+
+
+async def test_a_write_from_an_unallocated_into_a_zero_subcluster(tmp_path: Path) -> None:
+    """Nothing is below: what is around the new bytes is zeroes, of two kinds."""
+    path = create(tmp_path / "x.qcow2", MiB, "extended_l2=on")
+    async with writable(path) as node:
+        await write(node, 0, b"s" * 2 * KiB)
+        await zero(node, 8 * KiB, 2 * KiB)
+        disk = bytearray(await contents(node))
+        disk[6 * KiB + 512 : 9 * KiB] = data = b"n" * (2 * KiB + 512)
+        await write(node, 6 * KiB + 512, data)
         assert await contents(node) == disk
     await sound(path)
     assert qemu_contents(path) == disk
