@@ -100,7 +100,8 @@ class Table:
     """A table of the image in memory: ``values``, entries of ``bits`` bits in native byte order.
 
     ``pages``: the numbers of its pages that were changed and not written. ``checked``: its place
-    was compared with that of all other metadata. Tables are compared by identity.
+    was compared with that of all other metadata, and an L2 table names none beyond the end of the
+    file. Tables are compared by identity.
     """
 
     __slots__ = ("__weakref__", "bits", "checked", "host_offset", "pages", "values")

@@ -239,6 +239,9 @@ class CopyOnWrite:
                 cluster.host_offset = cluster.number << self._bits
             elif cluster.own:
                 cluster.host_offset = cluster.entry & L2E_OFFSET_MASK
+                if not cluster.table.checked:
+                    what = f"the cluster of guest offset {cluster.number << self._bits:#x}"
+                    self._refcounts.check_there(cluster.host_offset, self._size, what)
                 if self._places.hold(cluster.host_offset, self._size):
                     there = " and ".join(self._places.names(cluster.host_offset))
                     raise CorruptImage(

@@ -15,7 +15,7 @@ from pynbd.block.engine import HostFile
 from pynbd.block.qcow2.cache import Table
 from pynbd.block.qcow2.commit import Commits
 from pynbd.block.qcow2.entries import UInt64s, l2_table_offset
-from pynbd.block.qcow2.format import COPIED, L1E_OFFSET_MASK
+from pynbd.block.qcow2.format import COMPRESSED, COPIED, L1E_OFFSET_MASK, L2E_OFFSET_MASK
 from pynbd.block.qcow2.mapping import Mapping
 from pynbd.block.qcow2.places import Places
 from pynbd.block.qcow2.refcounts import Refcounts
@@ -74,14 +74,25 @@ class Links:
             if host_offset:
                 table = await self._mapping.tables.load(host_offset)
                 if entry & COPIED:
-                    if host_offset >= max(self._refcounts.end, self._file.size()):
-                        raise CorruptImage(  # writing it would make the file as long
-                            f"{self._file.path}: L2 table {l1_index} at {host_offset:#x} is past"
-                            " the end of the file, and has no refcount"
-                        )
-                    self._places.check(table, self._file.path)
+                    self._check(table, f"L2 table {l1_index}")
                     return table
             return await self._new_table(l1_index, table)
+
+    def _check(self, table: Table, what: str) -> None:
+        """Raise `CorruptImage` if a table cannot be changed. One that leads beyond the end of the
+        file stays unchecked: then nothing is written in place before that was looked at.
+        """
+        if not table.checked:
+            self._refcounts.check_there(table.host_offset, table.length, what)
+            self._places.check(table, self._file.path)
+            table.checked = self._leads_into_file(table.values)
+
+    def _leads_into_file(self, values: UInt64s) -> bool:
+        if self.layout.data_file:
+            return True  # which is as long as the disk
+        entries = values[:: self.layout.entry_words]
+        named = entries[entries & np.uint64(COMPRESSED) == 0] & np.uint64(L2E_OFFSET_MASK)
+        return int(named.max(initial=0)) < self._refcounts.file_end
 
     async def _new_table(self, l1_index: int, shared: Table | None) -> Table:
         self._places.check(self._l1, self._file.path)
@@ -92,7 +103,7 @@ class Links:
             values = shared.values.copy()
             self._commits.free([(shared.host_offset, shared.length)])
         table = Table(run.host_offset, values)
-        table.checked = True
+        table.checked = self._leads_into_file(values)
         self._mapping.tables.add(table)
         self._places.mark(table.host_offset)
         self._commits.add_table(table)

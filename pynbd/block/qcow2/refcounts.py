@@ -126,6 +126,21 @@ class Refcounts:
         """Where the last cluster that has a refcount ends."""
         return self._end << self._bits
 
+    @property
+    def file_end(self) -> int:
+        """Where the file ends, or what has a refcount: who writes beyond makes the file as long,
+        and what is allocated next cuts that off again.
+        """
+        return max(self.end, -(-self._file.size() // self._cluster_size) << self._bits)
+
+    def check_there(self, host_offset: int, length: int, what: str) -> None:
+        """Raise `CorruptImage` if ``what`` is to be written beyond `file_end`."""
+        if host_offset + length > self.file_end:
+            raise CorruptImage(
+                f"{self._file.path}: {what} at {host_offset:#x} is past the end of the file, and"
+                " has no refcount"
+            )
+
     def _block_offsets(self) -> UInt64s:
         return self.table.values & np.uint64(REFT_OFFSET_MASK)
 
@@ -360,6 +375,11 @@ class Refcounts:
         if not int(self.table.values[index]) & REFT_OFFSET_MASK:
             return None
         block = await self._load(index)
+        if not block.checked and block.host_offset >= self._file.size():
+            raise CorruptImage(
+                f"{self._file.path}: refcount block {index} at {block.host_offset:#x} is past the"
+                " end of the file"
+            )
         self._places.check(block, self._file.path)
         return block
 

@@ -145,6 +145,8 @@ class Tracking:
     async def _write_step(self, tracked: _Tracked, first: int, last: int) -> None:
         """Write the bits of entries [first, last) of a bitmap table, and then link them."""
         size, table = self._header.cluster_size, tracked.table
+        bitmap = f"bitmap {tracked.stored.name!r}"
+        self._refcounts.check_there(table.host_offset, table.length, f"the table of {bitmap}")
         self._places.check(table, self._file.path)
         with memoryview(tracked.bitmap.bits) as bits:
             data = bytes(bits[first * size : last * size]).ljust((last - first) * size, b"\0")
@@ -152,6 +154,7 @@ class Tracking:
         old = (table.values[first:last] & np.uint64(BITMAP_TABLE_OFFSET_MASK)).tolist()
         for host_offset, wanted in zip(old, used, strict=True):
             if host_offset and wanted:
+                self._refcounts.check_there(host_offset, size, f"a part of {bitmap}")
                 self._places.check_range(host_offset, size, self._file.path)
         homeless = [index for index, at in enumerate(old) if used[index] and not at]
         runs = await self._refcounts.allocate(len(homeless)) if homeless else []

@@ -295,6 +295,8 @@ class Zeroing:
             return numbers << np.uint64(self._bits) | np.uint64(COPIED)
         own = _own(words)
         for host_offset, size in self._references(words[own]):
+            what = f"a cluster of guest offsets from {first << self._bits:#x} on"
+            self._refcounts.check_there(host_offset, size, what)
             await host.reserve(self._file, host_offset, size)
         runs = await self._reserve(int(np.count_nonzero(~own)))
         homes[~own] = _host_offsets(runs, self._bits) | np.uint64(COPIED)

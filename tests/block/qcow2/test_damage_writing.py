@@ -105,6 +105,7 @@ def places(tmp_path: Path) -> Places:
     )
 
 
+FAR = [1 << 30, 1 << 55]  # past the end of the file
 NAMES = [
     "header",
     "L1 table",
@@ -376,13 +377,73 @@ async def test_bits_in_the_place_of_metadata(tmp_path: Path) -> None:
     assert bytes_of(path)[l1 : l1 + 8] == data[l1 : l1 + 8]
 
 
-@pytest.mark.parametrize("table", [1 << 30, 1 << 55])
+@pytest.mark.parametrize("table", FAR)
 async def test_an_l2_table_behind_the_end_of_the_file(
     places: Places, caplog: pytest.LogCaptureFixture, table: int
 ) -> None:
     """It reads as empty; the file does not become as long."""
     places.poke(places["L1 table"] + 8, table | COPIED)
     await is_found(places, caplog, writes(TABLE_SPAN), f"L2 table 1 at {table:#x} is past the end")
+
+
+@pytest.mark.parametrize("how", ["write", "write again", "zero"])
+@pytest.mark.parametrize("far", FAR)
+async def test_a_cluster_behind_the_end_of_the_file(
+    places: Places, caplog: pytest.LogCaptureFixture, far: int, how: str
+) -> None:
+    """It reads as zeroes. Written, it would be cut off again by what is allocated next."""
+    places.poke(places.entry(0), far | COPIED)
+
+    async def request(node: BlockNode) -> None:
+        if how == "write again":  # the table is in memory, and known
+            await write(node, C, b"bb")
+        if how == "zero":
+            await zero(node, 0, C, no_hole=True)
+        else:
+            await write(node, 0, b"x")
+
+    await is_found(places, caplog, request, f"at {far:#x} is past the end of the file")
+
+
+async def test_neighbours_of_a_cluster_behind_the_end_of_the_file(places: Places) -> None:
+    """They can be written, as they could before; what is written is there when it is closed."""
+    places.poke(places.entry(C), 1 << 55 | COPIED)
+    async with writable(places.path) as node:
+        await write(node, 5, b"in place")
+        await write(node, 8 * C, b"new")
+        await write(node, 7, b"again")
+    async with await open_image(places.path) as node:
+        assert bytes(await node.pread(5, 8)) == b"inagaine"
+        assert bytes(await node.pread(8 * C, 3)) == b"new"
+        assert not any(await node.pread(C, C))
+
+
+@pytest.mark.parametrize("far", FAR)
+async def test_a_refcount_block_behind_the_end_of_the_file(
+    places: Places, caplog: pytest.LogCaptureFixture, far: int
+) -> None:
+    """It would count nothing, and all clusters seem to be free."""
+    places.poke(places["refcount table"], far)
+    await is_found(places, caplog, writes(8 * C), f"block 0 at {far:#x} is past the end")
+
+
+@pytest.mark.parametrize("what", ["the table of bitmap 'b'", "a part of bitmap 'b'"])
+@pytest.mark.parametrize("far", FAR)
+async def test_a_bitmap_behind_the_end_of_the_file(tmp_path: Path, far: int, what: str) -> None:
+    """It is not stored there, and does not count as true."""
+    path = tmp_path / "x.qcow2"
+    Image(size=MiB, clusters={0: Data(b"a")}, bitmaps=[Bitmap("b", dirty=[(0, C)])]).write(path)
+    directory = bytes_of(path).index(b"b\0\0\0\0\0\0\0", 4 * C) - 24
+    table = int.from_bytes(bytes_of(path)[directory : directory + 8], "big")
+    poke(path, directory if what[:3] == "the" else table, far.to_bytes(8, "big"))
+    node = await open_image(path, read_only=False)
+    await write(node, 0, b"new")
+    with pytest.raises(OSError, match=f"{what} at {far:#x} is past the end"):
+        await node.close()
+    assert path.stat().st_size < MiB
+    async with await open_image(path) as node:
+        assert node.inconsistent_bitmaps() == ("b",)
+        assert bytes(await node.pread(0, 3)) == b"new"
 
 
 # Found when it is opened --------------------------------------------------------------------------
