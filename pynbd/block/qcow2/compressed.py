@@ -30,6 +30,7 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from math import inf
 from typing import NamedTuple
 
 from pynbd.block.engine import NOWAIT_MAX, Buffer, HostFile
@@ -38,7 +39,13 @@ from pynbd.block.pool import Lane
 from pynbd.block.qcow2.compression import cost, decompress, decompress_all
 from pynbd.block.qcow2.entries import compressed_range
 from pynbd.block.qcow2.format import SECTOR, CompressionType
-from pynbd.block.qcow2.loop_share import LOOP_SHARE, TURN_BYTES, TURN_CLUSTERS, TURN_COST
+from pynbd.block.qcow2.loop_share import (
+    LOOP_SHARE,
+    MOST_COST,
+    TURN_BYTES,
+    TURN_CLUSTERS,
+    TURN_SECONDS,
+)
 from pynbd.errors import CorruptImage
 
 log = logging.getLogger("pynbd")
@@ -141,13 +148,16 @@ class CompressedClusters:
 
     def _decompress_now(self, descriptor: int, length: int) -> memoryview | None:
         start, stored = compressed_range(descriptor, self._bits)
-        work = cost(self._type, stored, length, self._size)
-        if descriptor in self._waiting or not LOOP_SHARE.allows(self._size, work):
+        if (
+            descriptor in self._waiting
+            or cost(self._type, stored, length, self._size) > MOST_COST
+            or not LOOP_SHARE.allows(self._size)
+        ):
             return None
         data = self._stored[:stored]
         if self._file.read_now(data, start) < stored:
             return None
-        LOOP_SHARE.take(self._size, work)
+        LOOP_SHARE.take(self._size)
         (outcome,) = self._decompressed([(data, length)])
         if outcome is None or isinstance(outcome, Exception):
             return None
@@ -249,11 +259,9 @@ class CompressedClusters:
 
     def _queue(self, wanted: Wanted) -> None:
         """It was read, and is to be decompressed."""
-        long = wanted.care or not self._in_turn or self._cost(wanted) > TURN_COST
+        most = cost(self._type, len(wanted.data), wanted.length, self._size)
+        long = wanted.care or not self._in_turn or most > MOST_COST
         (self._long if long else self._read).append(wanted)
-
-    def _cost(self, wanted: Wanted) -> float:
-        return cost(self._type, len(wanted.data), wanted.length, self._size)
 
     def _have_turn(self) -> None:
         if self._read and not self._turn_soon:
@@ -263,30 +271,24 @@ class CompressedClusters:
     def _turn(self) -> None:
         """Decompress as much as the loop may, and see to the rest."""
         self._turn_soon = False
-        taken = self._share()
         hop: Hop = []
-        for wanted, outcome in self._decompress(taken):
-            if outcome is None and wanted.is_wanted():
-                wanted.care = True
-                self._queue(wanted)
-            else:
-                hop.append((wanted, outcome))
-        self._land(hop, in_turn=self._in_turn if taken else 0)
+        left = self._in_turn
+        while left and self._read and LOOP_SHARE.allows(self._size):
+            with suppress(IndexError):  # the lanes take, too
+                left -= 1
+                hop += self._decompress_in_turn(self._read.popleft())
+        self._land(hop, in_turn=self._in_turn if hop else 0)
         self._have_turn()
 
-    def _share(self) -> list[Wanted]:
-        """What the loop decompresses in this turn."""
-        taken: list[Wanted] = []
-        with suppress(IndexError):  # the lanes take, too
-            while len(taken) < self._in_turn:
-                wanted = self._read.popleft()
-                work = self._cost(wanted)
-                if not LOOP_SHARE.allows(self._size, work):
-                    self._read.appendleft(wanted)
-                    break
-                LOOP_SHARE.take(self._size, work)
-                taken.append(wanted)
-        return taken
+    def _decompress_in_turn(self, wanted: Wanted) -> Hop:
+        """One of this turn's share; nothing if it turns out to take too long."""
+        LOOP_SHARE.take(self._size)
+        hop = self._decompress([wanted])
+        if hop[0][1] is None and wanted.is_wanted():
+            wanted.care = True
+            self._queue(wanted)
+            return []
+        return hop
 
     def _send(self, in_turn: int | None = None) -> None:
         """See that there are calls to come for what the loop will not do in its turn."""
@@ -327,7 +329,8 @@ class CompressedClusters:
         failure that nobody thought of, too.
         """
         try:
-            clusters = decompress_all(self._type, streams, self._size) if streams else []
+            patience = inf if with_care else TURN_SECONDS
+            clusters = decompress_all(self._type, streams, self._size, patience) if streams else []
             if not with_care:
                 return clusters
             return [
