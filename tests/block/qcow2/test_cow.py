@@ -6,7 +6,9 @@ Each image is also written by qemu-io in the same places; both have to read the 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,6 +88,25 @@ async def test_a_write_from_an_unallocated_into_a_zero_subcluster(tmp_path: Path
         assert await contents(node) == disk
     await sound(path)
     assert qemu_contents(path) == disk
+
+
+async def test_copies_do_not_wait_in_memory_for_each_other(tmp_path: Path) -> None:
+    """Of many large clusters, a few bytes of each of which are written."""
+    size, clusters = 512 * KiB, 64
+    (tmp_path / "below").write_bytes(b"")
+    os.truncate(tmp_path / "below", size * clusters)
+    path = create(tmp_path / "x.qcow2", "32M", f"cluster_size={size}", "-b", "below", "-F", "raw")
+    async with writable(path) as node:
+        await write(node, 0, b"first")
+        pieces = [(number * size + 5, b"n" * 512) for number in range(clusters)]
+        tracemalloc.start()
+        try:
+            assert not any(await node.pwrite_batch(pieces))
+            assert tracemalloc.get_traced_memory()[1] < 8 * MiB
+        finally:
+            tracemalloc.stop()
+        assert bytes(await node.pread(63 * size, 6)) == b"\0\0\0\0\0n"
+    await sound(path)
 
 
 @pytest.mark.parametrize("options", ["", "extended_l2=on"])
