@@ -113,7 +113,7 @@ class Engine:
         return self._pool.start(call, *args)
 
     def start_in_lane(self, lane: Lane, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        """`start`, after the calls of that lane."""
+        """`start`, in turn with the calls of that lane, and never beside them."""
         return self._pool.start_in_lane(lane, call, *args)
 
     def close(self) -> None:
