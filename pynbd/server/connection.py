@@ -94,8 +94,9 @@ class Connection:
     def make_way(self) -> None:
         """End the negotiation: others wait for this place."""
         self.negotiates = False
-        self._dropped = "others wait, and it does not negotiate"
-        self._deadline.reschedule(asyncio.get_running_loop().time())
+        if not self._deadline.expired():
+            self._dropped = "others wait, and it does not negotiate"
+            self._deadline.reschedule(asyncio.get_running_loop().time())
 
     def stop(self) -> bool:
         """Begin to end: requests under way are answered. False if there is no transmission to

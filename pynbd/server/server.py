@@ -152,8 +152,9 @@ class Server:
                     await self._place_free.wait()
                 continue
             assert first is not None
-            first.make_way()
-            await self._place_free.wait()
+            if first.negotiates:  # it may have come to an end just now
+                first.make_way()
+                await self._place_free.wait()
 
     def _ended(self, task: asyncio.Task[None], where: str | None) -> None:
         connection = self._connections.pop(task)

@@ -75,6 +75,22 @@ async def test_who_negotiates_makes_way_for_others(
     assert said == ["client disconnected: others wait, and it does not negotiate"] * 3
 
 
+@pytest.mark.parametrize("seconds", [0.1, 0.0999, 0.1001])
+async def test_both_times_of_a_negotiation_end_at_once(
+    path: Path, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Who has to make way has just been dropped: its place is free, and the server goes on."""
+    monkeypatch.setattr(servers, "TURN", 0.1)
+    limits = Limits(handshake_seconds=seconds)
+    async with serving(path, engine, max_clients=1, limits=limits) as scene:
+        silent = [await scene.connect() for _ in range(5)]
+        polite = await asyncio.wait_for(scene.client(), 20)
+        for sock in silent:
+            assert await scene.greeted(sock)
+            assert await scene.ended(sock)
+        assert (await polite.ask(READ, 0, 16)).data(0, 16) == BYTES[:16]
+
+
 @contextmanager
 def few_descriptors(most: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
