@@ -37,6 +37,10 @@ def serving(
                 uri = process.stdout.readline().strip()
                 if uri:
                     yield uri
+            except Exception as error:
+                errors.seek(0)
+                error.add_note(f"{line} said: {errors.read().decode()}")
+                raise
             finally:
                 process.terminate()
                 try:

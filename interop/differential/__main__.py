@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,8 @@ def main(
     seconds: float,
 ) -> None:
     """Ask pynbd and qemu-nbd the same, and print what is answered differently."""
+    # Both servers end with this, and what they had in a folder goes.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     wanted = [
         (subject, name)
         for name in way or WAYS
@@ -59,7 +62,8 @@ def main(
         except Exception as error:
             failed += 1
             again = f"--way {name} --only '{subject}' --each {each} --seed {seed}"
-            print(f"{again}: {type(error).__name__}: {error}", flush=True)
+            said = "\n".join([str(error), *getattr(error, "__notes__", ())])
+            print(f"{again}: {type(error).__name__}: {said}", flush=True)
         done.counts += Counter({f"{name}: {key}": n for key, n in findings.counts.items()})
         done.rules += findings.rules
         print(f"{name}: {subject}, {time.monotonic() - started:.0f} s", flush=True)

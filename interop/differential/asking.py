@@ -21,6 +21,9 @@ AT_ONCE = 16
 NO_FLAGS = CmdFlag(0)
 UNKNOWN_ID = 0xFFFFFFF0
 _LONGEST = 256 << 10
+_COARSEST = 1 << 20
+"""The granularity of bitmaps here, at most: what one request marks dirty, another one is told."""
+_READ_WITH = 64 << 10
 _LONGEST_OF_ALL = 2 << 20
 
 READING = {
@@ -112,6 +115,8 @@ class Plan:
 
     def __init__(self, form: Form, mode: Mode, kinds: Mapping[str, int], seed: str) -> None:
         self._form = form
+        bitmaps = [name for name in form.contexts if name.startswith("qemu:dirty-bitmap:")]
+        self._unit = max(form.cluster_size, _COARSEST if bitmaps else _READ_WITH)
         self._mode = mode
         self._kinds = [kind for kind in kinds if mode is not Mode.SIMPLE or kind != "status"]
         self._weights = [kinds[kind] for kind in self._kinds]
@@ -133,7 +138,7 @@ class Plan:
     def _meet(self, ask: Ask, other: Ask) -> bool:
         if not ask.changes and not other.changes:
             return False
-        unit = max(self._form.cluster_size, 1 << 16)
+        unit = self._unit
         return ask.offset // unit * unit < other.end and other.offset // unit * unit < ask.end
 
     def request(self) -> Ask:

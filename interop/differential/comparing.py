@@ -15,6 +15,7 @@ from interop.differential.answering import (
     covered,
 )
 from interop.differential.asking import Ask, after
+from interop.differential.changes import Change, History, Range, change, histories
 from interop.differential.differences import (
     DONE_TWICE,
     ERRORS,
@@ -44,7 +45,7 @@ class Findings:
     counts: Counter[str] = field(default_factory=Counter)
     rules: Counter[Rule] = field(default_factory=Counter)
     unknown: list[str] = field(default_factory=list)
-    changes: list[Ask] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
 
     def differs(self, text: str) -> None:
         self.unknown.append(text)
@@ -93,8 +94,8 @@ class Pair:
             self._compare(ask, ours, theirs)
 
     def _compare(self, ask: Ask, ours: Answer, theirs: Answer) -> None:
-        if ask.changes and not ours.error and not theirs.error:
-            self._findings.changes.append(ask)
+        if ask.changes and ask.length and not ours.error and not theirs.error:
+            self._findings.changes.append(change(ask, detecting=self.facts.detecting))
         if ours.error != theirs.error or ours.error == DISCONNECTED:
             mode = self.ours.mode
             for rule in ERRORS:
@@ -106,7 +107,8 @@ class Pair:
             pairs = enumerate(zip(ours.data, theirs.data, strict=True))
             at = next(index for index, (a, b) in pairs if a != b)
             said = f"{ask}: the data differ from {ask.offset + at} on"
-            self._findings.differs(said + _told(self._changed(ask.offset + at, 1)))
+            (history,) = self._histories(Range(ask.offset + at, ask.offset + at + 1))
+            self._findings.differs(said + _told(history.changes))
         else:
             for context in ours.status:
                 self._compare_maps(ask, context, ours.status[context], theirs.status[context])
@@ -121,42 +123,56 @@ class Pair:
             return
         for offset, part, a, b in side_by_side(ours, theirs):
             if a != b:
-                self._explain(context, a, b, ask.offset + offset, part)
+                start = ask.offset + offset
+                self._explain(context, a, b, Range(start, start + part))
 
-    def _explain(self, context: str, ours: int, theirs: int, offset: int, length: int) -> None:
-        here = tuple(self._changed(offset, length))
-        place = Place(context, ours, theirs, self._zeroes(offset, length), here)
-        for rule in STATES:
-            if rule.applies(place, self.facts):
-                self._findings.rules[rule] += 1
-                return
-        said = f"{length} bytes at {offset}: {context} is {ours} here, {theirs} there"
-        said += ", of zeroes" if place.zeroes else ""
-        self._findings.differs(said + _told(here))
+    def _explain(self, context: str, ours: int, theirs: int, differing: Range) -> None:
+        for history in self._histories(differing):
+            part = differing.within(history.granule)
+            place = Place(context, ours, theirs, self._zeroes(part), history)
+            for rule in STATES:
+                if rule.applies(place, self.facts):
+                    self._findings.rules[rule] += 1
+                    break
+            else:
+                said = f"{part.end - part.start} bytes at {part.start}: "
+                said += f"{context} is {ours} here, {theirs} there"
+                said += ", of zeroes" if place.zeroes else ""
+                self._findings.differs(said + _told(history.changes))
 
-    def _zeroes(self, offset: int, length: int) -> bool:
+    def _zeroes(self, place: Range) -> bool:
         """Whether both disks read as zeroes in a place."""
-        step = 1 << 20
-        for start in range(offset, offset + length, step):
-            ask = Ask("read", Cmd.READ, start, min(step, offset + length - start))
-            if any(disk.ask(ask).data != bytes(ask.length) for disk in (self.ours, self.theirs)):
-                return False
-        return True
+        return all(data == bytes(len(data)) for data in self._read(place))
 
-    def _changed(self, offset: int, length: int) -> Iterator[Ask]:
-        """Who has changed the clusters of a place."""
-        unit = self.facts.cluster_size
-        start, end = offset // unit * unit, -(-(offset + length) // unit) * unit
-        return (ask for ask in self._findings.changes if ask.offset < end and start < ask.end)
+    def _histories(self, place: Range) -> Iterator[History]:
+        facts = self.facts
+        units = facts.subcluster_size, facts.cluster_size, facts.size
+        return histories(place, *units, self._findings.changes)
 
     def _alike(self, trim: Ask) -> None:
-        read = Ask("after a trim", Cmd.READ, trim.offset, trim.length)
-        ours, theirs = self.ours.ask(read), self.theirs.ask(read)
-        assert not ours.error, f"{read}: {ours}"
-        assert not theirs.error, f"{read}: {theirs}"
-        if ours.data != theirs.data:
-            self._findings.rules[HINT] += 1
-            self._ask([Ask("write", Cmd.WRITE, trim.offset, trim.length, payload=ours.data)])
+        """Write anew what a TRIM has left different, where it may."""
+        trimmed = Range(trim.offset, trim.end)
+        ours, theirs = self._read(trimmed)
+        if ours == theirs:
+            return
+        for history in self._histories(trimmed):
+            part = trimmed.within(history.granule)
+            cut = slice(part.start - trim.offset, part.end - trim.offset)
+            if ours[cut] != theirs[cut] and not HINT.applies(history, self.facts):
+                said = (
+                    f"{part.end - part.start} bytes at {part.start}: the data differ after {trim}"
+                )
+                self._findings.differs(said + _told(history.changes))
+        self._findings.rules[HINT] += 1
+        self._ask([Ask("write", Cmd.WRITE, trim.offset, trim.length, payload=ours)])
+
+    def _read(self, place: Range) -> tuple[bytes, bytes]:
+        """What either disk reads as."""
+        ask = Ask("read", Cmd.READ, place.start, place.end - place.start)
+        ours, theirs = self.ours.ask(ask), self.theirs.ask(ask)
+        assert not ours.error, f"{ask}: {ours} here"
+        assert not theirs.error, f"{ask}: {theirs} there"
+        return ours.data, theirs.data
 
     def all_of_it(self) -> None:
         """Compare the whole disk, and all maps of it."""
@@ -169,8 +185,8 @@ class Pair:
             self._ask(asks)
 
 
-def _told(changes: Iterable[Ask]) -> str:
-    return "".join(f"\n  after {ask}" for ask in changes)
+def _told(changes: Iterable[Change]) -> str:
+    return "".join(f"\n  after {each.ask}" for each in changes)
 
 
 def side_by_side(ours: Map, theirs: Map) -> Iterator[tuple[int, int, int, int]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from interop.differential.answering import DISCONNECTED
 from interop.differential.asking import Ask
+from interop.differential.changes import Change, History
 from tests.conformance.client import Cmd, CmdFlag, Errno, Mode
 
 SECTOR = 512
@@ -18,42 +19,47 @@ SECTOR = 512
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules have to know: the disk (the smaller one, if they differ), and how it is
-    served.
+    """What the rules have to know: the disk (the smaller one, if they differ), the image, and
+    how it is served. ``shared``: a snapshot has clusters of it, too.
     """
 
     size: int
     cluster_size: int
-    writable: bool
+    subcluster_size: int
+    shared: bool
+    compressed: bool
+    version_2: bool
     damaged: bool
+    writable: bool
+    detecting: bool
+
+    @property
+    def extended(self) -> bool:
+        return self.subcluster_size < self.cluster_size
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where two maps differ: both disks read the same there, and ``zeroes`` or not; the requests
-    that have changed anything in these clusters.
-    """
+    """A granule where two maps differ: both disks read the same there, and ``zeroes`` or not."""
 
     context: str
     ours: int
     theirs: int
     zeroes: bool
-    changed_by: tuple[Ask, ...]
+    history: History
 
     @property
     def states(self) -> set[int]:
         return {self.ours, self.theirs}
 
     @property
-    def zeroed(self) -> bool:
-        """Whether anybody has written zeroes there, in any way."""
-        return any(
-            ask.command == Cmd.WRITE_ZEROES or ask.kind == "blank" for ask in self.changed_by
-        )
+    def told(self) -> tuple[str, int, int]:
+        return self.context, self.ours, self.theirs
 
     @property
-    def trimmed(self) -> bool:
-        return any(ask.command == Cmd.TRIM for ask in self.changed_by)
+    def of_zeroes(self) -> bool:
+        """Whether it is only about how zeroes are kept."""
+        return self.zeroes and self.context in (ALLOCATION, DEPTH)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,13 @@ class OfStates(Rule):
     """``applies(place, facts)``."""
 
     applies: Callable[[Place, Facts], bool]
+
+
+@dataclass(frozen=True)
+class OfData(Rule):
+    """``applies(history, facts)``: a granule that reads differently after a TRIM."""
+
+    applies: Callable[[History, Facts], bool]
 
 
 SIZE = OfErrors(
@@ -155,25 +168,105 @@ ERRORS = [
     ),
 ]
 
+
+def _no_hole(change: Change | None) -> bool:
+    return change is not None and change.no_hole
+
+
+def _ragged(history: History, granule: int) -> bool:
+    change = history.zeroed_in_a_cluster
+    return change is not None and change.zeroes_less_than(granule)
+
+
 ALLOCATION, DEPTH = "base:allocation", "qemu:allocation-depth"
 DATA, KNOWN_ZEROES, HOLE = 0, 2, 3
 
+COPIED = OfStates(
+    "what a new host cluster is given",
+    "docs/design.md",
+    "of a cluster that a snapshot shares the subclusters that it has are copied here; there all"
+    " between them and the new bytes, also from below",
+    lambda place, facts: (
+        facts.extended
+        and facts.shared
+        and place.history.beside_the_first_bytes
+        and (
+            (place.context == DEPTH and place.ours != 1 and place.theirs == 1)
+            or (place.context == ALLOCATION and place.ours != DATA and place.theirs == DATA)
+        )
+    ),
+)
+
 STATES = [
     OfStates(
-        "how zeroes are kept",
+        "zeroes of less than a granule",
         "W8",
-        "of less than a cluster, or with NO_HOLE: as bytes, or as a zero cluster; the disk reads"
-        " the same",
-        lambda place, facts: place.zeroes and place.zeroed and place.context in (ALLOCATION, DEPTH),
+        "as bytes, or together with the rest of the cluster or subcluster if that is zero",
+        lambda place, facts: place.of_zeroes and place.history.partly_zeroed,
     ),
     OfStates(
-        "how much of a TRIM is done",
-        "W13, W14",
-        "subclusters are discarded here; the disk reads the same",
+        "NO_HOLE of less than a cluster",
+        "W8",
+        "subclusters have no space of their own that could be reserved: bytes are written here",
         lambda place, facts: (
-            place.zeroes and place.trimmed and place.context in (ALLOCATION, DEPTH)
+            place.of_zeroes and facts.extended and _no_hole(place.history.zeroed_in_a_cluster)
         ),
     ),
+    OfStates(
+        "zeroes in a compressed cluster",
+        "W8",
+        "it has no subclusters: it is written anew here, with all zeroes as bytes; there with the"
+        " first of them, and then it has some",
+        lambda place, facts: (
+            place.of_zeroes
+            and facts.extended
+            and facts.compressed
+            and place.told == (ALLOCATION, DATA, HOLE)
+            and _ragged(place.history, facts.subcluster_size)
+        ),
+    ),
+    OfStates(
+        "NO_HOLE in version 2",
+        "W8",
+        "bytes are written here; there what has nothing below becomes a hole all the same",
+        lambda place, facts: (
+            place.of_zeroes
+            and facts.version_2
+            and place.told in ((ALLOCATION, DATA, HOLE), (DEPTH, 1, 0))
+            and _no_hole(place.history.zeroed)
+        ),
+    ),
+    OfStates(
+        "zeroes of what is zero",
+        "W8, W13",
+        "what is not there, and has nothing below, stays like that here; there it becomes a zero"
+        " cluster",
+        lambda place, facts: (
+            place.of_zeroes
+            and place.context == DEPTH
+            and place.ours != 1
+            and place.theirs == 1
+            and place.history.emptied
+        ),
+    ),
+    OfStates(
+        "TRIM of what is not there",
+        "W13",
+        "with nothing below, it becomes a zero cluster only if it was there before, which the other"
+        " rules leave open",
+        lambda place, facts: (
+            place.of_zeroes and place.told == (DEPTH, 1, 0) and place.history.discarded is not None
+        ),
+    ),
+    OfStates(
+        "TRIM of subclusters",
+        "W14",
+        "they are discarded here, there only whole clusters are",
+        lambda place, facts: (
+            place.of_zeroes and facts.extended and place.history.discarded_in_a_cluster
+        ),
+    ),
+    COPIED,
     OfStates(
         "holes of the host",
         "X16",
@@ -199,10 +292,11 @@ DONE_TWICE = Rule(
     "X15",
     "qemu-nbd ends the reply to a failing BLOCK_STATUS once for each context",
 )
-HINT = Rule(
+HINT = OfData(
     "TRIM is a hint",
     "W13, W14",
-    "what was discarded may read as anything afterwards: it is written anew",
+    "subclusters are discarded here, there only whole clusters are: all is written anew",
+    lambda history, facts: facts.extended and history.discarded_in_a_cluster,
 )
 STRICTER = Rule(
     "a snapshot table that is cut short",

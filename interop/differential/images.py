@@ -17,6 +17,7 @@ from interop.soak import matrix
 from interop.soak.matrix import Row
 from tests.block.qcow2.images import IMAGES as SMALL
 
+_FEATURES = {"v2": [("version", "v2")], "subclusters": [("compression", "zlib")]}
 KINDS = ("chain", "matrix", "small", "raw", "damaged")
 
 
@@ -40,6 +41,15 @@ class Subject:
     @property
     def kind(self) -> str:
         return self.name.partition(" ")[0]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether some clusters are."""
+        return any(name == "compression" and kind != "none" for name, kind in self.features)
+
+    @property
+    def version_2(self) -> bool:
+        return bool(self.features & {("compat", "0.10"), ("version", "v2")})
 
     def __str__(self) -> str:
         return self.name
@@ -98,7 +108,16 @@ def _row(row: Row, folder: Path) -> Path:
 
 def small() -> Iterator[Subject]:
     for name, make in SMALL.items():
-        yield Subject(f"small {name}", make, 64 << 10, 2 << 10)
+        cluster = {"odd": 4 << 10, "large": 2 << 20}.get(name, 64 << 10)
+        extended = name in ("extended", "subclusters", "extended-data-file")
+        yield Subject(
+            f"small {name}",
+            make,
+            cluster,
+            cluster // (32 if extended else 1),
+            features=frozenset(_FEATURES.get(name, ())),
+            snapshot="s" if name in ("snapshot", "subclusters") else "",
+        )
 
 
 def raw() -> Iterator[Subject]:

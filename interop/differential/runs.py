@@ -93,13 +93,14 @@ def write(subject: Subject, folder: Path, requests: int, seed: int, findings: Fi
     contexts = contexts_of(subject, options)
     for detecting in ("off", "unmap"):
         changing = [*options, "--discard=unmap", f"--detect-zeroes={detecting}"]
+        how = {"writable": True, "detecting": detecting == "unmap"}
         with ExitStack() as stack:
             sockets = (
                 stack.enter_context(by_pynbd(ours, *changing)),
                 stack.enter_context(by_qemu_nbd(theirs, *changing)),
             )
             for mode in Mode:
-                with pair(subject, sockets, mode, contexts, findings, writable=True) as both:
+                with pair(subject, sockets, mode, contexts, findings, **how) as both:
                     form = form_of(subject, both.facts.size, contexts)
                     plan = Plan(form, mode, WRITING, f"{seed} {subject} {detecting}")
                     for batch in plan.batches(requests // (2 * len(Mode))):
@@ -190,6 +191,7 @@ def pair(
     findings: Findings,
     *,
     writable: bool = False,
+    detecting: bool = False,
 ) -> Iterator[Pair]:
     """A connection to each server; what their exports are is compared, too."""
     ours, theirs = (Connection(path, mode, contexts) for path in sockets)
@@ -199,6 +201,16 @@ def pair(
     if ours.flags != theirs.flags:
         findings.differs(f"{mode.value}: flags {ours.flags:#x} here, {theirs.flags:#x} there")
     size = min(ours.size, theirs.size)
-    facts = Facts(size, subject.cluster_size, writable, subject.damaged)
+    facts = Facts(
+        size,
+        subject.cluster_size,
+        subject.subcluster_size,
+        writable=writable,
+        damaged=subject.damaged,
+        shared=bool(subject.snapshot),
+        compressed=subject.compressed,
+        version_2=subject.version_2,
+        detecting=detecting,
+    )
     with closing(Pair(ours, theirs, facts, findings)) as both:
         yield both
