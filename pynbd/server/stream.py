@@ -386,11 +386,11 @@ class PlainStream:
 
     def _release_taken(self) -> None:
         """Release the replies that the peer has taken."""
-        before = len(self._lent)
-        if self._lent:
-            taken = self.taken()
-            while self._lent and self._lent[0][0] <= taken:
-                self._lent.popleft()[1].over()
+        if self._lost:
+            return
+        before, taken = len(self._lent), self.taken()
+        while self._lent and self._lent[0][0] <= taken:
+            self._lent.popleft()[1].over()
         if not self._lent:
             self.on_drained()
             return

@@ -426,6 +426,7 @@ async def test_what_is_lent_is_released_when_the_peer_has_taken_it(file: int) ->
 @pytest.mark.parametrize("waits", [True, False])
 async def test_what_is_lent_is_released_when_the_peer_is_lost(file: int, waits: bool) -> None:
     async with connected(small=waits) as (stream, _):
+        told = Events(stream).told
         released: list[None] = []
         end = ReplyEnd(b"done", b"failed")
         end.release = partial(released.append, None)
@@ -437,6 +438,7 @@ async def test_what_is_lent_is_released_when_the_peer_is_lost(file: int, waits: 
         stream.send([end])  # too late
         assert released == [None, None]
         await asyncio.sleep(2 * TAKEN_EVERY)
+        assert told == []
 
 
 async def test_over_tcp_what_may_not_be_lent_is_copied(file: int) -> None:
