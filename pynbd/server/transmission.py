@@ -149,6 +149,7 @@ class Transmission:
             self._pool.users -= 1
             self._stream.pause_reading()
             self._flush()  # whom nobody can be told any more, lets go of what it holds
+            self._drop_request()
             self._stalls.close()
             self._share.close()
         if self._violation:
@@ -190,6 +191,12 @@ class Transmission:
             self._pool.give(self._buffer)
             self._buffer = _NO_BUFFER
             self._view = memoryview(_NO_BUFFER)
+
+    def _drop_request(self) -> None:
+        """Let go of one that has begun, at once: what refers to this may wait for the collector."""
+        self._payload = self._payload_of = None
+        self._payload_buffer = self._buffer = _NO_BUFFER
+        self._view = memoryview(_NO_BUFFER)
 
     def _receive(self) -> None:
         while True:

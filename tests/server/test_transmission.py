@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import socket
@@ -19,9 +20,10 @@ from pynbd.block.node import BlockNode
 from pynbd.errors import ProtocolError
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.limits import Limits
+from pynbd.server.stream import TAKEN_EVERY
 from pynbd.server.transmission import RECEIVE_SIZE
 from tests.block.reading import eventually
-from tests.server.counting import Costs
+from tests.server.counting import Costs, peak_memory
 from tests.server.session import (
     BLOCK_STATUS,
     CACHE,
@@ -507,6 +509,35 @@ async def test_a_peer_that_vanishes_in_a_payload(
             await talk.ends()
         assert engine.hops == 0
     assert content(path) == BYTES
+
+
+@pytest.mark.parametrize("lent", [False, True])
+async def test_who_vanishes_in_a_payload_leaves_nothing(tmp_path: Path, lent: bool) -> None:
+    """Its memory is free at once, without help of the collector, and is not counted any more; also
+    where the reply to a read before was lent, and never taken.
+    """
+    path = tmp_path / "image.qcow2"
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", path, "32M")
+    begun = struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 1, 0, 32 * M) + bytes(20 * M)
+    peaks: list[int] = []
+    async with await open_image(path, read_only=False) as node:
+        assert await node.pwrite_batch([(0, BYTES[: 64 * K])]) == [None]
+        gc.collect()
+        gc.disable()
+        try:
+            with peak_memory(peaks):
+                for _ in range(6):
+                    async with talking(node) as talk:
+                        if lent:
+                            await talk.client.send(talk.client.request(READ, 0, 64 * K))
+                            await eventually(lambda: talk.stream.lent)
+                        await talk.client.send(begun)
+                        await eventually(lambda: talk.transmission._filled == len(begun) - 28)
+                    await asyncio.sleep(3 * TAKEN_EVERY)
+                    assert talk.transmission._memory.used == 0
+        finally:
+            gc.enable()
+    assert peaks[0] < 2 * 32 * M
 
 
 async def test_a_peer_that_vanishes_before_its_write_is_done(
