@@ -54,6 +54,7 @@ def folder(tmp_path: Path) -> Path:
     peers.run("qemu-img", "bitmap", "--add", disk, "backup-1")
     samples.qemu_io(disk, "write -q -P 3 32M 256k")
     samples.sparse_file(tmp_path / "disk.img", 4 << 20)
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "upload.qcow2", "4M")
     return tmp_path
 
 

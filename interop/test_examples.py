@@ -57,7 +57,7 @@ def prepare(folder: Path) -> None:
     (folder / "named").mkdir()
     for name in ("disk.raw", "other.raw", "copy-of-monday.raw", "named/before", "named/after"):
         peers.run("qemu-img", "convert", "-O", "raw", disk, folder / name)
-    for name in ("running.qcow2", "copy.qcow2", "base.qcow2"):
+    for name in ("running.qcow2", "copy.qcow2", "base.qcow2", "upload.qcow2"):
         (folder / name).write_bytes(disk.read_bytes())
     (folder / "heat.py").write_text(programs()["heat.py"])
 
