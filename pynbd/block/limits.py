@@ -84,7 +84,7 @@ class Backlog:
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit = max(limit, 1)  # one at a time in any case
         self.held = 0  # bytes in memory, or soon
         self.waiting: dict[Waiting, None] = {}  # who would read more
 

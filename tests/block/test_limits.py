@@ -4,6 +4,7 @@ bound of memory.
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from interop.hostile_images import IMAGES
+from pynbd.block.chain import open_image
 from pynbd.block.limits import Backlog, Budget, ChainMemory, ImageLimits
+from pynbd.block.qcow2.builder import Compressed, Image
 from pynbd.errors import ImageError
 
 MIB = 1 << 20
@@ -128,3 +131,15 @@ def test_who_waits_for_room_has_his_turn() -> None:
         backlog.go_on()
     assert sorted(turns) == list("aaaaaabb")
     assert turns.index("b") < 5
+
+
+async def test_caches_of_no_bytes(tmp_path: Path) -> None:
+    """One thing at a time is kept in any case; everything can be read and written."""
+    size, path = 16 << 16, tmp_path / "disk.qcow2"
+    compressed = {n << 16: Compressed(bytes([n]) * 5000) for n in range(8)}
+    Image(size=size, clusters=compressed).write(path)
+    none = ImageLimits(tables=0, clusters=0, runs=0, bitmaps=0, changed_tables=0)
+    async with asyncio.timeout(30), await open_image(path, read_only=False, limits=none) as node:
+        assert not any(await node.pwrite_batch([(n << 16, b"new") for n in range(6, 10)]))
+        disk = bytes(await node.pread(0, size))
+    assert [disk[n << 16 : (n << 16) + 4] for n in (5, 7, 9)] == [b"\5" * 4, b"new\7", b"new\0"]
