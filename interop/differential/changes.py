@@ -51,9 +51,9 @@ class Change:
     def no_hole(self) -> bool:
         return bool(self.ask.flags & CmdFlag.NO_HOLE)
 
-    def zeroes_less_than(self, granule: int) -> bool:
-        """Whether zeroes have to be written at either end."""
-        ends = self.range.start % granule or self.range.end % granule
+    def zeroes_less_than(self, unit: int) -> bool:
+        """Whether zeroes begin or end inside a unit of so many bytes."""
+        ends = self.range.start % unit or self.range.end % unit
         return self.effect is Effect.ZEROES and ends != 0
 
 
@@ -79,24 +79,23 @@ class History:
     @property
     def last(self) -> Change | None:
         """Who has decided about the granule. A discard of less of it does nothing."""
-        return next(reversed(list(self._decisive())), None)
-
-    def _decisive(self) -> Iterator[Change]:
-        for each in self.changes:
-            if each.range.meets(self.granule) and not (
-                each.effect is Effect.DISCARD and not each.range.holds(self.granule)
-            ):
-                yield each
+        for each in reversed(self.changes):
+            acts = each.range.holds if each.effect is Effect.DISCARD else each.range.meets
+            if acts(self.granule):
+                return each
+        return None
 
     def _decided_by(self, effect: Effect) -> Change | None:
         return self.last if self.last and self.last.effect is effect else None
 
     @property
     def zeroed(self) -> Change | None:
+        """The same, if zeroes."""
         return self._decided_by(Effect.ZEROES)
 
     @property
     def discarded(self) -> Change | None:
+        """The same, if a discard."""
         return self._decided_by(Effect.DISCARD)
 
     @property
@@ -122,14 +121,15 @@ class History:
 
     @property
     def beside_the_first_bytes(self) -> bool:
-        """Whether the granule was left out by who was the first to write bytes to the cluster, and
-        not touched since.
+        """Whether the granule was left out by who was the first to write bytes to the cluster (as
+        the ends of zeroes are), and not touched since.
         """
-        size = self.granule.end - self.granule.start
         for index, each in enumerate(self.changes):
-            if each.effect is Effect.BYTES or each.zeroes_less_than(size):
-                rest = History(self.granule, self.cluster, self.changes[index:])
-                return rest.last is None
+            if each.zeroes_less_than(self.granule.end - self.granule.start):
+                index += each.range.holds(self.granule)
+            elif each.effect is not Effect.BYTES:
+                continue
+            return History(self.granule, self.cluster, self.changes[index:]).last is None
         return False
 
 

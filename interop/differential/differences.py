@@ -29,6 +29,7 @@ class Facts:
     shared: bool
     compressed: bool
     version_2: bool
+    raw: bool
     damaged: bool
     writable: bool
     detecting: bool
@@ -173,11 +174,6 @@ def _no_hole(change: Change | None) -> bool:
     return change is not None and change.no_hole
 
 
-def _ragged(history: History, granule: int) -> bool:
-    change = history.zeroed_in_a_cluster
-    return change is not None and change.zeroes_less_than(granule)
-
-
 ALLOCATION, DEPTH = "base:allocation", "qemu:allocation-depth"
 DATA, KNOWN_ZEROES, HOLE = 0, 2, 3
 
@@ -213,16 +209,29 @@ STATES = [
         ),
     ),
     OfStates(
-        "zeroes in a compressed cluster",
+        "zeroes that end in a compressed cluster",
         "W8",
-        "it has no subclusters: it is written anew here, with all zeroes as bytes; there with the"
-        " first of them, and then it has some",
+        "it has no subclusters: its part is written as bytes here; there all of the range is, or"
+        " only its beginning, and then it has some",
         lambda place, facts: (
             place.of_zeroes
             and facts.extended
             and facts.compressed
-            and place.told == (ALLOCATION, DATA, HOLE)
-            and _ragged(place.history, facts.subcluster_size)
+            and place.context == ALLOCATION
+            and place.states == {DATA, HOLE}
+            and place.history.zeroed is not None
+            and place.history.zeroed.zeroes_less_than(facts.cluster_size)
+        ),
+    ),
+    OfStates(
+        "NO_HOLE in a raw image",
+        "W8",
+        "of space that was never written the kernel says that it is data once it is in memory",
+        lambda place, facts: (
+            place.of_zeroes
+            and facts.raw
+            and place.states == {DATA, HOLE}
+            and _no_hole(place.history.zeroed)
         ),
     ),
     OfStates(

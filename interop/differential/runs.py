@@ -210,6 +210,7 @@ def pair(
         shared=bool(subject.snapshot),
         compressed=subject.compressed,
         version_2=subject.version_2,
+        raw=subject.format == "raw",
         detecting=detecting,
     )
     with closing(Pair(ours, theirs, facts, findings)) as both:
