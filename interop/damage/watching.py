@@ -13,7 +13,7 @@ from pathlib import Path
 MiB = 1 << 20
 MOST_MEMORY = 256 * MiB
 _LONGEST_DIGEST = 64 * MiB  # of longer, sparse ones length and time tell enough
-_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 # Events (docs.python.org, "Audit events table") that change something, or leave the process.
 _DEEDS = frozenset(
@@ -47,7 +47,7 @@ class Watch:
         writes = event != "open"
         if event == "open":
             mode, flags = args[1], args[2]
-            writes = isinstance(flags, int) and bool(flags & _WRITES)
+            writes = isinstance(flags, int) and bool(flags & WRITES)
             writes |= isinstance(mode, str) and bool(set(mode) & set("wax+"))
         named = os.fsdecode(what) if isinstance(what, str | bytes | os.PathLike) else repr(what)
         self._events.append((event, named, writes))
@@ -113,7 +113,7 @@ def named_files(top: Path) -> set[str]:
         if path not in allowed:
             allowed.add(path)
             waiting += _named_by(path)
-            allowed.update(_data_files(path))
+            allowed.update(data_files(path))
     return allowed
 
 
@@ -139,7 +139,8 @@ def _named_by(path: str) -> Iterator[str]:
         yield os.path.join(os.path.dirname(path), os.fsdecode(data[at : at + length]))
 
 
-def _data_files(path: str) -> Iterator[str]:
+def data_files(path: str) -> Iterator[str]:
+    """The external data file that a header names, as it is and beside it."""
     data = _first_bytes(path)
     if data[:4] != b"QFI\xfb" or data[4:8] != b"\0\0\0\3":
         return
