@@ -80,6 +80,8 @@ class Connection:
                 await self._transmission.run()
         except ProtocolError as error:
             log.info("client disconnected: %s", error)
+        except MemoryError:
+            log.info("client disconnected: there is no memory for it")
         except (EOFError, OSError) as error:
             if self._deadline.expired():
                 log.info("client disconnected: %s", self._dropped)

@@ -110,6 +110,9 @@ class Server:
                 continue
             try:
                 self._begin(sock, origin(sock, address))
+            except MemoryError:
+                sock.close()
+                self._tell("a connection could not be served: there is no memory for it")
             except BaseException:
                 sock.close()
                 raise

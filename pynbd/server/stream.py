@@ -221,7 +221,12 @@ class PlainStream:
             self._sent += sent
             if sent == len(view):
                 return
-        self.send((bytes(view[sent:]),))
+        try:
+            rest = bytes(view[sent:])
+        except MemoryError:
+            self._no_memory()
+        else:
+            self.send((rest,))
 
     def send(self, pieces: Iterable[Piece]) -> None:
         """Send ``pieces`` in order, after those that still wait."""
@@ -266,6 +271,10 @@ class PlainStream:
             self._loop.remove_writer(self._fd)
         self.on_lost()
 
+    def _no_memory(self) -> None:
+        log.info("client disconnected: there is no memory for its replies")
+        self._lose()
+
     def _drop_queue(self) -> None:
         for piece in (*self._queue, *(end for _, end in self._lent)):
             if isinstance(piece, ReplyEnd):
@@ -276,7 +285,7 @@ class PlainStream:
 
     def _on_writable(self) -> None:
         self._send_queue()
-        if not self._queue:
+        if not self._queue and not self._lost:
             self.on_drained()
 
     def _send_queue(self) -> None:
@@ -300,6 +309,8 @@ class PlainStream:
             self.on_blocked()
         except OSError:
             self._lose()
+        except MemoryError:
+            self._no_memory()
         else:
             if self._writing:
                 self._writing = False

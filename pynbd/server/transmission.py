@@ -181,8 +181,8 @@ class Transmission:
                 self._buffer = self._pool.take(RECEIVE_SIZE)
                 self._view = memoryview(self._buffer)
             self._receive()
-        except MemoryError:  # to ask again would bring the same; nobody else is to go
-            self._give_up("there is no memory for its requests")
+        except MemoryError:
+            self._no_memory()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -474,7 +474,10 @@ class Transmission:
             return
         if self._have and self._payload is None and not self._skipping:
             self._turn_ends = monotonic() + TURN_SECONDS
-            self._serve_batch()
+            try:
+                self._serve_batch()
+            except MemoryError:
+                self._no_memory()
             self._flush()
             self._let_go()
             if self._closing:
@@ -528,6 +531,8 @@ class Transmission:
         try:
             replies = await serving
             self._replies += replies
+        except MemoryError:
+            self._no_memory()
         finally:
             self._bytes_in_flight -= length
             self._tasks.pop(number, None)
@@ -570,6 +575,10 @@ class Transmission:
         self._violation = ProtocolError(complaint)
         self._stream.pause_reading()
         self._stream.abort()
+
+    def _no_memory(self) -> None:
+        """To ask again would bring the same: this client has to go, and nobody else."""
+        self._give_up("there is no memory for its requests")
 
     # Sending and ending
 

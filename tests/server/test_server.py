@@ -21,6 +21,8 @@ import pytest
 
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
+from pynbd.server import connection
+from pynbd.server import server as servers
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.limits import Limits
@@ -180,6 +182,29 @@ async def test_who_does_not_negotiate_is_dropped(
         await asyncio.sleep(0.4)
         assert (await client.ask(READ, 0, 16)).data(0, 16) == BYTES[:16]
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+async def test_no_memory_for_a_connection(
+    path: Path,
+    engine: WatchedEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """When it comes, or while it negotiates: it has to go, and nobody else."""
+
+    def no_memory(*_: object, **__: object) -> Any:
+        raise MemoryError
+
+    async with serving(path, engine) as scene:
+        client = await scene.client()
+        for module, name in ((servers, "Connection"), (connection, "negotiate")):
+            with monkeypatch.context() as without:
+                without.setattr(module, name, no_memory)
+                assert await scene.ended(await scene.connect())
+            assert (await client.ask(READ, 0, 16)).data(0, 16) == BYTES[:16]
+        assert (await (await scene.client()).ask(READ, 0, 16)).data(0, 16) == BYTES[:16]
+    said = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    assert said == ["a connection could not be served: there is no memory for it"]
 
 
 async def test_no_deadline(path: Path, engine: WatchedEngine) -> None:

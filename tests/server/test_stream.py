@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pynbd.server import stream as streams
 from pynbd.server.stream import (
     COPY_COST,
     COPY_PIECE,
@@ -357,6 +358,46 @@ async def test_a_peer_that_has_gone_before_a_file(file: int) -> None:
         stream.send([FilePiece(file, 0, 100, end), end])
         assert events.told == ["lost"]
         assert not end.broken
+
+
+class NoBytes:
+    """In place of `bytes`: there is no memory for any."""
+
+    def __new__(cls, *_: object) -> NoBytes:
+        raise MemoryError
+
+
+async def test_no_memory_for_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply that was cut short is followed by nothing."""
+    async with connected(small=True) as (stream, peer):
+        events = Events(stream)
+        monkeypatch.setattr(streams, "bytes", NoBytes, raising=False)
+        stream.send_view(memoryview(DATA))
+        assert events.told == ["lost"]
+        monkeypatch.undo()
+        stream.send([b"more"])
+        stream.close()
+        assert DATA.startswith(await received(peer, len(DATA)))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_no_memory_for_the_rest_of_a_file(
+    file: int, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """Whether it was sent at once or had to wait: the peer is lost, and nothing goes on for it."""
+    async with connected() as (stream, peer):
+        events = Events(stream)
+        if not at_once:
+            stream.send([DATA])
+            assert stream.queued
+        monkeypatch.setattr(streams, "bytes", NoBytes, raising=False)
+        end = ReplyEnd(b"done", b"failed")
+        stream.send([FilePiece(file, len(DATA), 100, end), end])  # there is no more of it
+        if not at_once:
+            assert await received(peer, len(DATA)) == DATA
+            await eventually(lambda: stream._lost)
+        assert events.told == ["lost"]
+        assert not stream._writing
 
 
 async def test_a_peer_that_goes_while_something_waits() -> None:

@@ -18,6 +18,7 @@ from interop import peers
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
 from pynbd.errors import ProtocolError
+from pynbd.server.buffers import BufferPool
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.limits import Limits
 from pynbd.server.stream import TAKEN_EVERY
@@ -42,6 +43,7 @@ from tests.server.session import (
     WRITE_ZEROES,
     Client,
     Mode,
+    Talk,
     WatchedEngine,
     content,
     talking,
@@ -359,6 +361,49 @@ async def test_what_comes_after_a_session_was_cancelled_is_not_served(
         talk.client.sock.send(talk.client.request(FLUSH))
         await asyncio.wait([talk.running], timeout=5)
         assert talk.running.cancelled()
+
+
+# No memory ---------------------------------------------------------------------------------------
+
+
+def no_memory(*_: object) -> bytearray:
+    raise MemoryError
+
+
+async def ended_for_want_of_memory(talk: Talk) -> None:
+    with pytest.raises(ProtocolError, match="there is no memory for its requests"):
+        await talk.ends()
+    assert talk.transmission._memory.used == 0
+
+
+async def test_no_memory_for_requests_that_had_to_wait(
+    path: Path, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        opened(path, engine) as node,
+        talking(node, limits=Limits(requests=1)) as talk,
+    ):
+        engine.held = {"_fallocate_errno"}
+        write = talk.client.request(WRITE, 0, payload=b"x")
+        await talk.client.send(talk.client.request(TRIM, 0, 4096), write)
+        await eventually(lambda: not talk.stream.reading)
+        monkeypatch.setattr(BufferPool, "take", no_memory)
+        engine.release()
+        await ended_for_want_of_memory(talk)
+
+
+async def test_no_memory_for_a_reply(
+    path: Path, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would tell is done, but nobody can be told."""
+    async with opened(path, engine) as node, talking(node) as talk:
+        engine.held = {"_write_batch"}
+        await talk.client.send(talk.client.request(WRITE, 0, payload=b"x"))
+        await eventually(lambda: engine.hops == 1)
+        monkeypatch.setattr(type(talk.transmission._dialect), "done", no_memory)
+        engine.release()
+        await ended_for_want_of_memory(talk)
+    assert content(path)[:1] == b"x"
 
 
 # The budget --------------------------------------------------------------------------------------
