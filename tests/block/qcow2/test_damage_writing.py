@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from interop import peers
+from interop.samples import qemu_io
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2 import writer
@@ -25,6 +28,7 @@ from pynbd.errors import ImageError
 from tests.block.qcow2.writing import (
     MiB,
     bytes_of,
+    create,
     header_of,
     writable,
     write,
@@ -360,6 +364,33 @@ async def test_what_was_changed_before_is_kept(places: Places) -> None:
         assert bytes(await node.pread(8 * C, 6)) == b"before"
 
 
+async def test_bits_that_share_a_cluster_get_their_own(tmp_path: Path) -> None:
+    """A bitmap that records, whose bits are in a guest's cluster, as the refcount says."""
+    path = tmp_path / "x.qcow2"
+    bitmap = Bitmap("b", dirty=[(0, C)])
+    written = Image(
+        size=MiB, clusters={0: Data(b"a"), C: Data(b"b" * C)}, bitmaps=[bitmap]
+    ).write(path)
+    data = bytes_of(path)
+    extension = written.header.bitmaps
+    assert extension is not None
+    entry = written.entry_offset(C)
+    cluster = int.from_bytes(data[entry : entry + 8], "big") & ~COPIED
+    block = int.from_bytes(data[written.header.refcount_table_offset :][:8], "big")
+    table = int.from_bytes(data[extension.directory_offset :][:8], "big")
+    poke(path, table, cluster.to_bytes(8, "big"))
+    poke(path, entry, cluster.to_bytes(8, "big"))
+    poke(path, block + 2 * (cluster // C), b"\0\2")
+    async with writable(path) as node:
+        await write(node, 0, b"new")
+    after = bytes_of(path)
+    assert after[cluster : cluster + C] == b"b" * C
+    assert int.from_bytes(after[table : table + 8], "big") != cluster
+    assert after[block + 2 * (cluster // C) :][:2] == b"\0\1"
+    async with await open_image(path) as node:
+        assert [each.name for each in node.bitmaps()] == ["b"]
+
+
 async def test_bits_in_the_place_of_metadata(tmp_path: Path) -> None:
     """A bitmap that records, whose bits are found to be the L1 table when they are stored."""
     path = tmp_path / "x.qcow2"
@@ -425,6 +456,23 @@ async def test_a_refcount_block_behind_the_end_of_the_file(
     """It would count nothing, and all clusters seem to be free."""
     places.poke(places["refcount table"], far)
     await is_found(places, caplog, writes(8 * C), f"block 0 at {far:#x} is past the end")
+
+
+@pytest.mark.parametrize("left", [36, 43, 200, 500])
+async def test_a_file_that_was_cut_short(tmp_path: Path, left: int) -> None:
+    """Refcount blocks are missing: what is written takes nobody's place."""
+    path = create(tmp_path / "x.qcow2", MiB, "cluster_size=512")
+    qemu_io(path, "write -q -P 1 0 400k")
+    os.truncate(path, left * 512)
+    async with writable(path) as node:
+        disk = bytearray(await node.pread(0, MiB))
+        for offset in range(MiB // 2, MiB, 512):
+            with suppress(OSError):
+                await write(node, offset, b"new")
+                disk[offset : offset + 3] = b"new"
+        assert await node.pread(0, MiB) == disk
+    async with await open_image(path) as node:
+        assert await node.pread(0, MiB) == disk
 
 
 @pytest.mark.parametrize("what", ["the table of bitmap 'b'", "a part of bitmap 'b'"])
