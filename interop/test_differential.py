@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import pytest
 from interop import peers, samples
 from interop.differential.asking import NO_FLAGS, Ask
 from interop.differential.changes import Change, change
-from interop.differential.comparing import Differs, Findings, Pair
+from interop.differential.comparing import Differs, Findings
 from interop.differential.differences import COPIED, EVERY
 from interop.differential.images import Subject, chains, few, of_matrix, subjects
 from interop.differential.runs import by_pynbd, by_qemu_nbd, pair, read, write
@@ -41,7 +41,7 @@ READ = [*(s.name for s in few(chains())), "raw odd", *(f"damaged {name}" for nam
 WRITTEN = [*(s.name for s in few(of_matrix())), "raw sectors"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _peers() -> None:
     peers.require("qemu-img", "qemu-io", "qemu-nbd")
 
@@ -69,20 +69,18 @@ def test_every_rule_names_rows_of_the_protocol() -> None:
     assert {row for rule in EVERY for row in re.findall(r"[A-Z]\d+", rule.row)} <= rows
 
 
+CONTEXTS = ("base:allocation", "qemu:allocation-depth")
+PLAIN = Subject("of this test", lambda folder: folder, 64 << 10, 64 << 10)
+
+
 @contextmanager
-def compared(
-    images: tuple[Path, Path], subject: Subject, *options: str, **how: bool
-) -> Iterator[tuple[Pair, Findings]]:
-    """pynbd serves the first image, qemu-nbd the second."""
-    findings = Findings()
-    contexts = ("base:allocation", "qemu:allocation-depth")
-    with ExitStack() as stack:
-        served = (
-            stack.enter_context(by_pynbd(images[0], "-f", "qcow2", "-A", *options)),
-            stack.enter_context(by_qemu_nbd(images[1], "-f", "qcow2", "-A", *options)),
-        )
-        both = pair(subject, served, Mode.EXTENDED, contexts, findings, **how)
-        yield stack.enter_context(both), findings
+def served(images: tuple[Path, Path], *options: str) -> Iterator[tuple[Path, Path]]:
+    """The sockets of pynbd with the first image, and of qemu-nbd with the second."""
+    with (
+        by_pynbd(images[0], "-f", "qcow2", "-A", *options) as ours,
+        by_qemu_nbd(images[1], "-f", "qcow2", "-A", *options) as theirs,
+    ):
+        yield ours, theirs
 
 
 def overlays(folder: Path, options: str, *commands: str) -> tuple[Path, Path]:
@@ -97,9 +95,6 @@ def overlays(folder: Path, options: str, *commands: str) -> tuple[Path, Path]:
     return images
 
 
-PLAIN = Subject("of this test", lambda folder: folder, 64 << 10, 64 << 10)
-
-
 @pytest.mark.parametrize(
     "command, told",
     [
@@ -112,10 +107,24 @@ def test_what_differs_is_found(command: str, told: str, tmp_path: Path) -> None:
     """Each server has an image of its own, and they differ in one thing."""
     images = overlays(tmp_path, "compat=1.1", "write -q -P 1 0 300k")
     samples.qemu_io(images[1], command)
-    with compared(images, PLAIN, "-r") as (both, findings):
+    findings = Findings()
+    with (
+        served(images, "-r") as sockets,
+        pair(PLAIN, sockets, Mode.EXTENDED, CONTEXTS, findings) as both,
+    ):
         both.all_of_it()
     with pytest.raises(Differs, match=told):
         findings.judge()
+
+
+@pytest.fixture(scope="module")
+def zeroes_in_two_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A cluster of zeroes here, zero bytes there."""
+    images = overlays(tmp_path_factory.mktemp("zeroes"), "compat=1.1")
+    samples.qemu_io(images[0], "write -q -z -u 512k 64k")
+    samples.qemu_io(images[1], "write -q -P 0 512k 64k")
+    with served(images, "-r") as sockets:
+        yield sockets
 
 
 def asked(command: Cmd, kilobytes: int, length: int, flags: CmdFlag = NO_FLAGS) -> Change:
@@ -144,14 +153,10 @@ def asked(command: Cmd, kilobytes: int, length: int, flags: CmdFlag = NO_FLAGS) 
     ],
 )
 def test_zeroes_may_be_kept_in_two_ways_only_where_a_part_was_zeroed(
-    changes: list[Change], open_: bool, tmp_path: Path
+    changes: list[Change], open_: bool, zeroes_in_two_ways: tuple[Path, Path]
 ) -> None:
-    """A cluster of zeroes here, zero bytes there."""
-    images = overlays(tmp_path, "compat=1.1")
-    samples.qemu_io(images[0], "write -q -z -u 512k 64k")
-    samples.qemu_io(images[1], "write -q -P 0 512k 64k")
-    with compared(images, PLAIN, "-r") as (both, findings):
-        findings.changes += changes
+    findings = Findings(changes=changes)
+    with pair(PLAIN, zeroes_in_two_ways, Mode.EXTENDED, CONTEXTS, findings) as both:
         both.all_of_it()
     if open_:
         findings.judge()
@@ -173,7 +178,11 @@ def test_subclusters_between_what_is_copied_and_what_is_written(
     for image in images if shared else ():
         peers.run("qemu-img", "snapshot", "-c", "s", image)
     subject = Subject("of this test", lambda folder: folder, 64 << 10, 2 << 10, snapshot="s")
-    with compared(images, subject, writable=True) as (both, findings):
+    findings = Findings()
+    with (
+        served(images) as sockets,
+        pair(subject, sockets, Mode.EXTENDED, CONTEXTS, findings, writable=True) as both,
+    ):
         both.exchange([Ask("write", Cmd.WRITE, 20 << 10, 2 << 10, payload=b"w" * 2048)])
         both.all_of_it()
     findings.judge()
