@@ -357,6 +357,13 @@ class Refcounts:
         block.values[at : at + count] = refcount
         self._commits.count(block, at, at + count)
 
+    async def shared(self, host_offset: int) -> bool:
+        """Whether a cluster has more than one reference, as far as its refcount says."""
+        cluster = host_offset >> self._bits
+        async with self._lock:
+            block = await self._counted(cluster)
+        return int(block.values[cluster % self._in_block]) > 1
+
     async def _counted(self, cluster: int) -> Table:
         """The block that counts ``cluster``, to be changed."""
         index = cluster // self._in_block

@@ -152,11 +152,16 @@ class Tracking:
             data = bytes(bits[first * size : last * size]).ljust((last - first) * size, b"\0")
         used = [part.any() for part in np.frombuffer(data, np.uint8).reshape(-1, size)]
         old = (table.values[first:last] & np.uint64(BITMAP_TABLE_OFFSET_MASK)).tolist()
-        for host_offset, wanted in zip(old, used, strict=True):
-            if host_offset and wanted:
+        homeless: list[int] = []
+        for index, host_offset in enumerate(old):
+            if not used[index]:
+                continue
+            if host_offset:
                 self._refcounts.check_there(host_offset, size, f"a part of {bitmap}")
                 self._places.check_range(host_offset, size, self._file.path)
-        homeless = [index for index, at in enumerate(old) if used[index] and not at]
+            # In a damaged image the cluster may be somebody else's, too.
+            if not host_offset or await self._refcounts.shared(host_offset):
+                homeless.append(index)
         runs = await self._refcounts.allocate(len(homeless)) if homeless else []
         places = [run.host_offset + at * size for run in runs for at in range(run.clusters)]
         new = [at if wanted else 0 for at, wanted in zip(old, used, strict=True)]

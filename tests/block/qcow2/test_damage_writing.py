@@ -368,9 +368,9 @@ async def test_bits_that_share_a_cluster_get_their_own(tmp_path: Path) -> None:
     """A bitmap that records, whose bits are in a guest's cluster, as the refcount says."""
     path = tmp_path / "x.qcow2"
     bitmap = Bitmap("b", dirty=[(0, C)])
-    written = Image(
-        size=MiB, clusters={0: Data(b"a"), C: Data(b"b" * C)}, bitmaps=[bitmap]
-    ).write(path)
+    written = Image(size=MiB, clusters={0: Data(b"a"), C: Data(b"b" * C)}, bitmaps=[bitmap]).write(
+        path
+    )
     data = bytes_of(path)
     extension = written.header.bitmaps
     assert extension is not None
