@@ -289,9 +289,10 @@ async def _ready_to_be_written(file: HostFile, header: Header, snapshot: str | N
 
 def _tell_missing_tables(file: HostFile, header: Header, l1_offset: int, l1: UInt64s) -> None:
     """Warn of a file that was cut short of its tables: as in QEMU, what they would name is not
-    there, and reads as what is below, or as zeroes.
+    there, and reads as what is below, or as zeroes. An entry that leads to no cluster is no table.
     """
-    last = int((l1 & np.uint64(L1E_OFFSET_MASK)).max(initial=0))
+    tables = l1 & np.uint64(L1E_OFFSET_MASK)
+    last = int(tables[tables % np.uint64(header.cluster_size) == 0].max(initial=0))
     end = max(l1_offset + l1.nbytes, last + header.cluster_size if last else 0)
     if end > file.size():
         log.warning(

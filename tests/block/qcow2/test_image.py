@@ -23,6 +23,7 @@ from pynbd.block.qcow2.builder import (
     Image,
     InternalSnapshot,
     Subclusters,
+    poke,
 )
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.block.qcow2.image import Qcow2Node
@@ -360,6 +361,19 @@ async def test_a_file_that_was_cut_short(
     assert len(caplog.messages) == len(told)
     for message, words in zip(caplog.messages, told, strict=True):
         assert words in message
+
+
+async def test_an_l1_entry_that_leads_to_no_cluster(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is missing of that file: it is damaged, which whoever reads there is told."""
+    path = tmp_path / "disk.qcow2"
+    written = Image(size=1 << 20, clusters={0: Data(b"x")}).write(path)
+    poke(path, written.header.l1_table_offset, b"\xff" * 8)
+    async with await open_image(path) as node:
+        assert not caplog.messages
+        with pytest.raises(OSError, match="corrupt metadata"):
+            await node.pread(0, 512)
 
 
 @pytest.mark.parametrize("use", ["map", "write"])
