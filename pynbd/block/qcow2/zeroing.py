@@ -146,9 +146,9 @@ class Zeroing:
             await self._change(first, last, Space.GIVEN_BACK, discard=True, fast=False)
 
     def _granules_before(self, end: int) -> int:
-        """How many granules end at ``end`` or before; the last one ends with the disk."""
+        """How many granules end at ``end`` or before; the last cluster ends with the disk."""
         if end == self._node.size:
-            return -(-end // self._granule)
+            return -(-end // self._layout.cluster_size) * self._in_cluster
         return end // self._granule
 
     def _unallocates(self, space: Space) -> bool:

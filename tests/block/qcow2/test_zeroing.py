@@ -133,6 +133,17 @@ async def test_reserved_zeroes_have_their_space(tmp_path: Path, name: str) -> No
     await sound(path)
 
 
+async def test_the_last_cluster_ends_with_the_disk(tmp_path: Path) -> None:
+    """And not with its last subcluster: all of it is made zero without writing bytes."""
+    path = create(tmp_path / "x.qcow2", MiB + 5 * KiB, "extended_l2=on")
+    qemu_io(path, "write -q -P 1 1M 5k")
+    async with writable(path) as node:
+        await reserved(node, MiB, 5 * KiB)
+    (*_, (start, end, is_zero, data, _, _)) = qemu_rows(path)
+    assert (start, end, is_zero, data) == (MiB, MiB + 5 * KiB, True, False)
+    await sound(path)
+
+
 @pytest.mark.parametrize("name", IMAGES)
 async def test_a_seeded_mix(tmp_path: Path, name: str) -> None:
     """Everything, at any place, several at a time."""
