@@ -33,12 +33,7 @@ def read(subject: Subject, folder: Path, requests: int, seed: int, findings: Fin
         with ExitStack() as stack:
             sockets = both_serving(subject, image, options, stack, findings)
             if sockets:
-                try:
-                    read_served(subject, sockets, options, findings, requests // len(shown), seed)
-                except Gone as gone:
-                    if not subject.damaged or gone.args == sockets[:1]:
-                        raise
-                    findings.counts["images that end qemu-nbd"] += 1
+                read_served(subject, sockets, options, findings, requests // len(shown), seed)
     findings.counts["images"] += 1
 
 
@@ -75,15 +70,22 @@ def read_served(
     contexts = contexts_of(subject, options)
     parts = [(mode, READING, requests // len(Mode)) for mode in Mode]
     for mode, kinds, count in *parts, (Mode.EXTENDED, READING_AHEAD, requests // 25):
-        with pair(subject, sockets, mode, contexts, findings) as both:
-            form = form_of(subject, both.facts.size, contexts)
-            plan = Plan(form, mode, kinds, f"{seed} {subject} {' '.join(options)}")
-            for batch in plan.batches(count):
-                # What qemu-nbd drops with a connection should be one request.
-                for asks in [[ask] for ask in batch] if subject.damaged else [batch]:
-                    both.exchange(asks)
-            if kinds is READING and mode is Mode.EXTENDED and not subject.damaged:
-                both.all_of_it()
+        try:
+            with pair(subject, sockets, mode, contexts, findings) as both:
+                form = form_of(subject, both.facts.size, contexts)
+                plan = Plan(form, mode, kinds, f"{seed} {subject} {' '.join(options)}")
+                for batch in plan.batches(count):
+                    # What qemu-nbd drops with a connection should be one request.
+                    for asks in [[ask] for ask in batch] if subject.damaged else [batch]:
+                        both.exchange(asks)
+                if kinds is READING and mode is Mode.EXTENDED and not subject.damaged:
+                    both.all_of_it()
+        except Gone as gone:
+            # What is damaged, or read ahead, may end qemu-nbd.
+            if gone.args == sockets[:1] or not (subject.damaged or kinds is READING_AHEAD):
+                raise
+            findings.counts["images that end qemu-nbd"] += 1
+            break
 
 
 def write(subject: Subject, folder: Path, requests: int, seed: int, findings: Findings) -> None:
