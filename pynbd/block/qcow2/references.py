@@ -40,6 +40,7 @@ from pynbd.errors import ImageError
 MAX_CLUSTERS = (1 << 31) - 1  # of an image file that is checked, as in QEMU
 
 UInt32s = npt.NDArray[np.uint32]
+_REFCOUNT_TABLE = "the refcount table"
 _WIDEST = (1 << 32) - 1  # no cluster has more references
 
 # So many L2 entries are looked at in the loop's own time, more of them in the pool.
@@ -55,10 +56,11 @@ class References:
     the active one first; ``tables``, the host offsets of all L2 tables, as often as they are named;
     ``beyond``, the numbers of clusters that are named, and are past the end of the file;
     ``hidden``: there may be references that were not found, as a table or a cluster is not where an
-    entry says; ``copied_wrong``, how many of the corruptions are COPIED flags of the active layer;
-    ``snapshots``, and whether entries of their table are ``incomplete``; ``nameless``, whether L1
-    entries have bits set, but no offset. For QEMU the header is their L2 table, and so it is here
-    ``as_qemu``.
+    entry says; ``cut_off``: a table other than that of the refcounts goes on past the end of the
+    file: what is put there would be taken for entries of it; ``copied_wrong``, how many of the
+    corruptions are COPIED flags of the active layer; ``snapshots``, and whether entries of their
+    table are ``incomplete``; ``nameless``, whether L1 entries have bits set, but no offset. For
+    QEMU the header is their L2 table, and so it is here ``as_qemu``.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class References:
         self.tables: list[UInt64s] = []
         self.beyond: list[Int64s] = []
         self.hidden = False
+        self.cut_off = False
         self.copied_wrong = 0
         self.nameless = False
         self.snapshots: list[Snapshot] = []
@@ -97,7 +100,7 @@ class References:
         await self._count_layer(header.l1_table_offset, header.l1_size, "L1 table", active=True)
         await self._count_snapshots()
         length = header.refcount_table_clusters * header.cluster_size
-        self._add_metadata(header.refcount_table_offset, length, "the refcount table")
+        self._add_metadata(header.refcount_table_offset, length, _REFCOUNT_TABLE)
         await self._count_bitmaps()
         self._count_blocks()
 
@@ -143,6 +146,7 @@ class References:
         self.hidden |= missing > 0
         if missing >= size:
             self._report.corrupt(1, [self._tell_beyond(what, offset)])
+            self.cut_off |= what != _REFCOUNT_TABLE
             return
         first, last = offset >> bits, (offset + length - 1) >> bits
         self.counts[first : last + 1] += np.uint32(1)

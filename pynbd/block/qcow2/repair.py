@@ -8,7 +8,8 @@ docs/interop/qcow2.rst, "Host cluster management". Rules:
    somebody refers to.
 3. Bits that no reader looks at are cleared where they have to be 0. What cannot be known is left as
    it is, and reported: data and tables that are not where an entry says, subclusters that are two
-   things at once. While there may be references that were not found, no refcount is lowered.
+   things at once; refcounts that need a new place, if a table goes on where that would be. While
+   there may be references that were not found, no refcount is lowered.
 4. The dirty and the corrupt bit are cleared last, and only if no corruption is left.
 """
 
@@ -60,7 +61,7 @@ async def repair(file: HostFile, header: Header, *, fix: Fix) -> Report:
         left, references = await examine(file, header)
     refcounts = TrueRefcounts(file, header, references)
     no_place = await file.engine.run(refcounts.have_no_place)
-    if everything and (references.incomplete or no_place):
+    if everything and (references.incomplete or no_place) and not references.cut_off:
         header = await refcounts.rebuild()
         left, references = await examine(file, header)
     elif left.leaks or left.corruptions:

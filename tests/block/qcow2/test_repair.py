@@ -246,3 +246,17 @@ async def test_what_is_lost_keeps_its_cluster(engine: Engine, tmp_path: Path) ->
     assert header.refcount_table_offset > end + CLUSTER
     assert report.corruptions
     assert path.read_bytes()[end : end + 2 * CLUSTER].strip(b"\0") == b""
+
+
+async def test_nothing_is_put_where_a_table_goes_on(engine: Engine, tmp_path: Path) -> None:
+    """An L1 table whose end is past that of the file: the file becomes no longer."""
+    path = tmp_path / "disk.qcow2"
+    written = IMAGE.write(path)
+    poke(path, 36, (1 << 14).to_bytes(4, "big"))
+    lose_the_block(path, written)
+    size = path.stat().st_size
+    found = await examined(engine, path)
+    for _ in range(2):
+        report, _ = await repaired(engine, path, Fix.ALL)
+        assert report.corruptions <= found.corruptions
+        assert path.stat().st_size == size
