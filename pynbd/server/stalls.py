@@ -7,8 +7,9 @@ connection between two requests owes nothing, and may be silent for ever. The ru
    owed, looks from time to time, and is not set again once all is done.
 2. Moving is what counts, at `LEAST_RATE` at least: one byte a second is none.
 3. The time is long, as a client in a debugger, a machine that is suspended or a network that is
-   away for minutes have done nothing wrong. While others wait for memory that this one holds, it
-   is short.
+   away for minutes have done nothing wrong.
+4. While others wait for memory that this one holds, the time is short, and it has to move so much
+   that it is done with it in `LONGEST_WHEN_SHORT`: a few slow ones could keep it for hours.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pynbd.server.stream import PlainStream
 LEAST_RATE = 4096
 # Seconds that the limit falls to while others have to wait for memory.
 LIMIT_WHEN_SHORT = 15.0
+# Seconds in which all that is held has to move then: of 32 MiB, 450 kbit/s.
+LONGEST_WHEN_SHORT = 600.0
 # How often it is looked in each of these times.
 _LOOKS = 4
 
@@ -44,8 +47,9 @@ class _Watched:
         self._since = 0.0
         self._mark: tuple[int, int] | None = None
 
-    def stalled(self, now: float, number: int, done: int | None) -> float | None:
-        """Seconds that it has; None: nothing is owed (``done`` is None).
+    def stalled(self, now: float, rate: float, number: int, done: int | None) -> float | None:
+        """Seconds that it has moved at less than ``rate``; None: nothing is owed (``done`` is
+        None).
 
         ``number``: which it is; if it is another one, the one before has ended.
         """
@@ -56,7 +60,7 @@ class _Watched:
         if (
             mark is None
             or mark[0] != number
-            or done - mark[1] >= max(1, LEAST_RATE * (now - self._since))
+            or done - mark[1] >= max(1, rate * (now - self._since))
         ):
             self._since, self._mark = now, (number, done)
         return now - self._since
@@ -84,8 +88,8 @@ class Stalls:
         self._give_up = give_up
         self._ending = False
         self._request = 0  # a number of the one that has begun
-        self._replies = _Watched("it has taken next to nothing of its replies for {:g} s")
-        self._requests = _Watched("it has not brought a request to its end for {:g} s")
+        self._replies = _Watched("it has taken too little of its replies for {:g} s")
+        self._requests = _Watched("it has brought too little of a request for {:g} s")
         self._timer: asyncio.TimerHandle | None = None
 
     def owed(self, *, ending: bool = False) -> None:
@@ -115,15 +119,17 @@ class Stalls:
         if brought and not brought.wanted:
             self._request += 1  # no time passes for it
         waits = stream.queued or (self._ending and stream.lent)
+        short = min(self._limit, LIMIT_WHEN_SHORT)
+        limit, rate = self._limit, float(LEAST_RATE)
+        if self._share.in_the_way:
+            limit, rate = short, max(rate, self._share.held / LONGEST_WHEN_SHORT)
         times = {
-            self._replies: self._replies.stalled(now, 0, stream.taken() if waits else None),
+            self._replies: self._replies.stalled(now, rate, 0, stream.taken() if waits else None),
             self._requests: self._requests.stalled(
-                now, self._request, brought.done if brought else None
+                now, rate, self._request, brought.done if brought else None
             ),
         }
         self._timer = None
-        short = min(self._limit, LIMIT_WHEN_SHORT)
-        limit = short if self._share.in_the_way else self._limit
         for watched, stalled in times.items():
             if stalled is not None and stalled >= limit:
                 self._give_up(watched.complaint.format(limit))

@@ -16,7 +16,7 @@ import pytest
 
 from pynbd.errors import UsageError
 from pynbd.server import server as servers
-from pynbd.server import shares
+from pynbd.server import shares, stalls
 from pynbd.server.limits import Limits
 from tests.block.reading import eventually
 from tests.server.session import READ, WRITE, Client, WatchedEngine
@@ -196,6 +196,33 @@ async def test_memory_of_all_connections(
         assert memory._counted == memory._unproved == 0
 
 
+async def test_who_is_slow_and_in_the_way(
+    path: Path, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A payload that comes at more than the least rate may take its time, until others wait for the
+    memory that it holds.
+    """
+    monkeypatch.setattr(shares, "SHORT", SIZE // 16)
+    monkeypatch.setattr(stalls, "LIMIT_WHEN_SHORT", 0.3)
+    monkeypatch.setattr(stalls, "LONGEST_WHEN_SHORT", 1.0)
+    async with serving(path, engine, limits=Limits(all_bytes=M)) as scene:
+        slow, polite = await scene.client(), await scene.client()
+        await slow.send(slow.request(WRITE, 0, payload=BYTES)[:1000])
+
+        async def comes_slowly() -> None:
+            while True:
+                await slow.send(bytes(500))
+                await asyncio.sleep(0.02)
+
+        coming = asyncio.create_task(comes_slowly())
+        done, _ = await asyncio.wait([coming], timeout=1)
+        assert not done
+        reply = await asyncio.wait_for(polite.ask(READ, 0, SIZE), 20)
+        assert reply.data(0, SIZE) == BYTES
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(coming, 20)
+
+
 async def test_a_machine_that_went_down(path: Path, engine: WatchedEngine) -> None:
     """TCP asks a silent peer whether it is there."""
     async with serving(path, engine) as scene:
@@ -217,3 +244,33 @@ def test_no_limit_is_negative() -> None:
     with pytest.raises(UsageError, match="stall_seconds: 0 or more is expected, not -1"):
         Limits(stall_seconds=-1)
     assert Limits(stall_seconds=0, all_bytes=0).all_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "field, given, what",
+    [
+        ("per_address", 1.5, "a whole number"),
+        ("per_address", "x", "a whole number"),
+        ("all_bytes", None, "a whole number"),
+        ("stall_seconds", "x", "a number"),
+        ("stall_seconds", math.nan, "a number"),
+        ("handshake_seconds", math.inf, "a number"),
+    ],
+)
+def test_what_is_no_limit(field: str, given: Any, what: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Limits(**{field: given})
+    wanted = f"0 or more is expected, not {given!r} ({what})"
+    assert str(error.value) == f"Limits.{field}: {wanted}"
+
+
+@pytest.mark.parametrize("name", ["limits", "image_limits"])
+async def test_limits_of_the_other_kind(path: Path, name: str) -> None:
+    kinds = {"limits": "Limits", "image_limits": "ImageLimits"}
+    other: Any = ImageLimits() if name == "limits" else Limits()
+    said = f"^{name}: pynbd.{kinds[name]} is expected, not {type(other).__name__}$"
+    with pytest.raises(UsageError, match=said):
+        async with serve(path, **{name: other}):
+            pass
+    with pytest.raises(UsageError, match="^limits: pynbd.Limits is expected, not ImageLimits$"):
+        Server(ExportTable([]), [], limits=ImageLimits())  # type: ignore[arg-type]

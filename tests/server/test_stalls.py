@@ -20,8 +20,8 @@ from tests.server.session import DISC, FLUSH, READ, WRITE, Mode, Talk, talking
 M = 1 << 20
 SIZE = 4 * M
 LIMITS = Limits(stall_seconds=0.3)
-NOT_TAKEN = "it has taken next to nothing of its replies for 0.3 s"
-NOT_BROUGHT = "it has not brought a request to its end for 0.3 s"
+NOT_TAKEN = "it has taken too little of its replies for 0.3 s"
+NOT_BROUGHT = "it has brought too little of a request for 0.3 s"
 
 
 @pytest.fixture(params=[True, False], ids=["lent", "copied"])
