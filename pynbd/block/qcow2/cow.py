@@ -240,11 +240,14 @@ class CopyOnWrite:
         for cluster in clusters:
             if self._layout.data_file:
                 cluster.host_offset = cluster.number << self._bits
-            elif cluster.own:
+                continue
+            if not cluster.table.checked and cluster.entry:
+                # Not even to end the reference to it: somebody new may be there by then.
+                what = f"the cluster of guest offset {cluster.number << self._bits:#x}"
+                for host_offset, length in references(cluster.entry, self._bits):
+                    self._refcounts.check_there(host_offset, length, what)
+            if cluster.own:
                 cluster.host_offset = cluster.entry & L2E_OFFSET_MASK
-                if not cluster.table.checked:
-                    what = f"the cluster of guest offset {cluster.number << self._bits:#x}"
-                    self._refcounts.check_there(cluster.host_offset, self._size, what)
                 if self._places.hold(cluster.host_offset, self._size):
                     there = " and ".join(self._places.names(cluster.host_offset))
                     raise CorruptImage(

@@ -73,17 +73,19 @@ class Links:
                 raise CorruptImage(f"{self._file.path}: {error}") from None
             if host_offset:
                 table = await self._mapping.tables.load(host_offset)
+                if not table.checked:
+                    # Not even to end the reference to it: somebody new may be there by then.
+                    self._refcounts.check_there(host_offset, table.length, f"L2 table {l1_index}")
                 if entry & COPIED:
-                    self._check(table, f"L2 table {l1_index}")
+                    self._check(table)
                     return table
             return await self._new_table(l1_index, table)
 
-    def _check(self, table: Table, what: str) -> None:
+    def _check(self, table: Table) -> None:
         """Raise `CorruptImage` if a table cannot be changed. One that leads beyond the end of the
         file stays unchecked: then nothing is written in place before that was looked at.
         """
         if not table.checked:
-            self._refcounts.check_there(table.host_offset, table.length, what)
             self._places.check(table, self._file.path)
             table.checked = self._leads_into_file(table.values)
 

@@ -128,7 +128,7 @@ class Zeroing:
     def _divided(self, offset: int, length: int) -> tuple[int, int, list[tuple[int, int]]]:
         """A range as granules [first, last), and what of it is less than one: the edges."""
         end = offset + length
-        first, last = -(-offset // self._granule), self._granules_before(end)
+        first, last = self._whole(offset, end)
         if first > last:
             return first, last, [(offset, end)]
         start, stop = min(first * self._granule, end), min(last * self._granule, end)
@@ -141,15 +141,20 @@ class Zeroing:
         """
         if self._layout.version < 3 and self._node.backing is not None:
             return  # without the zero flag the backing node would show
-        first, last = -(-offset // self._granule), self._granules_before(offset + length)
+        first, last = self._whole(offset, offset + length)
         if first < last:
             await self._change(first, last, Space.GIVEN_BACK, discard=True, fast=False)
 
-    def _granules_before(self, end: int) -> int:
-        """How many granules end at ``end`` or before; the last cluster ends with the disk."""
+    def _whole(self, offset: int, end: int) -> tuple[int, int]:
+        """Granules [first, last) that lie in a range; the last cluster ends with the disk, and so
+        does the last granule that begins on it.
+        """
+        first, last = -(-offset // self._granule), end // self._granule
         if end == self._node.size:
-            return -(-end // self._layout.cluster_size) * self._in_cluster
-        return end // self._granule
+            last = -(-end // self._granule)
+            if first < last:
+                last = -(-last // self._in_cluster) * self._in_cluster
+        return first, last
 
     def _unallocates(self, space: Space) -> bool:
         """Whether version 2 can make clusters zero: as unallocated ones, with nothing below."""
@@ -295,8 +300,6 @@ class Zeroing:
             return numbers << np.uint64(self._bits) | np.uint64(COPIED)
         own = _own(words)
         for host_offset, size in self._references(words[own]):
-            what = f"a cluster of guest offsets from {first << self._bits:#x} on"
-            self._refcounts.check_there(host_offset, size, what)
             await host.reserve(self._file, host_offset, size)
         runs = await self._reserve(int(np.count_nonzero(~own)))
         homes[~own] = _host_offsets(runs, self._bits) | np.uint64(COPIED)
@@ -360,13 +363,19 @@ class Zeroing:
 
     def _check(self, table: Table, at: int, first: int, last: int) -> None:
         """Raise `CorruptImage` if one of clusters [first, last), from index ``at``, breaks a rule
-        of its entry's form.
+        of its entry's form, or is past the end of the file.
         """
         runs = decode(table.values, at, last - first, self._layout, first << self._bits)
         for guest_offset in runs.starts[runs.kind == CORRUPT].tolist():
             row = at + (guest_offset >> self._bits) - first
             problem = explain(*self._links.entry(table, row), self._layout, guest_offset)
             raise CorruptImage(f"{self._node.name}: guest offset {guest_offset:#x}: {problem}")
+        if not table.checked:
+            words = self._layout.entry_words
+            entries = table.values[at * words : (at + last - first) * words : words]
+            for host_offset, size in self._references(entries[entries & _PLACE != 0]):
+                what = f"a cluster of guest offsets from {first << self._bits:#x} on"
+                self._refcounts.check_there(host_offset, size, what)
 
 
 def _own(words: UInt64s) -> Bools:

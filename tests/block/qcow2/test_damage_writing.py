@@ -540,3 +540,24 @@ async def test_a_table_behind_the_end_of_the_file_is_not_written(
     assert bytes_of(places.path) == before
     async with await open_image(places.path) as node:  # what is there is there
         assert node.size
+
+
+@pytest.mark.parametrize("of_a_table", [True, False], ids=["L2 table", "cluster"])
+async def test_the_end_of_a_reference_past_the_end_takes_nobodys_place(
+    places: Places, caplog: pytest.LogCaptureFixture, of_a_table: bool
+) -> None:
+    """The cluster that it names may be handed out before the reference ends."""
+    end = places.path.stat().st_size
+    end = -(-end // C) * C
+    at = places["L1 table"] + 8 if of_a_table else places.entry(TABLE_SPAN)
+    places.poke(at, end + C if of_a_table else end)
+    await is_found(places, caplog, writes(TABLE_SPAN), "is past the end of the file")
+
+
+async def test_zeroes_end_no_reference_past_the_end(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    end = -(-places.path.stat().st_size // C) * C
+    places.poke(places.entry(TABLE_SPAN), end | COPIED)
+    line = f"at {end:#x} is past the end of the file"
+    await is_found(places, caplog, lambda node: zero(node, TABLE_SPAN, C), line)
