@@ -185,12 +185,12 @@ class CopyOnWrite:
         clusters = [await self._find(number, parts[number]) for number in sorted(parts)]
         await self._find_homes(clusters)
         for group, gaps in self._groups(clusters):
-            new = [(cluster, list(cluster.parts)) for cluster, _ in gaps]
+            written = [(cluster, list(cluster.parts)) for cluster, _ in gaps]
             if gaps:
                 await together(self._fill(*gap) for gap in gaps)
             await self._write(group)
-            for cluster, parts in new:
-                cluster.parts = parts  # what was copied is in the file
+            for cluster, new in written:
+                cluster.parts = new  # what was copied is in the file
         self._link(clusters)
         errors: list[OSError | None] = [None] * pieces
         failed = [cluster for cluster in clusters if cluster.error]
