@@ -10,6 +10,7 @@ import asyncio
 import errno
 import random
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -133,14 +134,31 @@ async def test_reserved_zeroes_have_their_space(tmp_path: Path, name: str) -> No
     await sound(path)
 
 
-async def test_the_last_cluster_ends_with_the_disk(tmp_path: Path) -> None:
-    """And not with its last subcluster: all of it is made zero without writing bytes."""
-    path = create(tmp_path / "x.qcow2", MiB + 5 * KiB, "extended_l2=on")
-    qemu_io(path, "write -q -P 1 1M 5k")
+@pytest.mark.parametrize(
+    "offset, fast",
+    [(0, True), (512, False), (2 * KiB, True), (4 * KiB, True), (4 * KiB + 512, False)],
+)
+@pytest.mark.parametrize("how", [kept, given_back, reserved])
+async def test_the_last_cluster_ends_with_the_disk(
+    tmp_path: Path, how: Callable[[BlockNode, int, int], Awaitable[None]], offset: int, fast: bool
+) -> None:
+    """And not with its last subcluster, of which half is on the disk. What is a part of the cluster
+    may be reserved by writing bytes.
+    """
+    path, theirs = tmp_path / "x.qcow2", tmp_path / "theirs.qcow2"
+    start, length = MiB + offset, 5 * KiB - offset
+    for image in path, theirs:
+        create(image, MiB + 5 * KiB, "extended_l2=on")
+        qemu_io(image, "write -q -P 1 1M 5k")
     async with writable(path) as node:
-        await reserved(node, MiB, 5 * KiB)
-    (*_, (start, end, is_zero, data, _, _)) = qemu_rows(path)
-    assert (start, end, is_zero, data) == (MiB, MiB + 5 * KiB, True, False)
+        if not fast:
+            with pytest.raises(OSError, match="have to be written"):
+                await zero(node, start, length, fast=True)
+        await how(node, start, length)
+    qemu_io(theirs, f"write -q -z {start} {length}")
+    if how is not reserved or not offset:
+        assert map_of(path) == map_of(theirs)
+    assert qemu_contents(path)[MiB:] == b"\1" * offset + bytes(length)
     await sound(path)
 
 
