@@ -128,10 +128,10 @@ class Refcounts:
 
     @property
     def file_end(self) -> int:
-        """Where the file ends, or what has a refcount: who writes beyond makes the file as long,
+        """Where the file ended, or what has a refcount: who writes beyond makes the file as long,
         and what is allocated next cuts that off again.
         """
-        return max(self.end, -(-self._file.size() // self._cluster_size) << self._bits)
+        return max(self.end, -(-self._first_size // self._cluster_size) << self._bits)
 
     def check_there(self, host_offset: int, length: int, what: str) -> None:
         """Raise `CorruptImage` if ``what`` is to be written beyond `file_end`."""

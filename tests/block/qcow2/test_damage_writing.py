@@ -561,3 +561,14 @@ async def test_zeroes_end_no_reference_past_the_end(
     places.poke(places.entry(TABLE_SPAN), end | COPIED)
     line = f"at {end:#x} is past the end of the file"
     await is_found(places, caplog, lambda node: zero(node, TABLE_SPAN, C), line)
+
+
+async def test_what_was_past_the_end_stays_so_in_a_file_that_grows(places: Places) -> None:
+    """It is made longer in large steps, of which no cluster is anybody's yet."""
+    end = -(-places.path.stat().st_size // C) * C
+    places.poke(places.entry(TABLE_SPAN), end + 8 * C | COPIED)
+    async with writable(places.path) as node:
+        await write(node, 5 * C, b"new")
+        assert places.path.stat().st_size > end + 9 * C
+        with pytest.raises(OSError, match="is past the end of the file"):
+            await write(node, TABLE_SPAN, b"new")
