@@ -7,19 +7,11 @@ from typing import Any, TypeVar
 
 import click
 
-from pynbd.block.sizes import parse_size
-from pynbd.cli.numbers import in_bytes, seconds, size_in_bytes, whole_number
+from pynbd.cli.numbers import in_bytes, seconds, size_in_bytes, some_bytes, whole_number
 from pynbd.server.limits import Limits
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DEFAULTS = Limits()
-
-
-def _some_bytes(value: str | int) -> int:
-    size = parse_size(str(value))
-    if not size:
-        raise click.BadParameter(f"{value!r} is not a number of bytes, 1 or more")
-    return size
 
 
 # Field, option, its metavar and type, what it says.
@@ -36,7 +28,7 @@ _OPTIONS: Iterable[tuple[str, str, str, Callable[[Any], float], str]] = (
         "--stall-limit",
         "SECONDS",
         seconds,
-        "Time to take more replies, or to end a request that has begun; 0 is no limit.",
+        "Time to take replies that wait, or end a request that has begun; idling is free. 0: none.",
     ),
     (
         "per_address",
@@ -77,14 +69,14 @@ _OPTIONS: Iterable[tuple[str, str, str, Callable[[Any], float], str]] = (
         "received_bytes",
         "--max-received",
         "SIZE",
-        _some_bytes,
-        "Memory that requests of one connection hold while they are under way.",
+        some_bytes,
+        "Of --max-memory, what requests of one connection may hold; past it none is received.",
     ),
     (
         "queued_bytes",
         "--max-queued",
         "SIZE",
-        _some_bytes,
+        some_bytes,
         "Bytes of replies that wait for one connection before it is served no more.",
     ),
 )

@@ -34,7 +34,7 @@ _OPTIONS: Iterable[tuple[str, str, str]] = (
         "--cluster-cache",
         "Decompressed clusters of a chain that are kept, and compressed ones that wait.",
     ),
-    ("runs", "--run-cache", "What was looked up of a chain, and is kept."),
+    ("runs", "--run-cache", "Where data was found in a chain, kept to be found faster next time."),
     ("bitmaps", "--bitmap-cache", "Bits of bitmaps of a chain that are kept."),
     ("changed_tables", "--changed-tables", "Changed tables that wait for being written."),
 )

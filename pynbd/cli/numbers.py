@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import click
 
-from pynbd.block.sizes import parse_size
+from pynbd.block.sizes import is_too_large, parse_size
 
 _UNITS = {"m": 1 << 20, "k": 1 << 10}
 
@@ -62,11 +62,29 @@ def in_bytes(number: int) -> str:
     return str(number)
 
 
-def size_in_bytes(value: str | int) -> int:
-    """The type of an option: a size as QEMU's tools take it."""
-    size = parse_size(str(value))
-    if size is None:
-        raise click.BadParameter(
-            f"{value!r} is not a whole number of bytes, 0 or more; with k, M, G, T, P or E after it"
-        )
-    return size
+def _size(low: int) -> Callable[[str | int], int]:
+    """The type of an option: a size as QEMU's tools take it, ``low`` or more."""
+
+    def convert(value: str | int) -> int:
+        size = parse_size(str(value))
+        if size is None and is_too_large(str(value)):
+            raise click.BadParameter(
+                f"{value!r} is too large: less than 8E, 2^63 bytes, is allowed"
+            )
+        if size is None or size < low:
+            raise click.BadParameter(
+                f"{value!r} is not a whole number of bytes, {low} or more; with k, M, G, T, P or E"
+                " after it"
+            )
+        return size
+
+    return convert
+
+
+size_in_bytes = _size(0)
+some_bytes = _size(1)
+
+
+def counted(number: int, what: str) -> str:
+    """1 error, 2 errors."""
+    return f"{number} {what}{'s' * (number != 1)}"

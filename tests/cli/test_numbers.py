@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from pynbd.cli.numbers import in_bytes, power_of_two, size_in_bytes
+from pynbd.cli.numbers import in_bytes, power_of_two, size_in_bytes, some_bytes
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,13 @@ def test_sizes() -> None:
         wanted = f"^'{said}' is not a whole number of bytes, 0 or more"
         with pytest.raises(click.BadParameter, match=wanted):
             size_in_bytes(said)
+    assert size_in_bytes("0") == 0
+    with pytest.raises(click.BadParameter, match=r"^'0' is not a whole number of bytes, 1 or more"):
+        some_bytes("0")
+
+
+@pytest.mark.parametrize("said", ["1000E", "8E", "9223372036854775808"])
+def test_sizes_that_are_too_large(said: str) -> None:
+    with pytest.raises(click.BadParameter, match=f"^'{said}' is too large: less than 8E"):
+        size_in_bytes(said)
+    assert size_in_bytes("9223372036854775807") == (1 << 63) - 1
