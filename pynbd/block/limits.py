@@ -8,23 +8,58 @@ dropped when there is too much of it; what has to be there refuses the image.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Container
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
 
-from pynbd.errors import ImageError
+from pynbd.errors import ImageError, UsageError
+
+T = TypeVar("T")
+
+
+def check_numbers(limits: Any, at_least_one: Container[str]) -> None:
+    """Raise `UsageError` unless each field of a dataclass is a number as it is declared, 0 or more;
+    1 or more for some.
+    """
+    for field in fields(limits):
+        given, least = getattr(limits, field.name), int(field.name in at_least_one)
+        kinds, what = (
+            ((int, float), "a number") if field.type == "float" else ((int,), "a whole number")
+        )
+        if type(given) not in kinds or not least <= given < math.inf:
+            raise UsageError(
+                f"{type(limits).__name__}.{field.name}: {least} or more is expected, not {given!r}"
+                f" ({what})"
+            )
+
+
+def limits_or_usual(kind: type[T], given: T | None, name: str) -> T:
+    """What was given as the argument ``name``; the usual ``kind`` of limits if that is None. Raises
+    `UsageError` for something else.
+    """
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        found = type(given).__name__
+        raise UsageError(f"{name}: pynbd.{kind.__name__} is expected, not {found}")
+    return given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageLimits:
-    """Limits of one chain; in bytes, but for ``layers``.
+    """Limits of one chain; in bytes, but for ``layers``. Raises `UsageError`.
 
-    ``metadata``: of what has to be in memory as long as an image is open: L1 and refcount tables,
-    snapshots, bitmaps without their bits. ``bitmap_bits``: of bits that have to be: those of all
-    bitmaps that record, or of one that is read. The others are of what is kept to be found again:
-    ``tables`` (L2), ``clusters`` (decompressed, and as much of compressed ones that wait),
-    ``runs`` (what was looked up), ``bitmaps`` (bits); and ``changed_tables``: of tables that are
-    written before there are more.
+    ``layers``: 1 or more. ``metadata``: of what has to be in memory as long as an image is open: L1
+    and refcount tables, snapshots, bitmaps without their bits. ``bitmap_bits``: of bits that have
+    to be: those of all bitmaps that record, or of one that is read. With 0 an image that needs any
+    is refused.
+
+    The others are of what is kept to be found again: ``tables`` (L2), ``clusters`` (decompressed,
+    and as much of compressed ones that wait), ``runs`` (what was looked up), ``bitmaps`` (bits);
+    and ``changed_tables``: of tables that are written before there are more. With 0 each keeps one
+    thing at a time.
     """
 
     layers: int = 200
@@ -35,6 +70,9 @@ class ImageLimits:
     runs: int = 24 << 20
     bitmaps: int = 64 << 20
     changed_tables: int = 12 << 20
+
+    def __post_init__(self) -> None:
+        check_numbers(self, at_least_one=("layers",))
 
 
 class Keeper(Protocol):
@@ -112,16 +150,28 @@ class ChainMemory:
         before, most = self._metadata, self.limits.metadata
         if before + length > most:
             beside = f" beside {before} for others" if before else ""
-            raise ImageError(
-                f"{path}: its {what} would need {length} bytes of memory{beside}; {most} are"
-                " allowed (--metadata-memory)"
+            raise _needs_more(
+                f"{path}: its {what}", length, beside, most, "--metadata-memory", "metadata"
             )
         self._metadata += length
 
     def check_bits(self, length: int, what: str, path: str) -> None:
         """``what`` needs so many bytes for bits of bitmaps. Raises `ImageError`."""
-        if length > self.limits.bitmap_bits:
-            raise ImageError(
-                f"{path}: {what} would need {length} bytes of memory; {self.limits.bitmap_bits} are"
-                " allowed (--bitmap-memory)"
-            )
+        most = self.limits.bitmap_bits
+        if length > most:
+            raise _needs_more(f"{path}: {what}", length, "", most, "--bitmap-memory", "bitmap_bits")
+
+
+def _needs_more(
+    what: str, length: int, beside: str, most: int, option: str, field: str
+) -> ImageError:
+    needed = f"{length} byte{'s' * (length != 1)} of memory{beside}"
+    are = "is" if most == 1 else "are"
+    return ImageError(
+        f"{what} would need {needed}; {most} {are} allowed {raised_by(option, field)}"
+    )
+
+
+def raised_by(option: str, field: str) -> str:
+    """What allows more, for who is at a command line, and who writes Python."""
+    return f"({option} of pynbd, ImageLimits.{field} in Python)"

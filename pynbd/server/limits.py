@@ -6,9 +6,9 @@ says so (NBD_FLAG_CAN_MULTI_CONN).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from pynbd.errors import UsageError
+from pynbd.block.limits import check_numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,4 @@ class Limits:
     """Of one connection: replies that it has not taken."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            least = field.name in ("requests", "received_bytes", "queued_bytes")
-            given = getattr(self, field.name)
-            if not given >= least:
-                raise UsageError(f"{field.name}: {int(least)} or more is expected, not {given}")
+        check_numbers(self, at_least_one=("requests", "received_bytes", "queued_bytes"))

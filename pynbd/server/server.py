@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from pynbd.block.limits import limits_or_usual
 from pynbd.server.buffers import BufferPool
 from pynbd.server.connection import Connection
 from pynbd.server.export import ExportTable
@@ -59,7 +60,7 @@ class Server:
         extended: bool = True,
     ) -> None:
         self._exports = exports
-        self._limits = limits or Limits()
+        self._limits = limits_or_usual(Limits, limits, "limits")
         self._pool = BufferPool(SharedMemory(self._limits.all_bytes))
         self._sockets = sockets
         self._places = Places(max_clients, self._limits.per_address)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pynbd.block import overlay as overlays
 from pynbd.block.chain import open_image
-from pynbd.block.limits import ImageLimits
+from pynbd.block.limits import ImageLimits, limits_or_usual
 from pynbd.block.node import BlockNode
 from pynbd.errors import UsageError
 from pynbd.protocol.values import DEFAULT_PORT
@@ -96,14 +96,16 @@ async def serve(
     ``base:allocation`` is always offered; with ``depth`` also qemu:allocation-depth, and the named
     ``bitmaps``; where both are None, depth and every consistent bitmap of the active layer.
 
-    Raises `ImageError`, `PynbdError` where it cannot listen, `UsageError` for arguments that
-    exclude each other; and at the end of the block `OSError` if an image that was written could not
+    Raises `ImageError`, `PynbdError` where it cannot listen, `UsageError` for arguments that make
+    no sense; and at the end of the block `OSError` if an image that was written could not
     be finished.
     """
     if socket is not None and (host is not None or port is not None):
         raise UsageError("socket excludes host and port")
     if max_clients < 0:
         raise UsageError(f"max_clients: 0 or more is expected, not {max_clients}")
+    limits = limits_or_usual(Limits, limits, "limits")
+    limits_or_usual(ImageLimits, image_limits, "image_limits")
     unmap = _choice("discard", Discard, discard) is Discard.UNMAP
     detect = _choice("detect_zeroes", DetectZeroes, detect_zeroes)
     if detect is DetectZeroes.UNMAP and not unmap:

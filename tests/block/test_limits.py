@@ -5,9 +5,11 @@ bound of memory.
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,8 @@ from interop.hostile_images import IMAGES
 from pynbd.block.chain import open_image
 from pynbd.block.limits import Backlog, Budget, ChainMemory, ImageLimits
 from pynbd.block.qcow2.builder import Compressed, Image
-from pynbd.errors import ImageError
+from pynbd.errors import ImageError, UsageError
+from pynbd.server.limits import Limits
 
 MIB = 1 << 20
 # What a process may have in memory that has such an image open, besides what it truly needs: the
@@ -34,7 +37,8 @@ REFUSED = {
 OPEN = """
 import asyncio, sys
 from pynbd.block.chain import open_image
-from pynbd.errors import ImageError
+from pynbd.errors import ImageError, UsageError
+from pynbd.server.limits import Limits
 
 async def main(path, read_only):
     try:
@@ -75,6 +79,36 @@ def test_an_image_that_claims_very_much(tmp_path: Path, name: str, read_only: bo
     assert "Traceback" not in done.stderr
     needed = path.stat().st_blocks * 512  # what is in the file, and not only claimed
     assert int(peak) < MOST + needed, f"{int(peak) >> 20} MiB"
+
+
+@pytest.mark.parametrize("given", [-1, math.nan, None, "12m", 1.5, True])
+@pytest.mark.parametrize("field", ["layers", "runs"])
+def test_what_is_no_limit(field: str, given: Any) -> None:
+    least = int(field == "layers")
+    with pytest.raises(UsageError) as error:
+        ImageLimits(**{field: given})
+    wanted = f"{least} or more is expected, not {given!r} (a whole number)"
+    assert str(error.value) == f"ImageLimits.{field}: {wanted}"
+
+
+def test_a_chain_has_a_layer() -> None:
+    with pytest.raises(UsageError, match=r"layers: 1 or more is expected, not 0"):
+        ImageLimits(layers=0)
+
+
+@pytest.mark.parametrize("given", [Limits(), 12, {"layers": 3}], ids=repr)
+async def test_limits_of_something_else(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(UsageError, match=r"^limits: pynbd.ImageLimits is expected, not \w+$"):
+        await open_image(tmp_path / "none", limits=given)
+
+
+def test_one_byte_is_allowed() -> None:
+    memory = ChainMemory(ImageLimits(metadata=1, bitmap_bits=1))
+    memory.take(1, "L1 table", "disk")
+    with pytest.raises(ImageError, match="need 1 byte of memory beside 1 for others; 1 is allowed"):
+        memory.take(1, "L1 table", "disk")
+    with pytest.raises(ImageError, match=r"need 8 bytes of memory; 1 is allowed \(--bitmap-memory"):
+        memory.check_bits(8, "bitmap 'b'", "disk")
 
 
 def test_the_account_of_a_chain() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import resource
 import socket
@@ -11,13 +12,18 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pynbd.block.limits import ImageLimits
 from pynbd.errors import UsageError
 from pynbd.server import server as servers
 from pynbd.server import shares, stalls
+from pynbd.server.export import ExportTable
 from pynbd.server.limits import Limits
+from pynbd.server.server import Server
+from pynbd.server.serving import serve
 from tests.block.reading import eventually
 from tests.server.session import READ, WRITE, Client, WatchedEngine
 from tests.server.test_server import BYTES, SIZE, Scene, path, serving
@@ -272,5 +278,5 @@ async def test_limits_of_the_other_kind(path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=said):
         async with serve(path, **{name: other}):
             pass
-    with pytest.raises(UsageError, match="^limits: pynbd.Limits is expected, not ImageLimits$"):
+    with pytest.raises(UsageError, match=r"^limits: pynbd\.Limits is expected, not ImageLimits$"):
         Server(ExportTable([]), [], limits=ImageLimits())  # type: ignore[arg-type]
