@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +22,7 @@ from pynbd.block.confinement import Confinement
 from pynbd.block.engine import Engine, HostFile
 from pynbd.block.file import open_host_file
 from pynbd.block.image_options import JSON_PREFIX, nested, parse_json_name
-from pynbd.block.limits import ChainMemory, ImageLimits
+from pynbd.block.limits import ChainMemory, ImageLimits, limits_or_usual, raised_by
 from pynbd.block.node import BlockNode
 from pynbd.block.node_options import FileOptions, ImageOptions, image_options
 from pynbd.block.probe import PROBE_LENGTH, probe_format
@@ -73,8 +74,9 @@ async def open_image(
     Raises `ImageError`, or `UsageError` for a name that is not JSON and for arguments that exclude
     each other; nothing is open then.
     """
+    memory = ChainMemory(limits_or_usual(ImageLimits, limits, "limits"))
     if untrusted:
-        _check_untrusted(image, format, probe_backing=probe_backing)
+        check_untrusted(image, format, probe_backing=probe_backing)
     options = _options(image, cache, force_share=force_share)
     if format is not None:
         options = replace(options, driver=format)
@@ -85,7 +87,7 @@ async def open_image(
         probe_backing=probe_backing,
         whole_sectors=whole_sectors,
         confinement=Confinement() if untrusted else None,
-        memory=ChainMemory(limits or ImageLimits()),
+        memory=memory,
     )
     try:
         top = await opening.top(options, read_only=read_only, snapshot=snapshot)
@@ -104,15 +106,19 @@ async def open_image(
     return top
 
 
-def _check_untrusted(image: object, format_name: str | None, *, probe_backing: bool) -> None:
+def check_untrusted(image: object, format_name: str | None, *, probe_backing: bool = False) -> None:
     """Raise `UsageError` where something is left to the image, or its name."""
     if probe_backing:
-        raise UsageError("--untrusted excludes --probe-backing: no format is guessed")
+        raise UsageError("untrusted excludes probe-backing: no format is guessed")
     if isinstance(image, str) and image.startswith(JSON_PREFIX):
-        raise UsageError("--untrusted: the image has to be the name of a file, not json:")
+        raise UsageError(
+            "untrusted: the name of a file is expected, not json: (which a stranger may have"
+            " written; Python takes a dict)"
+        )
     if format_name is None and not isinstance(image, Mapping):
         raise UsageError(
-            f"--untrusted: the format of {image} has to be given (--format): none is guessed"
+            f"untrusted: the format of {image} has to be given (--format, or format= in Python):"
+            " none is guessed"
         )
 
 
@@ -168,7 +174,8 @@ class _Opening:
             node.backing = node = await self._backing(node, below)
             options = below
         raise ImageError(
-            f"{top.name}: its backing chain has more than {most} layers (--max-layers)"
+            f"{top.name}: its backing chain has more than {most} layer{'s' * (most != 1)}"
+            f" {raised_by('--max-layers', 'layers')}"
         )
 
     async def _backing(self, overlay: Qcow2Node, options: ImageOptions) -> BlockNode:
@@ -193,10 +200,14 @@ class _Opening:
             raise ImageError(f"image option backing.file: {node.name} names no backing file")
         path = _named_path(node.name, recorded, _BACKING_FILE)
         if driver is None and not self._probe_backing:
-            guesses = "" if self._confinement else "--probe-backing guesses, "
+            records = (  # without -b it would drop the backing file
+                f"qemu-img rebase -u -f qcow2 -F FORMAT -b {shlex.quote(recorded)}"
+                f" {shlex.quote(node.name)} records it"
+            )
+            way_out = "" if self._confinement else f" (--probe-backing guesses; {records})"
             raise ImageError(
                 f"{node.name}: the format of its backing file {recorded!r} is not recorded,"
-                f" and guessing is not safe ({guesses}qemu-img rebase -u -F FORMAT records it)"
+                f" and guessing is not safe{way_out}"
             )
         file = FileOptions(path, given.cache, given.force_share)
         return replace(given, driver=driver, file=file)
@@ -223,7 +234,7 @@ class _Opening:
                 f"{options.file_name}: no format {options.driver!r}; raw and qcow2 are there"
             )
         if options.driver is None and self._confinement:
-            raise UsageError(f"{options.file_name}: with --untrusted its format has to be given")
+            raise UsageError(f"{options.file_name}: it is untrusted: its format has to be given")
         file = self._host_file(options, writable=not read_only)
         path = file.path
         looks_like = await _probe(file)
@@ -280,7 +291,7 @@ class _Opening:
                 )
             given = FileOptions(data_path, options.cache, options.force_share)
         try:
-            return self._open(given, writable=writable)
+            return self._open(given, writable=writable, twice="no file of its own")
         except ImageError as error:
             raise type(error)(f"{error} ({_DATA_FILE} of {path})") from None
 
@@ -300,12 +311,14 @@ class _Opening:
         self.files[self.files.index(file)] = window
         return window
 
-    def _open(self, options: FileOptions, *, writable: bool = False) -> HostFile:
-        """Open a file of the chain."""
+    def _open(
+        self, options: FileOptions, *, writable: bool = False, twice: str = "a loop"
+    ) -> HostFile:
+        """Open a file of the chain; ``twice``: what is wrong with one that is there already."""
         path = options.filename
         if self._confinement:
             self._confinement.check_name(path)
-        self._refuse_loop(path)
+        self._refuse_twice(path, twice)
         file = open_host_file(
             self.engine,
             path,
@@ -321,13 +334,15 @@ class _Opening:
             raise ImageError(f"{path}: the driver {wanted}")
         return file
 
-    def _refuse_loop(self, path: str) -> None:
+    def _refuse_twice(self, path: str, twice: str) -> None:
         """Before it is opened: the lock of the file that is written is in its own way."""
         with suppress(OSError, ValueError):  # which opening it tells
             status = os.stat(path)
             for other in self.files:
                 if other.identity == (status.st_dev, status.st_ino):
-                    raise ImageError(f"{path}: it is in the chain already, as {other.path}: a loop")
+                    raise ImageError(
+                        f"{path}: it is in the chain already, as {other.path}: {twice}"
+                    )
 
 
 def _named_path(image: str, name: str, role: str) -> str:

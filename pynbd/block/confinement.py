@@ -55,7 +55,9 @@ class Confinement:
             mode = os.fstat(found).st_mode
             if not stat.S_ISREG(mode):
                 kind = next((kind for is_one, kind in _KINDS if is_one(mode)), "no file")
-                raise ImageError(f"{path}: it is {kind}; --untrusted allows regular files alone")
+                raise ImageError(
+                    f"{path}: it is {kind}; an untrusted image has regular files alone"
+                )
             link = f"/proc/self/fd/{found}"
             really = os.readlink(link)
             if not self._directory:
@@ -69,8 +71,8 @@ class Confinement:
 
     def _outside(self, path: str) -> ImageError:
         return ImageError(
-            f"{path}: it is outside of {self._directory}, the directory of the image;"
-            " --untrusted allows files in there alone"
+            f"{path}: it is outside of {self._directory}, the directory of the image; an untrusted"
+            " one has its files in there alone"
         )
 
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 
 import click
 
-from pynbd.block.chain import FORMATS
+from pynbd.block.chain import FORMATS, check_untrusted
 from pynbd.block.confinement import Confinement
 from pynbd.block.engine import Engine
 from pynbd.block.file import open_host_file
@@ -28,6 +28,7 @@ from pynbd.cli.complaints import complain
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import configure
 from pynbd.cli.looking import untrusted_option
+from pynbd.cli.numbers import counted
 from pynbd.cli.output import printable, standard_output
 from pynbd.cli.transfer import run
 from pynbd.errors import ImageError, UsageError
@@ -141,10 +142,8 @@ def check(
         raise UsageError(f"IMAGE: {image!r} is not the name of a file")
     if fix and force_share:
         raise UsageError("--repair excludes --force-share: nobody else may use the image meanwhile")
-    if untrusted and format_name is None:
-        raise UsageError(
-            f"--untrusted: the format of {image} has to be given (--format): none is guessed"
-        )
+    if untrusted:
+        check_untrusted(image, format_name)
     wanted = Fix(fix) if fix else None
     configure(verbose=False, trace=False, log_format="text")
     try:
@@ -214,22 +213,24 @@ def _text(report: Report) -> str:
     lines = []
     if report.leaks_fixed or report.corruptions_fixed:
         lines.append(
-            f"Repaired: {report.leaks_fixed} leaked clusters, {report.corruptions_fixed} errors."
+            f"Repaired: {counted(report.leaks_fixed, 'leaked cluster')},"
+            f" {counted(report.corruptions_fixed, 'error')}."
         )
     if report.clean:
         lines.append("No errors were found on the image.")
     if report.corruptions:
         lines.append(
-            f"{report.corruptions} errors were found on the image: what it holds may be damaged,"
-            " and writing to it may damage more."
+            f"{_were_found(report.corruptions, 'error')}: what it holds may be damaged, and writing"
+            " to it may damage more."
         )
     if report.leaks:
         lines.append(
-            f"{report.leaks} leaked clusters were found on the image: they take space, and do no"
-            " harm."
+            f"{_were_found(report.leaks, 'leaked cluster')}: lost space, which does no harm."
         )
     if report.check_errors:
-        lines.append(f"{report.check_errors} times the check could not look at something.")
+        lines.append(
+            f"{counted(report.check_errors, 'time')} the check could not look at something."
+        )
     if report.total_clusters and report.allocated_clusters:
         share = 100 / report.allocated_clusters
         lines.append(
@@ -240,3 +241,7 @@ def _text(report: Report) -> str:
         )
     lines.append(f"Image end offset: {report.image_end_offset}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _were_found(number: int, what: str) -> str:
+    return f"{counted(number, what)} {'was' if number == 1 else 'were'} found on the image"

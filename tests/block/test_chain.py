@@ -114,7 +114,8 @@ async def test_only_the_top_is_opened_for_writing(tmp_path: Path) -> None:
 async def test_probe_backing(tmp_path: Path) -> None:
     raw(tmp_path / "base", b"raw")
     path = overlay(tmp_path / "top", "base", None)
-    await refused(path, ImageError, "'base'", "not recorded", "--probe-backing", "qemu-img rebase")
+    rebase = f"qemu-img rebase -u -f qcow2 -F FORMAT -b base {path} "  # without -b it is dropped
+    await refused(path, ImageError, "'base'", "not recorded", "--probe-backing", rebase)
     async with opened(path, probe_backing=True) as node:
         assert await node.pread(0, 3) == b"raw"
     raw(tmp_path / "base", b"KDMV")
@@ -233,6 +234,16 @@ async def test_a_data_file_that_is_not_named(tmp_path: Path) -> None:
     Image(size=SIZE, data_file="x").write(path)
     path.write_bytes(path.read_bytes().replace(b"DATA\0\0\0\1", b"NONE\0\0\0\1"))
     await refused(path, ImageError, path, "does not name")
+
+
+async def test_a_data_file_that_is_the_image(tmp_path: Path) -> None:
+    """Which is no loop: it is not looked into."""
+    path = tmp_path / "top"
+    Image(size=SIZE, data_file="x").write(path)
+    (tmp_path / "x").unlink()
+    (tmp_path / "x").symlink_to(path)
+    said = f"in the chain already, as {path}: no file of its own (data file of {path})"
+    await refused(path, ImageError, said)
 
 
 async def test_missing_files(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_every_limit_has_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "option, said",
     [
-        (["--max-layers", "1"], ["more than 1 layers", "--max-layers"]),
+        (["--max-layers", "1"], ["more than 1 layer (", "--max-layers", "ImageLimits.layers"]),
         (["--metadata-memory", "100"], ["top: its snapshot table", "512", "100 are allowed"]),
         (["--metadata-memory", "1k"], ["top: its bitmap directory", "1024", "--metadata-memory"]),
         (["--metadata-memory", "15", "-B", "base"], ["base: its L1 table", "16", "15 are"]),
