@@ -113,7 +113,10 @@ class Refcounts:
         named = np.flatnonzero(refcounts._block_offsets())
         most = min(_BLOCKS_AT_OPEN, _BYTES_AT_OPEN // header.cluster_size)
         for index in named[-most:][::-1].tolist():
-            block = await refcounts._load(index)
+            try:
+                block = await refcounts._load(index)
+            except CorruptImage as error:
+                raise CorruptImage(f"{error} (pynbd check tells more; -r reads it)") from None
             used = np.flatnonzero(block.values)
             refcounts._end = index * refcounts._in_block
             if len(used):

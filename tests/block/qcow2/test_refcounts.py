@@ -17,6 +17,7 @@ from pynbd.block.chain import open_image
 from pynbd.block.qcow2 import refcounts
 from pynbd.block.qcow2.builder import Compressed, Data, Image, InternalSnapshot, poke
 from pynbd.block.qcow2.format import COPIED
+from pynbd.errors import CorruptImage
 from tests.block.devices import loop_device
 from tests.block.qcow2.images import compressed
 from tests.block.qcow2.writing import (
@@ -286,8 +287,9 @@ async def test_a_block_that_is_not_at_a_cluster(tmp_path: Path) -> None:
     path = tmp_path / "x.qcow2"
     header = Image(size=MiB).write(path).header
     poke(path, header.refcount_table_offset, (0x20200).to_bytes(8, "big"))
-    with pytest.raises(Exception, match="refcount block 0 is at 0x20200"):
+    with pytest.raises(CorruptImage, match="refcount block 0 is at 0x20200") as error:
         await open_image(path, read_only=False)
+    assert str(error.value).endswith("(pynbd check tells more; -r reads it)")
 
 
 async def test_two_blocks_in_one_place(tmp_path: Path) -> None:
