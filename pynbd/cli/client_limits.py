@@ -28,7 +28,10 @@ _OPTIONS: Iterable[tuple[str, str, str, Callable[[Any], float], str]] = (
         "--stall-limit",
         "SECONDS",
         seconds,
-        "Time to take replies that wait, or end a request that has begun; idling is free. 0: none.",
+        (
+            "Time to take replies that wait, or to end a request that has begun; to idle between"
+            " requests there is any. 0 is no limit."
+        ),
     ),
     (
         "per_address",

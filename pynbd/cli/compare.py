@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from pynbd.block.chain import FORMATS
+from pynbd.block.limits import ImageLimits
 from pynbd.cli.complaints import complain, said_of
 from pynbd.cli.completion import file_names
 from pynbd.cli.logs import told
@@ -41,6 +42,7 @@ class CompareOptions:
     probe_backing: bool
     force_share: bool
     untrusted: bool
+    limits: ImageLimits | None
     strict: bool
     every: bool
     as_json: bool
@@ -105,7 +107,10 @@ def compare(**options: Any) -> int:  # the options are CompareOptions, name by n
         check_no_image_options({"b_format": wanted.b_format})
     if is_uri(wanted.a) and is_uri(wanted.b):
         check_no_image_options(
-            {name: getattr(wanted, name) for name in ("probe_backing", "force_share", "untrusted")}
+            {
+                name: getattr(wanted, name)
+                for name in ("probe_backing", "force_share", "untrusted", "limits")
+            }
         )
     try:
         return run(_compare(wanted))
@@ -152,6 +157,7 @@ def _reading(
         probe_backing=wanted.probe_backing,
         force_share=wanted.force_share,
         untrusted=wanted.untrusted,
+        limits=wanted.limits,
         connections=wanted.connections,
     )
 

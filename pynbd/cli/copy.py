@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pynbd.block.chain import FORMATS
+from pynbd.block.limits import ImageLimits
 from pynbd.cli.completion import file_names
 from pynbd.cli.creation_options import backing_options, options_option, with_named_options
 from pynbd.cli.logs import told
@@ -36,6 +37,7 @@ class CopyOptions:
     probe_backing: bool
     force_share: bool
     untrusted: bool
+    limits: ImageLimits | None
     snapshot: str | None
     target_format: str | None
     no_create: bool
@@ -144,7 +146,14 @@ def _check(wanted: CopyOptions) -> None:
         check_no_image_options(
             {
                 name: getattr(wanted, name)
-                for name in ("format", "probe_backing", "force_share", "untrusted", "snapshot")
+                for name in (
+                    "format",
+                    "probe_backing",
+                    "force_share",
+                    "untrusted",
+                    "limits",
+                    "snapshot",
+                )
             }
         )
     if is_uri(wanted.target):
@@ -199,6 +208,7 @@ async def _copy(wanted: CopyOptions) -> None:
         force_share=wanted.force_share,
         probe_backing=wanted.probe_backing,
         untrusted=wanted.untrusted,
+        limits=wanted.limits,
         bitmap=wanted.bitmap,
         connections=wanted.connections,
     )

@@ -1,10 +1,11 @@
-"""The options of `pynbd serve` that limit what an image may take; each is a field of
-`ImageLimits`.
+"""The options that limit what an image may take; each is a field of `ImageLimits`. `pynbd serve`
+has all, what looks at an image those that refuse it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
@@ -16,7 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _DEFAULTS = ImageLimits()
 
 # Field, option, what it says. All but the first are bytes.
-_OPTIONS: Iterable[tuple[str, str, str]] = (
+_Row = tuple[str, str, str]
+_OPTIONS: Sequence[_Row] = (
     ("layers", "--max-layers", "Images in one chain; with more it is refused."),
     (
         "metadata",
@@ -40,9 +42,44 @@ _OPTIONS: Iterable[tuple[str, str, str]] = (
 )
 
 
+# Those that refuse an image.
+_REFUSING = _OPTIONS[:3]
+
+
 def image_limit_options(command: F) -> F:
     """The options; their values come as the keyword arguments that `image_limits_of` takes away."""
-    for field, option, text in reversed(list(_OPTIONS)):
+    return _with_options(command, _OPTIONS)
+
+
+def image_limits_of(options: dict[str, Any]) -> ImageLimits:
+    """The limits in ``options``, which has the rest left."""
+    return _taken(options, _OPTIONS)
+
+
+def refusing_limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Those options that refuse an image, for who looks at one and is gone. Their values come as
+    ``limits``, an `ImageLimits`, None if they are the usual ones.
+    """
+
+    @wraps(command)
+    def limited(*args: Any, **options: Any) -> Any:
+        limits = _taken(options, _REFUSING)
+        return command(*args, limits=None if limits == _DEFAULTS else limits, **options)
+
+    return _with_options(limited, _REFUSING)
+
+
+def option_of(limits: ImageLimits) -> str:
+    """The first of the options that has made these limits other than the usual ones."""
+    return next(
+        option
+        for field, option, _ in _OPTIONS
+        if getattr(limits, field) != getattr(_DEFAULTS, field)
+    )
+
+
+def _with_options(command: F, rows: Sequence[_Row]) -> F:
+    for field, option, text in reversed(rows):
         default = getattr(_DEFAULTS, field)
         number = field == "layers"
         command = click.option(
@@ -57,6 +94,5 @@ def image_limit_options(command: F) -> F:
     return command
 
 
-def image_limits_of(options: dict[str, Any]) -> ImageLimits:
-    """The limits in ``options``, which has the rest left."""
-    return ImageLimits(**{field: options.pop(field) for field, *_ in _OPTIONS})
+def _taken(options: dict[str, Any], rows: Sequence[_Row]) -> ImageLimits:
+    return ImageLimits(**{field: options.pop(field) for field, *_ in rows})

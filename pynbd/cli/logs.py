@@ -31,7 +31,10 @@ TRACE = logging.getLogger("pynbd.trace")
 def log_options(command: _Decorated) -> _Decorated:
     """Give a command the options ``verbose``, ``trace`` and ``log_format``, for `configure`."""
     verbose = click.option(
-        "-v", "--verbose", is_flag=True, help="Tell of clients that come and go."
+        "-v",
+        "--verbose",
+        is_flag=True,
+        help="Tell of clients that come and go, and of those that are cut off, and why.",
     )
     return verbose(_trace_options(command))
 

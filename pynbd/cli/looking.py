@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 import click
 
 from pynbd.block.chain import FORMATS, open_image
+from pynbd.block.limits import ImageLimits
 from pynbd.block.node import BlockNode
+from pynbd.cli.image_limits import option_of, refusing_limit_options
 from pynbd.errors import UsageError
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -23,8 +25,11 @@ untrusted_option = click.option(
 
 
 def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of how an image is opened, in all commands the same."""
+    """The options of how an image is opened, in all commands the same; ``limits`` is one of what
+    they become.
+    """
     for option in (
+        refusing_limit_options,
         untrusted_option,
         click.option(
             "--probe-backing",
@@ -69,7 +74,7 @@ async def open_disk(disk: str, **options: Any) -> BlockNode:
 async def open_alone(disk: str, **options: Any) -> BlockNode:
     """The qcow2 image of a file, without those below it. `ImageError` if it is none."""
     alone = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": disk}}
-    chosen = {name: options[name] for name in ("force_share", "format", "untrusted")}
+    chosen = {name: options[name] for name in ("force_share", "format", "untrusted", "limits")}
     return await open_image(alone, **chosen)
 
 
@@ -77,5 +82,8 @@ def check_no_image_options(options: Mapping[str, object]) -> None:
     """Raise `UsageError` if any of `image_options` was given for a URI."""
     for name, value in options.items():
         if value:
-            option = "--load-snapshot" if name == "snapshot" else "--" + name.replace("_", "-")
+            if isinstance(value, ImageLimits):
+                option = option_of(value)
+            else:
+                option = "--load-snapshot" if name == "snapshot" else "--" + name.replace("_", "-")
             raise UsageError(f"{option} is for images: how an export is opened is the server's")

@@ -88,7 +88,7 @@ Examples:
   pynbd serve disk.qcow2
   pynbd serve -k /run/disk.sock -x disk disk.qcow2
   pynbd serve -r -B backup-1 disk.qcow2
-  pynbd serve --untrusted -f qcow2 -k /run/disk.sock upload.qcow2
+  pynbd serve --untrusted -f qcow2 -r -k /run/disk.sock upload.qcow2
   pynbd serve --python heat.py:Heat
   nbdinfo -- [ pynbd serve disk.qcow2 ]
 """,

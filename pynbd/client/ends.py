@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from pynbd.block.chain import open_image
+from pynbd.block.limits import ImageLimits
 from pynbd.block.node import BlockNode
 from pynbd.client.disk import Disk, Target
 from pynbd.client.file_target import CONNECTIONS, Writing, check_size, file_target
@@ -36,6 +37,7 @@ class Reading:
     force_share: bool = False
     probe_backing: bool = False
     untrusted: bool = False
+    limits: ImageLimits | None = None
     bitmap: str | None = None
     connections: int = CONNECTIONS
 
@@ -56,6 +58,7 @@ async def open_disk(name: str, how: Reading) -> AsyncIterator[Disk]:
             force_share=how.force_share,
             probe_backing=how.probe_backing,
             untrusted=how.untrusted,
+            limits=how.limits,
         )
     async with node:
         yield Disk(node)

@@ -68,6 +68,39 @@ def test_an_image_that_needs_more(
         assert part in line
 
 
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (["--max-layers", "1"], "more than 1 layer ("),
+        (["--metadata-memory", "100"], "100 are allowed ("),
+        (["--bitmap-memory", "100"], "bitmap 'one' would need 256 bytes"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", ["info IMAGE", "map IMAGE", "copy IMAGE copy.raw", "compare IMAGE IMAGE"]
+)
+def test_who_only_looks(
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    option: list[str],
+    said: str,
+) -> None:
+    """What names the option takes it; for an export it has no meaning."""
+    monkeypatch.chdir(image.parent)
+    line = command.replace("IMAGE", str(image)).split()
+    status, _, err = pynbd_here(monkeypatch, capsys, *line, *option)
+    (refused,) = err.splitlines()
+    assert status
+    assert said in refused
+    assert f"({option[0]} of pynbd, ImageLimits." in refused
+    line = command.replace("IMAGE", "nbd://localhost").split()
+    status, _, err = pynbd_here(monkeypatch, capsys, *line, *option)
+    assert status == 2
+    assert err.startswith(f"pynbd: {option[0]} is for images: ")
+
+
 async def test_the_library(image: Path) -> None:
     with pytest.raises(library.ImageError, match="--max-layers"):
         async with library.serve(image, image_limits=library.ImageLimits(layers=1)):
