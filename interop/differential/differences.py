@@ -286,7 +286,9 @@ STATES = [
             facts.writable
             and place.zeroes
             and place.context == ALLOCATION
-            and place.states in ({DATA, KNOWN_ZEROES}, {KNOWN_ZEROES, HOLE})
+            and place.states == {DATA, KNOWN_ZEROES}
+            and place.history.zeroed is None
+            and (facts.version_2 or place.history.discarded is None)
         ),
     ),
 ]
