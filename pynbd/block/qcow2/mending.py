@@ -48,9 +48,9 @@ class Mending:
         self._file = file
         self._header = header
         self._references = references
-        tables = np.concatenate([np.zeros(0, np.uint64), *references.tables])
         # Of each L2 table, how often it is named.
-        self._tables, self._named = np.unique(tables, return_counts=True)
+        tables, self._named = references.tables.distinct()
+        self._tables = tables.view(np.uint64)
         self._changed = False
 
     async def entries(self) -> bool:

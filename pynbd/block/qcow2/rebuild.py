@@ -170,7 +170,7 @@ class TrueRefcounts:
             used = references.counts[:start] != 0
             used |= self._recorded.counts[:start] != 0
             start = int(np.flatnonzero(used)[-1]) + 1
-        named = np.concatenate([np.zeros(0, np.int64), *references.beyond])
+        named, _ = references.beyond.distinct()
         wanted, total = self._wanted(), 0
         while True:
             # Not where an entry points to that has lost its cluster.

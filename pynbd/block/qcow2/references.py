@@ -43,8 +43,40 @@ UInt32s = npt.NDArray[np.uint32]
 _REFCOUNT_TABLE = "the refcount table"
 _WIDEST = (1 << 32) - 1  # no cluster has more references
 
+# So many numbers are collected before those that are the same are told.
+_NEW_NUMBERS = 1 << 19
+
 # So many L2 entries are looked at in the loop's own time, more of them in the pool.
 _ENTRIES_IN_THE_LOOP = 1 << 14
+
+
+class Named:
+    """Numbers that entries name, and how often: each is in memory once, as tables may name the same
+    ones, or be the same.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = np.zeros(0, np.int64)
+        self._times = np.zeros(0, np.int64)
+        self._new: list[Int64s] = []
+        self._room = _NEW_NUMBERS
+
+    def add(self, numbers: Int64s) -> None:
+        self._new.append(numbers)
+        self._room -= len(numbers) + 1
+        if self._room < 0:
+            self.distinct()
+
+    def distinct(self) -> tuple[Int64s, Int64s]:
+        """The numbers in ascending order, and how often each was named."""
+        every = np.concatenate((self._numbers, *self._new))
+        added = np.ones(len(every) - len(self._numbers), np.int64)
+        times = np.concatenate((self._times, added))
+        self._numbers, places = np.unique(every, return_inverse=True)
+        self._times = np.zeros(len(self._numbers), np.int64)
+        np.add.at(self._times, places, times)
+        self._new, self._room = [], _NEW_NUMBERS + len(self._numbers)
+        return self._numbers, self._times
 
 
 class References:
@@ -79,8 +111,8 @@ class References:
         self.counts = np.zeros(self.clusters + 1, np.uint32)
         self.most = (1 << header.refcount_bits) - 1
         self.layers: list[tuple[int, int]] = []
-        self.tables: list[UInt64s] = []
-        self.beyond: list[Int64s] = []
+        self.tables = Named()
+        self.beyond = Named()
         self.hidden = False
         self.cut_off = False
         self.copied_wrong = 0
@@ -165,7 +197,8 @@ class References:
                 len(beyond), (self._tell_beyond(what, offset) for offset in beyond.tolist())
             )
             self.hidden = True
-            self.beyond += [beyond >> bits, (beyond >> bits) + 1]
+            self.beyond.add(beyond >> bits)
+            self.beyond.add((beyond >> bits) + 1)
             offsets = offsets[inside]
             lengths = lengths if isinstance(lengths, int) else lengths[inside]
         if not len(offsets):
@@ -191,7 +224,7 @@ class References:
             named = named if self._as_qemu else names
         l1 = table[named]
         places = l1 & np.uint64(L1E_OFFSET_MASK)
-        self.tables.append(places)
+        self.tables.add(places.view(np.int64))
 
         def told(broken: Bools, rule: str) -> None:
             rows = np.flatnonzero(broken)

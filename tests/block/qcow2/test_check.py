@@ -7,9 +7,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytest_asyncio
 
@@ -28,6 +30,7 @@ from pynbd.block.qcow2.builder import (
 from pynbd.block.qcow2.check import check
 from pynbd.block.qcow2.format import COPIED
 from pynbd.block.qcow2.image import read_header
+from pynbd.block.qcow2.references import Named
 from pynbd.block.qcow2.report import MAX_FINDINGS, Report
 from pynbd.errors import CorruptImage, ImageError
 from tests.block.qcow2.writing import report_on, writable
@@ -176,3 +179,18 @@ async def test_a_snapshot_whose_l1_table_no_file_can_hold(tmp_path: Path, offset
     assert any(f"{offset:#x} is past the end of the file" in line for line in report.findings)
     async with writable(path) as node:
         assert await node.pread(0, CLUSTER) == bytes(CLUSTER)
+
+
+def test_what_is_named_again_and_again() -> None:
+    """All entries of many tables may name the same clusters: they take memory once."""
+    named, numbers = Named(), np.arange(1 << 18)
+    tracemalloc.start()
+    try:
+        for number in range(64):
+            named.add(numbers.copy() if number else numbers[:5])
+        every, times = named.distinct()
+        assert tracemalloc.get_traced_memory()[1] < 96 << 20  # of 128 MiB that were named
+    finally:
+        tracemalloc.stop()
+    assert (every == numbers).all()
+    assert times[:6].tolist() == [64, 64, 64, 64, 64, 63]
