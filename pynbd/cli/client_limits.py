@@ -29,8 +29,8 @@ _OPTIONS: Iterable[tuple[str, str, str, Callable[[Any], float], str]] = (
         "SECONDS",
         seconds,
         (
-            "Time to take replies that wait, or to end a request that has begun; to idle between"
-            " requests there is any. 0 is no limit."
+            "Time to take replies that wait, or to end a request that has begun; between requests a"
+            " client may idle. 0 is no limit."
         ),
     ),
     (
