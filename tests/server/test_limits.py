@@ -202,6 +202,31 @@ async def test_memory_of_all_connections(
         assert memory._counted == memory._unproved == 0
 
 
+@pytest.mark.parametrize("what", ["replies", "payloads"])
+async def test_a_first_request_that_is_long(
+    path: Path, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It comes when others hold all that there is for strangers, and more of them wait: they have
+    to go one after the other, and it is served.
+    """
+    monkeypatch.setattr(shares, "SHORT", SIZE // 16)
+    monkeypatch.setattr(stalls, "LIMIT_WHEN_SHORT", 0.2)
+    async with serving(path, engine, limits=Limits(all_bytes=M)) as scene:
+        assert scene.node.file is not None
+        scene.node.file._cachestat = False  # nothing is lent
+        crowd = [await scene.client() for _ in range(8)]
+        for client in crowd:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            if what == "replies":
+                await client.send(*(client.request(READ, 0, M) for _ in range(16)))
+            else:
+                await client.send(client.request(WRITE, 0, payload=BYTES)[:1000])
+        await eventually(lambda: scene.server._pool.memory.awaited)
+        polite = await scene.client()
+        assert (await asyncio.wait_for(polite.ask(READ, 0, SIZE), 20)).data(0, SIZE) == BYTES
+        assert not (await asyncio.wait_for(polite.ask(WRITE, 0, payload=BYTES), 20)).error
+
+
 async def test_who_is_slow_and_in_the_way(
     path: Path, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
