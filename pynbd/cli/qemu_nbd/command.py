@@ -223,7 +223,9 @@ Examples:
 @click.option("--tls-creds", metavar="ID", help="TLS: not yet.")
 @click.option("--tls-hostname", metavar="NAME", help="TLS: not yet.")
 @click.option("--tls-authz", metavar="ID", help="TLS: not yet.")
-@click.option("-v", "--verbose", is_flag=True, help="Tell of clients that come and go, and of those cut off.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Tell of clients that come and go, and of those cut off."
+)
 @click.option(
     "-T",
     "--trace",
