@@ -116,7 +116,8 @@ class Writing(Reading):
         """The outcome, and what was said. An exception is a defect."""
         path, allowed = self.placed(case)
         before = self.seen(path)
-        qemu = qemu and case.structure != "names"  # it repeats them, whatever is in them
+        # It repeats names, whatever is in them, and waits for a FIFO or a loop of images.
+        qemu = qemu and case.structure not in ("names", "chain")
         checked = _checked_by_qemu(path) if qemu else None
         files = state(self._folder)
         model = Model(before.guest) if before.guest else None
