@@ -69,7 +69,8 @@ async def open_image(
     ``cache``: how its files are cached, unless the options of a node say it. ``untrusted``: the
     image is from a stranger. Its files are regular ones in its directory, or it is refused; its
     format has to be given, by ``format`` or the options of the node, and those of backing files
-    have to be recorded. ``limits``: of its memory, if not the usual ones.
+    have to be recorded; and it is not written if a check finds damage. ``limits``: of its memory,
+    if not the usual ones.
 
     Raises `ImageError`, or `UsageError` for a name that is not JSON and for arguments that exclude
     each other; nothing is open then.
@@ -275,6 +276,7 @@ class _Opening:
             data_file=data_file,
             snapshot=snapshot,
             writable=not read_only,
+            untrusted=self._confinement is not None,
         )
 
     def _data_file(

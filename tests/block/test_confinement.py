@@ -16,7 +16,7 @@ import pytest
 
 from pynbd.block.chain import open_image
 from pynbd.block.overlay import open_with_overlay
-from pynbd.block.qcow2.builder import Data, Image
+from pynbd.block.qcow2.builder import Data, Image, Written, poke
 from pynbd.errors import ImageError, PynbdError, UnsupportedFeature, UsageError
 
 SIZE = 1 << 20
@@ -144,6 +144,31 @@ async def test_it_is_written(folder: Path) -> None:
     assert await node.pwrite_batch([(0, b"gone")]) == [None]
     await node.close()
     assert await content(path) == b"newe"
+
+
+def _uncounted(path: Path, written: Written) -> None:
+    """The refcount of the last cluster is 0."""
+    block = int.from_bytes(path.read_bytes()[written.header.refcount_table_offset :][:8], "big")
+    poke(path, block + 2 * (path.stat().st_size // 65536 - 1), b"\0\0")
+
+
+def _cut_short(path: Path, written: Written) -> None:
+    os.truncate(path, path.stat().st_size - 65536)
+
+
+@pytest.mark.parametrize("damage", [_uncounted, _cut_short])
+async def test_what_is_damaged_is_not_written(
+    folder: Path, damage: Callable[[Path, Written], None]
+) -> None:
+    """Nobody who writes would see it; a check does."""
+    path = folder / "top"
+    damage(path, Image(size=SIZE, clusters={0: Data(b"a"), 65536: Data(b"b" * 65536)}).write(path))
+    before = path.read_bytes()
+    await refused(path, path, "untrusted", "-r reads it", read_only=False)
+    assert path.read_bytes() == before
+    assert await content(path, 1) == b"a"
+    async with await open_image(path, format="qcow2", read_only=False):
+        pass  # who trusts it may
 
 
 # What is refused

@@ -22,7 +22,7 @@ from pynbd.block.extent import DATA, Runs
 from pynbd.block.limits import ChainMemory
 from pynbd.block.node import BlockNode
 from pynbd.block.pins import Pins
-from pynbd.block.qcow2 import bitmaps, repair, snapshots, writer, zeroing
+from pynbd.block.qcow2 import bitmaps, check, repair, snapshots, writer, zeroing
 from pynbd.block.qcow2 import header as headers
 from pynbd.block.qcow2.bitmaps import PersistentBitmaps
 from pynbd.block.qcow2.cache import SharedReads, read_table
@@ -106,16 +106,20 @@ class Qcow2Node(BlockNode):
         data_file: HostFile | None = None,
         snapshot: str | None = None,
         writable: bool = False,
+        untrusted: bool = False,
     ) -> Qcow2Node:
         """Open the image in ``file`` that begins with ``header``, with the data file it names.
 
         ``snapshot``: an internal snapshot to be served in place of the active layer, named as
         `snapshots.find` takes it. ``writable``: for writing, in files that are open for that; an
-        image that is marked dirty is repaired first. ``memory`` is that of its chain. Raises
-        `ImageError`, and leaves the files to the caller then.
+        image that is marked dirty is repaired first, and an ``untrusted`` one is checked.
+        ``memory`` is that of its chain. Raises `ImageError`, and leaves the files to the caller
+        then.
         """
         if writable:
             header = await _ready_to_be_written(file, header, snapshot)
+            if untrusted:
+                await _refuse_corruption(file, header)
         elif Incompatible.CORRUPT in header.incompatible:
             log.warning("%s: the image is marked corrupt; it is only read", file.path)
         table, entries, size = header.l1_table_offset, header.l1_size, header.virtual_size
@@ -285,6 +289,18 @@ async def _ready_to_be_written(file: HostFile, header: Header, snapshot: str | N
             )
         header = await read_header(file)
     return header
+
+
+async def _refuse_corruption(file: HostFile, header: Header) -> None:
+    """Raise `CorruptImage` if a check finds any. Who writes sees only the damage that he meets: a
+    cluster that is in use and not counted he takes for free.
+    """
+    report = await check.check(file, header)
+    if report.corruptions or report.check_errors:
+        raise CorruptImage(
+            f"{file.path}: it is damaged, and not to be written as it is untrusted (pynbd check"
+            " tells more; -r reads it)"
+        )
 
 
 def _tell_missing_tables(file: HostFile, header: Header, l1_offset: int, l1: UInt64s) -> None:
