@@ -6,6 +6,8 @@ A failure says the name of the image; ``python -m interop.damage --part writing 
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from interop import peers
@@ -13,7 +15,7 @@ from interop.damage import generator, writing, writing_repairs
 from interop.damage.workers import DEFECT, MakeJudge, judged
 from interop.damage.writing_qemu import written
 
-WRITTEN, REPAIRED, SEED = 100, 60, 6
+WRITTEN, UNTRUSTED, REPAIRED, SEED = 80, 50, 60, 6
 # References that no refcount counts: their clusters are handed out again, in QEMU as here.
 UNCOUNTED = ["refcounts of 8 bits/refcounts of 8 bits/data/0", "narrow/refcounts of 1 bits/data/0"]
 
@@ -22,9 +24,10 @@ UNCOUNTED = ["refcounts of 8 bits/refcounts of 8 bits/data/0", "narrow/refcounts
     "make_judge, count, outcomes",
     [
         (writing.make_judge, WRITTEN, {"refused", "found", "served"}),
+        (partial(writing.make_judge, untrusted=True), UNTRUSTED, {"refused", "served"}),
         (writing_repairs.make_judge, REPAIRED, {"clean", "left", "not checked"}),
     ],
-    ids=["writing", "repairs"],
+    ids=["writing", "writing untrusted", "repairs"],
 )
 def test_it_is_not_damaged_further(make_judge: MakeJudge, count: int, outcomes: set[str]) -> None:
     results = list(judged(generator.spread(generator.every(), count, SEED), 1, make_judge))

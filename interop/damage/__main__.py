@@ -16,7 +16,7 @@ from interop.damage.generator import Case
 from interop.damage.workers import DEFECT, MakeJudge, Result, judged, table
 from interop.damage.writing import Outcome
 
-PARTS = ("reading", "qemu", "writing", "repairs", "writing qemu")
+PARTS = ("reading", "qemu", "writing", "writing untrusted", "repairs", "writing qemu")
 
 
 def all_judged(cases: Sequence[Case], processes: int, make_judge: MakeJudge) -> bool:
@@ -78,6 +78,8 @@ def main(part: str, seed: int, count: int, only: str, processes: int, commands_e
         case "writing":
             judge = partial(writing.make_judge, qemu_every=commands_every)
             well = all_judged(cases, processes, judge)
+        case "writing untrusted":
+            well = all_judged(cases, processes, partial(writing.make_judge, untrusted=True))
         case "repairs":
             well = all_judged(cases, processes, writing_repairs.make_judge)
         case _:
