@@ -41,7 +41,9 @@ faults: .venv/tested peers ## Let every system call fail in every way, one after
 	@$(BIN)/python -m interop.faults $(ARGS)
 
 damage: .venv/tested peers ## Open thousands of damaged images, for reading and for writing
-	@$(BIN)/python -m interop.damage $(ARGS)
+	@$(BIN)/python -m interop.damage --count 5000 $(ARGS)
+	@$(BIN)/python -m interop.damage --part writing --count 5000 $(ARGS)
+	@$(BIN)/python -m interop.damage --part 'writing untrusted' --count 5000 $(ARGS)
 
 peers: .venv/tested ## Find the peers of the interop tests, or build their tree in ~/.cache/pynbd
 	@$(BIN)/python -m interop.peers --host || interop/rootfs.sh
