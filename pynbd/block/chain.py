@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -201,11 +200,9 @@ class _Opening:
             raise ImageError(f"image option backing.file: {node.name} names no backing file")
         path = _named_path(node.name, recorded, _BACKING_FILE)
         if driver is None and not self._probe_backing:
-            records = (  # without -b it would drop the backing file
-                f"qemu-img rebase -u -f qcow2 -F FORMAT -b {shlex.quote(recorded)}"
-                f" {shlex.quote(node.name)} records it"
-            )
-            way_out = "" if self._confinement else f" (--probe-backing guesses; {records})"
+            # Without -b it would drop the backing file.
+            guess = " (--probe-backing guesses; qemu-img rebase -u -F FORMAT -b FILE records it)"
+            way_out = "" if self._confinement else guess
             raise ImageError(
                 f"{node.name}: the format of its backing file {recorded!r} is not recorded,"
                 f" and guessing is not safe{way_out}"

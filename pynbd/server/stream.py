@@ -221,8 +221,11 @@ class PlainStream:
             self._sent += sent
             if sent == len(view):
                 return
+        self._send_copy(view[sent:])
+
+    def _send_copy(self, view: memoryview) -> None:
         try:
-            rest = bytes(view[sent:])
+            rest = bytes(view)
         except MemoryError:
             self._no_memory()
         else:

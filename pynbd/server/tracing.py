@@ -65,7 +65,7 @@ class TracedStream(PlainStream):
         return received
 
     def send_view(self, view: memoryview) -> None:
-        self.send((bytes(view),))
+        self._send_copy(view)
 
     def _send_buffers(self) -> None:
         pieces = list(islice(self._queue, IOV_MAX))
