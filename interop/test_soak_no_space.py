@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import resource
-import socket
-import struct
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 
 from interop import peers
 from interop.conftest import serving
+from interop.faults.process import served_by
 from interop.soak import verdict
 from interop.soak.matrix import Image, build, row
 from interop.soak.mix import Mix
@@ -90,11 +89,3 @@ def fill(image: Image, under: Sequence[str], make_room: Callable[[str], None] | 
 async def run(mix: Mix, uri: str, seed: str) -> None:
     await mix.run(uri, REQUESTS, seed)
     await mix.read_all(uri)
-
-
-def served_by(uri: str) -> int:
-    """The process that listens there: unix(7), SO_PEERCRED."""
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(uri.partition("socket=")[2])
-        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int(struct.unpack("3i", credentials)[0])

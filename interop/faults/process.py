@@ -55,8 +55,12 @@ def served(
 ) -> Iterator[Served]:
     """As `serving`: in the end it has to leave with status 0, and to have said ``says``."""
     with serving(image, *args, says=says, under=under) as uri:
-        path = uri.partition("socket=")[2]
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(path)
-            asked = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)  # unix(7)
-        yield Served(path, struct.unpack("3i", asked)[0])
+        yield Served(uri.partition("socket=")[2], served_by(uri))
+
+
+def served_by(uri: str) -> int:
+    """The process that listens there: unix(7), SO_PEERCRED."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(uri.partition("socket=")[2])
+        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int(struct.unpack("3i", credentials)[0])
