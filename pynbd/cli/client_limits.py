@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import click
-
-from pynbd.cli.numbers import in_bytes, seconds, size_in_bytes, some_bytes, whole_number
+from pynbd.cli.limit_options import LimitOption, with_limits
+from pynbd.cli.numbers import seconds, size_in_bytes, some_bytes, whole_number
 from pynbd.server.limits import Limits
 
 F = TypeVar("F", bound=Callable[..., Any])
-_DEFAULTS = Limits()
 
-
-# Field, option, its metavar and type, what it says.
-_OPTIONS: Iterable[tuple[str, str, str, Callable[[Any], float], str]] = (
+_OPTIONS: Sequence[LimitOption] = (
     (
         "handshake_seconds",
         "--handshake-limit",
@@ -87,18 +83,7 @@ _OPTIONS: Iterable[tuple[str, str, str, Callable[[Any], float], str]] = (
 
 def limit_options(command: F) -> F:
     """The options; their values come as the keyword arguments that `limits_of` takes away."""
-    for field, option, metavar, kind, text in reversed(list(_OPTIONS)):
-        default = getattr(_DEFAULTS, field)
-        command = click.option(
-            option,
-            field,
-            metavar=metavar,
-            type=kind,
-            default=in_bytes(default) if metavar == "SIZE" else default,
-            show_default=True,
-            help=text,
-        )(command)
-    return command
+    return with_limits(command, _OPTIONS, Limits())
 
 
 def limits_of(options: dict[str, Any]) -> Limits:

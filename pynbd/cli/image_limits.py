@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
-import click
-
 from pynbd.block.limits import ImageLimits
-from pynbd.cli.numbers import in_bytes, size_in_bytes, whole_number
+from pynbd.cli.limit_options import LimitOption, with_limits
+from pynbd.cli.numbers import size_in_bytes, whole_number
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DEFAULTS = ImageLimits()
@@ -48,7 +47,7 @@ _REFUSING = _OPTIONS[:3]
 
 def image_limit_options(command: F) -> F:
     """The options; their values come as the keyword arguments that `image_limits_of` takes away."""
-    return _with_options(command, _OPTIONS)
+    return with_limits(command, _rows(_OPTIONS), _DEFAULTS)
 
 
 def image_limits_of(options: dict[str, Any]) -> ImageLimits:
@@ -66,7 +65,7 @@ def refusing_limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
         limits = _taken(options, _REFUSING)
         return command(*args, limits=None if limits == _DEFAULTS else limits, **options)
 
-    return _with_options(limited, _REFUSING)
+    return with_limits(limited, _rows(_REFUSING), _DEFAULTS)
 
 
 def option_of(limits: ImageLimits) -> str:
@@ -78,20 +77,13 @@ def option_of(limits: ImageLimits) -> str:
     )
 
 
-def _with_options(command: F, rows: Sequence[_Row]) -> F:
-    for field, option, text in reversed(rows):
-        default = getattr(_DEFAULTS, field)
-        number = field == "layers"
-        command = click.option(
-            option,
-            field,
-            metavar="NUM" if number else "SIZE",
-            type=whole_number(1) if number else size_in_bytes,
-            default=default if number else in_bytes(default),
-            show_default=True,
-            help=text,
-        )(command)
-    return command
+def _rows(rows: Sequence[_Row]) -> list[LimitOption]:
+    return [
+        (field, option, "NUM", whole_number(1), text)
+        if field == "layers"
+        else (field, option, "SIZE", size_in_bytes, text)
+        for field, option, text in rows
+    ]
 
 
 def _taken(options: dict[str, Any], rows: Sequence[_Row]) -> ImageLimits:
