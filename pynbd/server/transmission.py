@@ -46,7 +46,7 @@ _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
-# Bytes that the answer to one may take.
+# Bytes that the answer to a BLOCK_STATUS may take.
 _STATUS_HELD = MAX_EXTENTS_PER_REPLY * wire.DESCRIPTOR_EXT.size
 _CHANGES = frozenset(map(int, (Command.FLUSH, Command.TRIM, Command.WRITE_ZEROES)))
 
