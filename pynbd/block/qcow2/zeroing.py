@@ -168,9 +168,12 @@ class Zeroing:
         if self._unallocates(space) or (space is not Space.RESERVED and self._layout.version >= 3):
             async with self._in_flight.alone([(number, number + 1)]):
                 if await self._rest_is_zero(offset, end):
-                    if not await self._is_zero(offset, end):
-                        granule = offset // self._granule
+                    is_zero = await self._is_zero(offset, end)
+                    granule = offset // self._granule
+                    # What the entries call zero a crash may have left in a raw data file.
+                    if not is_zero or self._header.raw_data_file:
                         await self._zero_data_file(granule, granule + 1, space, fast=False)
+                    if not is_zero:
                         await self._change_table(granule, granule + 1, space, discard=False)
                     return
         await self._write_zeroes(offset, end)

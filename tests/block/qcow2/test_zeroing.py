@@ -323,6 +323,25 @@ async def test_zeroes_of_a_raw_data_file_come_after_writes_that_have_begun(
     await sound(path)
 
 
+@pytest.mark.parametrize("length", [64, 65536])
+async def test_zeroes_reach_a_raw_data_file_whatever_the_entries_say(
+    tmp_path: Path, length: int
+) -> None:
+    """After a crash it may hold what was written there, and the entries may not say so yet."""
+    path = IMAGES["raw-data-file"](tmp_path)
+    async with writable(path) as node:
+        await given_back(node, 65536, 65536)
+    with (tmp_path / "x.data").open("r+b") as data:
+        data.seek(65536)
+        data.write(b"written" * 100)
+    async with writable(path) as node:
+        await given_back(node, 65536, length)
+        disk = await contents(node)
+    assert not any(disk[65536 : 65536 * 2])
+    assert not any(bytes_of(tmp_path / "x.data")[65536 : 65536 + length])
+    await sound(path)
+
+
 # What is given back -------------------------------------------------------------------------------
 
 
