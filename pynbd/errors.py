@@ -14,6 +14,7 @@
     │   ├── MapError               it could not say where it has data
     │   ├── ReadError              it could not be read
     │   └── WriteError             it could not be written
+    ├── TlsError                   TLS could not be set up: its files, or the handshake
     └── UsageError                 a combination of arguments that makes no sense
 
 Trouble with the disk itself stays ``OSError``: its errno becomes an NBD error in one function,
@@ -90,6 +91,10 @@ class ReadError(DiskError):
 
 class WriteError(DiskError):
     """A disk could not be written."""
+
+
+class TlsError(PynbdError):
+    """TLS could not be set up. The text names the file, or what failed in the handshake."""
 
 
 class UsageError(PynbdError):

@@ -14,14 +14,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "pynbd": "errors | protocol block credentials | server client | cli",
+    "pynbd": "errors | protocol block tls | server client | cli",
     "pynbd.block": "extent syscalls | bitmap engine | node | file | raw | qcow2 | chain",
     "pynbd.block.qcow2": "format widths report | header entries compression | cache compressed"
     " | commit places | l2_tables recorded | refcounts preallocation | mapping | links"
     " | cow zeroing | create snapshots bitmaps | references | check mending | rebuild"
     " | repair | writer | image",
 }
-STRANGERS = [{"protocol", "block", "credentials"}, {"server", "client"}]
+STRANGERS = [{"protocol", "block", "tls"}, {"server", "client"}]
 FORBIDDEN = {
     "protocol": {"asyncio", "socket", "ssl", "os", "threading"},
     "block": {"socket", "ssl"},
