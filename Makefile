@@ -1,7 +1,9 @@
 # `make serve` and `make test` are all that a fresh machine needs: git, make, python3 with venv.
+# With a Python older than 3.13 there is a second one, which can do TLS-PSK, in .venv-3.13.
 
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := pip install --quiet --disable-pip-version-check
 IMAGE ?=
 QUICK ?=
 TIME ?= 600
@@ -9,7 +11,7 @@ TIME ?= 600
 ARGS ?=
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: .venv/installed ## Serve IMAGE=disk.qcow2, or a demo chain where none is named
 ifeq ($(IMAGE),)
@@ -21,6 +23,9 @@ endif
 test: check ## Run every check and every test, real peers included
 	@$(MAKE) --no-print-directory peers || [ "$$CI" != true ]
 	@$(BIN)/pytest -q -n auto $(ARGS)
+
+test313: peers ## Run every test with Python 3.13 or later, be .venv older
+	@python=$$($(BIN)/python -m interop.peers python313) && "$$python" -m pytest -q -n auto $(ARGS)
 
 check: .venv/tested ## Lint, formatting, types, layers
 	@$(BIN)/ruff check
@@ -47,22 +52,32 @@ damage: .venv/tested peers ## Open thousands of damaged images, for reading and 
 
 peers: .venv/tested ## Find the peers of the interop tests, or build their tree in ~/.cache/pynbd
 	@$(BIN)/python -m interop.peers --host || interop/rootfs.sh
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))' || \
+		flock pyproject.toml $(MAKE) --silent .venv-3.13/tested
 
 docs: .venv/installed ## Write docs/reference.md anew, from the help of every command
 	@$(BIN)/pynbd man --markdown > docs/reference.md
 
 clean: ## Remove the virtual environment and every cache in the checkout
-	rm -rf .venv build dist bench.json .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-3.13 build dist bench.json .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find pynbd tests interop -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/$(INSTALL) --editable .
 	@$(BIN)/python -m compileall -q pynbd
 	@touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/$(INSTALL) --editable '.[test]'
 	@touch $@
 
-.PHONY: help serve test check bench soak fuzz faults damage peers docs clean
+# Debian's Python brings no pip along, and the pip of an older Python may not run in a newer one.
+.venv-3.13/tested: pyproject.toml
+	@echo 'making .venv-3.13 (about a minute)'
+	@python=$$($(BIN)/python -m interop.peers python3) && "$$python" -m venv --clear --without-pip .venv-3.13
+	@$(BIN)/$(INSTALL) --target .venv-3.13/lib/python3*/site-packages pip
+	@.venv-3.13/bin/python -m $(INSTALL) --editable '.[test]'
+	@touch $@
+
+.PHONY: help serve test test313 check bench soak fuzz faults damage peers docs clean

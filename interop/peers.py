@@ -2,10 +2,11 @@
 
 A peer is the machine's own program where that is recent enough, else the one in the tree that
 ``make peers`` builds (`rootfs.sh`). Either way it is one executable path that needs no special
-environment. Nothing here knows pynbd.
+environment. Nothing here knows pynbd, but where a newer Python has it (`python313`).
 
-``python -m interop.peers`` prints where each peer was found; with ``--host`` it succeeds only if
-the machine's own are all recent enough, so that no tree is wanted.
+``python -m interop.peers`` prints where each peer was found, and with names only how each of those
+is started; with ``--host`` it succeeds only if the machine's own are all recent enough, so that no
+tree is wanted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,11 @@ PEERS = {
     "nbdsh": ("python3-libnbd", (1, 18)),
     "nbdkit": ("nbdkit", (1, 36)),
     "fio": ("fio", (3, 30)),
+    "python3": ("python3", (3, 13)),
 }
+
+# The virtual environment of that Python, which `make peers` makes beside an older one's.
+NEWER = Path(__file__).parents[1] / ".venv-3.13"
 
 
 class PeerMissing(LookupError):
@@ -79,11 +84,26 @@ def command(name: str) -> list[str]:
     return [find(name)]
 
 
-def require(*names: str) -> None:
-    """Skip the running test where a peer is missing; with ``CI=true`` that is a failure."""
-    for name in names:
+def python313() -> list[str]:
+    """The start of a command line that runs Python >= 3.13 with this checkout's pynbd and all that
+    its tests need: the running Python, if it is as new; raises `PeerMissing`.
+    """
+    if sys.version_info >= (3, 13):
+        return [sys.executable]
+    python = NEWER / "bin/python"
+    if not (NEWER / "tested").exists() or not os.access(python, os.X_OK):
+        raise PeerMissing("a Python >= 3.13 with pynbd is missing: `make peers`")
+    return [str(python)]
+
+
+def require(*wanted: str | Callable[[], object]) -> None:
+    """Skip the running test where a peer is missing; with ``CI=true`` that is a failure.
+
+    A peer is named, or is what finds it: ``require("nbdinfo", python313)``.
+    """
+    for want in wanted:
         try:
-            find(name)
+            find(want) if isinstance(want, str) else want()
         except PeerMissing as missing:
             if os.environ.get("CI") == "true":
                 pytest.fail(str(missing))
@@ -183,6 +203,10 @@ def nbdkit(*args: str) -> Iterator[str]:
 def main(arguments: list[str]) -> int:
     if arguments == ["--host"]:
         return 0 if all(map(host_program, PEERS)) else 1
+    for name in arguments:
+        print(*(python313() if name == "python313" else command(name)))
+    if arguments:
+        return 0
     missing = 0
     for name in PEERS:
         try:
@@ -194,4 +218,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except PeerMissing as missing:
+        sys.exit(str(missing))

@@ -52,10 +52,11 @@ launchers() {
         *) launcher "$program" "$start" ;;
         esac
     done
-    # Python finds its library from argv[0]: the folder beside the one that holds the launcher.
-    python="exec '$loader' --argv0 '$tree/peers/python3' --library-path '$lib' '$tree/usr/bin/python3'"
-    launcher python3 "$python \"\$@\""
-    launcher nbdsh "$python -m nbd \"\$@\""
+    # Python finds its library from argv[0]: in the folder beside the launcher's own, or, where that
+    # is the link of a virtual environment, as the environment says.
+    python="--library-path '$lib' '$tree/usr/bin/python3'"
+    launcher python3 "exec '$loader' --argv0 \"\$0\" $python \"\$@\""
+    launcher nbdsh "exec '$loader' --argv0 '$tree/peers/python3' $python -m nbd \"\$@\""
 }
 
 mkdir -p "$(dirname "$tree")"

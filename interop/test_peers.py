@@ -1,10 +1,12 @@
 """The peers themselves: each starts, and those that start each other find each other."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import pynbd
 from interop import peers
 
 
@@ -42,3 +44,26 @@ def test_fio_speaks_nbd() -> None:
     with peers.nbdkit("memory", "1M") as uri:
         job = peers.fio(uri, "--rw=randread", "--size=1M")
         assert job["read"]["io_bytes"] == 1 << 20
+
+
+def test_a_newer_python_has_what_pynbd_uses() -> None:
+    peers.require(peers.python313)
+    program = """
+import backports.zstd, bitarray, click, construct, cryptography, deflate, numpy, rich, uvloop
+import pynbd, pytest, ssl, sys, zstandard
+assert sys.version_info >= (3, 13) and ssl.SSLContext.set_psk_server_callback
+print(pynbd.__file__)
+"""
+    line = [*peers.python313(), "-c", program]
+    found = subprocess.run(line, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert found.strip() == pynbd.__file__
+
+
+def test_a_newer_python_serves_libnbd(tmp_path: Path) -> None:
+    peers.require("nbdinfo", peers.python313)
+    image = tmp_path / "a.raw"
+    image.write_bytes(bytes(65536))
+    with peers.socket_path() as path:
+        line = [*peers.python313(), "-m", "pynbd", "serve", "-f", "raw", "-k", str(path)]
+        with peers.listening([*line, str(image)], path):
+            assert peers.run("nbdinfo", "--size", peers.unix_uri(path)).stdout == "65536\n"
