@@ -10,6 +10,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 from interop import peers
+from interop.bench import tls
 from interop.bench.contest import Result
 from interop.bench.servers import PYNBD
 
@@ -46,6 +47,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "pynbd": version_of("pynbd"),
         **{name: version(name) for name in ("qemu-nbd", "nbdkit", "nbdcopy", "fio")},
+        "cipher": tls.CIPHER,
     }
 
 

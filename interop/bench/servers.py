@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from interop import peers
+from interop.bench import tls
 
 CPUCLOCK_SCHED = 2  # of the clocks of a process, the one that counts nanoseconds
 PYNBD = "pynbd"
@@ -32,6 +33,7 @@ class Way:
     form: str = "qcow2"
     read_only: bool = False
     tcp: bool = False
+    tls: bool = False
     contexts: tuple[str, ...] = ()  # options of qemu-nbd and pynbd alike: -A, -B NAME
 
 
@@ -63,7 +65,8 @@ class Server:
         return sum(int(text.partition("VmHWM:")[2].split()[0]) << 10 for text in status)
 
 
-def command(name: str, image: Path, way: Way, address: Address) -> list[str]:
+def command(name: str, image: Path, way: Way, address: Address, folder: Path) -> list[str]:
+    """Arguments that serve an image; ``folder`` has the certificates where there are some."""
     program, _, aio = name.partition(" ")
     match program, address:
         case "nbdkit", (host, port):
@@ -74,18 +77,19 @@ def command(name: str, image: Path, way: Way, address: Address) -> list[str]:
             place = ["-b", host, "-p", str(port)]
         case _, path:
             place = ["-k", str(path)]
+    secure = tls.options(program, folder) if way.tls else []
     only = ["-r"] if way.read_only else []
     served = ["-f", way.form, *way.contexts, "--discard=ignore", str(image)]
     match program:
         case "pynbd":
             start = [str(Path(sysconfig.get_path("scripts")) / "pynbd"), "serve"]
-            return [*start, *place, *only, *served]
+            return [*start, *place, *secure, *only, *served]
         case "qemu-nbd":
             start = [*peers.command("qemu-nbd"), "--persistent", "--shared=0", f"--aio={aio}"]
-            return [*start, *place, *only, *served]
+            return [*start, *place, *secure, *only, *served]
         case _:
             start = [*peers.command("nbdkit"), "--foreground"]
-            return [*start, *place, *only, "file", str(image)]
+            return [*start, *place, *secure, *only, "file", str(image)]
 
 
 @contextmanager
@@ -95,7 +99,9 @@ def serve(name: str, image: Path, way: Way) -> Iterator[Server]:
         tempfile.TemporaryFile() as said,
     ):
         address = ("127.0.0.1", free_port()) if way.tcp else str(path)
-        line = command(name, image, way, address)
+        if way.tls:
+            tls.prepare(path.parent)
+        line = command(name, image, way, address, path.parent)
         start = time.perf_counter()
         with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=said, stderr=said) as process:
             try:
@@ -105,7 +111,8 @@ def serve(name: str, image: Path, way: Way) -> Iterator[Server]:
                         raise AssertionError(f"{line} does not listen: {said.read().decode()}")
                     time.sleep(0.001)
                 started = time.perf_counter() - start
-                yield Server(name, uri(address), process.pid, started, address)
+                where = tls.checked(uri(address)) if way.tls else uri(address)
+                yield Server(name, where, process.pid, started, address)
             finally:
                 process.terminate()
                 try:
