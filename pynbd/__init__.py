@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from pynbd.client.connecting import connect, list_exports
     from pynbd.client.connection import Client
     from pynbd.protocol.values import State
+    from pynbd.server.access import Allow
     from pynbd.server.contexts import standard_contexts
     from pynbd.server.disk import Disk, StatusMethod
     from pynbd.server.export import Export, ExportTable
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from pynbd.server.listening import listen_tcp, listen_unix
     from pynbd.server.server import Server
     from pynbd.server.serving import Serving, serve
+    from pynbd.server.tls import Tls
 
 __all__ = [
     "COMPRESSED",
@@ -66,6 +68,7 @@ __all__ = [
     "DATA",
     "UNALLOCATED",
     "ZERO",
+    "Allow",
     "BlockNode",
     "Cache",
     "Client",
@@ -90,6 +93,7 @@ __all__ = [
     "Serving",
     "State",
     "StatusMethod",
+    "Tls",
     "TlsError",
     "UnsupportedFeature",
     "UsageError",
@@ -110,6 +114,7 @@ _HOMES = {
     "DATA": "pynbd.block.extent",
     "UNALLOCATED": "pynbd.block.extent",
     "ZERO": "pynbd.block.extent",
+    "Allow": "pynbd.server.access",
     "BlockNode": "pynbd.block.node",
     "Cache": "pynbd.block.cache_modes",
     "Client": "pynbd.client.connection",
@@ -124,6 +129,7 @@ _HOMES = {
     "Serving": "pynbd.server.serving",
     "State": "pynbd.protocol.values",
     "StatusMethod": "pynbd.server.disk",
+    "Tls": "pynbd.server.tls",
     "connect": "pynbd.client.connecting",
     "create_image": "pynbd.block.creation",
     "list_exports": "pynbd.client.connecting",

@@ -26,6 +26,7 @@ LATE = frozenset(
         "pynbd.block.qcow2.zeroing",
         "pynbd.cli.python_export",  # --python
         "pynbd.server.tracing",  # --trace
+        "pynbd.tls.credentials",  # nbds://
     }
 )
 

@@ -53,7 +53,9 @@ async def list_exports(
     Raises as `Client.open` does; `OptionError` also if the server does not list.
     """
     where = parsed(uri)
-    stream, exports = await negotiate(where, survey(structured=structured, extended=extended))
+    stream, exports = await negotiate(
+        where, survey(tls=where.tls, structured=structured, extended=extended)
+    )
     try:
         with suppress(OSError):  # the server may have gone already
             await stream.write(ABORT)

@@ -19,7 +19,7 @@ from typing import Self
 
 from pynbd.client.negotiation import negotiate, parsed
 from pynbd.client.pending import Pending
-from pynbd.client.stream import PlainStream
+from pynbd.client.stream import Stream
 from pynbd.errors import ProtocolError, RequestError, UnsupportedFeature, UsageError
 from pynbd.protocol.handshake import ExportInfo, Session
 from pynbd.protocol.handshake_client import enter
@@ -68,7 +68,7 @@ class Client:
     lost and `ProtocolError` if the server breaks the protocol.
     """
 
-    def __init__(self, uri: NbdUri, stream: PlainStream, session: Session) -> None:
+    def __init__(self, uri: NbdUri, stream: Stream, session: Session) -> None:
         self.name = str(uri)
         self.info: ExportInfo = session.export
         self.size = session.export.size
@@ -110,7 +110,8 @@ class Client:
         _check_names(contexts)
         where = parsed(uri)
         stream, session = await negotiate(
-            where, enter(where.export, contexts, structured=structured, extended=extended)
+            where,
+            enter(where.export, contexts, tls=where.tls, structured=structured, extended=extended),
         )
         return cls(where, stream, session)
 

@@ -1,23 +1,25 @@
 """From a URI to the transmission phase: connects, and takes the steps of a negotiation.
 
-An error names the URI. TLS will be one more kind of step, which replaces the stream.
+An error names the URI.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import ssl
 from collections.abc import Generator
 from contextlib import suppress
 from typing import TypeVar
 
-from pynbd.client.stream import PlainStream, open_socket
+from pynbd.client.stream import Stream, open_socket
 from pynbd.client.tracing import TracedStream, is_wanted
-from pynbd.errors import OptionError, ProtocolError, UnsupportedFeature
-from pynbd.protocol.handshake import Read, Step, Write
+from pynbd.errors import OptionError, ProtocolError, TlsError
+from pynbd.protocol.handshake import Read, StartTls, Step, Write
 from pynbd.protocol.handshake_client import ABORT
 from pynbd.protocol.uri import NbdUri
 from pynbd.protocol.values import OptionReply
+from pynbd.tls import credentials
 
 T = TypeVar("T")
 
@@ -27,21 +29,19 @@ HANDSHAKE_LIMIT = 30.0
 
 
 def parsed(uri: str | NbdUri) -> NbdUri:
-    """The parts of a URI that can be connected to; `UsageError`, `UnsupportedFeature`."""
-    where = uri if isinstance(uri, NbdUri) else NbdUri.parse(uri)
-    if where.tls:
-        raise UnsupportedFeature(f"{where}: TLS is not supported yet")
-    return where
+    """The parts of a URI; `UsageError`."""
+    return uri if isinstance(uri, NbdUri) else NbdUri.parse(uri)
 
 
-async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tuple[PlainStream, T]:
+async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tuple[Stream, T]:
     """Connect and do what ``steps`` say; the open stream, and what was negotiated."""
-    stream: PlainStream | None = None
+    stream: Stream | None = None
     try:
+        context = _tls_context(uri) if uri.tls else None
         async with asyncio.timeout(HANDSHAKE_LIMIT):
-            kind = TracedStream if is_wanted() else PlainStream
+            kind = TracedStream if is_wanted() else Stream
             stream = kind(await open_socket(uri))
-            return stream, await _drive(stream, steps)
+            return stream, await _drive(stream, steps, uri, context)
     except BaseException as error:
         if stream is not None:
             stream.close()
@@ -52,8 +52,11 @@ async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tup
             text = "the server closed the connection during negotiation"
             raise ConnectionResetError(errno.ECONNRESET, text, str(uri)) from None
         if isinstance(error, OptionError):
-            hint = "; TLS is not supported yet" * (error.reply == OptionReply.ERR_TLS_REQD)
+            clear = error.reply == OptionReply.ERR_TLS_REQD and not uri.tls
+            hint = f" (nbds{uri.transport}://... begins a URI with TLS)" * clear
             raise OptionError(error.reply, f"{uri}: {error}{hint}") from None
+        if isinstance(error, TlsError):
+            raise TlsError(f"{uri}: TLS: {error}") from None
         if isinstance(error, ProtocolError):
             raise ProtocolError(f"{uri}: {error}") from None
         if isinstance(error, OSError):
@@ -61,7 +64,29 @@ async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tup
         raise
 
 
-async def _drive(stream: PlainStream, steps: Generator[Step, bytes | None, T]) -> T:
+def _tls_context(uri: NbdUri) -> ssl.SSLContext:
+    context = credentials.client_context(
+        certificates=uri.tls_certificates,
+        psk_file=uri.tls_psk_file,
+        psk_user=uri.user,
+        tls_type=uri.tls_type,
+        verify_peer=uri.tls_verify_peer,
+    )
+    # A server on a unix socket has no name, unless the URI says which its certificate has to have.
+    context.check_hostname = context.verify_mode != ssl.CERT_NONE and bool(_hostname(uri))
+    return context
+
+
+def _hostname(uri: NbdUri) -> str | None:
+    return uri.tls_hostname or uri.host or None
+
+
+async def _drive(
+    stream: Stream,
+    steps: Generator[Step, bytes | None, T],
+    uri: NbdUri,
+    context: ssl.SSLContext | None,
+) -> T:
     answer: bytes | None = None
     try:
         while True:
@@ -69,6 +94,9 @@ async def _drive(stream: PlainStream, steps: Generator[Step, bytes | None, T]) -
             answer = None
             if isinstance(step, Read):
                 answer = await stream.read_exactly(step.size)
+            elif isinstance(step, StartTls):
+                assert context is not None
+                await stream.start_tls(context, _hostname(uri))
             else:
                 assert isinstance(step, Write)
                 await stream.write(step.data)

@@ -1,8 +1,9 @@
 """The socket of one connection to a server.
 
 1. During the handshake never a byte is read that was not asked for, so that nothing which arrived
-   in clear can be taken for something that came through TLS.
-2. Buffers that are handed to `PlainStream.send` belong to the stream until they are sent. Those of
+   in clear can be taken for something that came through TLS. `Stream.start_tls` puts a `Tunnel` in
+   the place of the socket.
+2. Buffers that are handed to `Stream.send` belong to the stream until they are sent. Those of
    one turn of the loop leave together.
 3. Trouble with the peer is told once, to ``on_lost``, and then nothing more is sent.
 """
@@ -13,12 +14,14 @@ import asyncio
 import errno
 import os
 import socket
+import ssl
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from pynbd.protocol.uri import NbdUri, Transport
+from pynbd.tls.tunnel import Tunnel
 
 # sendmsg takes no more pieces than this in one call (IOV_MAX).
 _IOV_MAX = 1024
@@ -83,8 +86,8 @@ async def _connect(sock: socket.socket, address: Any) -> None:
         raise OSError(error, os.strerror(error))
 
 
-class PlainStream:
-    """A connected stream socket, in clear."""
+class Stream:
+    """A connected stream socket, in clear or, after `start_tls`, through TLS."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -95,12 +98,25 @@ class PlainStream:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
         self._loop = asyncio.get_running_loop()
         self._sock = sock
+        self._tunnel: Tunnel | None = None
+        self._channel: socket.socket | Tunnel = sock
         self._fd = sock.fileno()
         self._queue: deque[Buffer] = deque()
         self._scheduled = False  # that the queue is sent, in the next turn or when there is room
         self._writing = False
+        self._on_readable: Callable[[], None] = lambda: None
         self._on_lost: Callable[[OSError], None] = lambda _: None
         self._drained: asyncio.Future[None] | None = None
+
+    async def start_tls(self, context: ssl.SSLContext, hostname: str | None) -> None:
+        """Shake hands with a server that is, if ``context`` looks at that, ``hostname``; from now
+        on everything passes through TLS.
+
+        Raises `TlsError`, `EOFError` if the server closes before, `OSError`.
+        """
+        tunnel = Tunnel(self._sock, context, server_side=False, server_hostname=hostname)
+        await tunnel.handshake()
+        self._tunnel = self._channel = tunnel
 
     # The handshake: exactly what is asked for
 
@@ -108,7 +124,7 @@ class PlainStream:
         """The next ``length`` bytes. Raises `EOFError` if the peer closes before."""
         parts: list[bytes] = []
         while length:
-            part = await self._loop.sock_recv(self._sock, length)
+            part = await self._recv(length)
             if not part:
                 raise EOFError
             parts.append(part)
@@ -117,7 +133,15 @@ class PlainStream:
 
     async def write(self, data: bytes) -> None:
         """Send all of ``data``."""
-        await self._loop.sock_sendall(self._sock, data)
+        if self._tunnel:
+            await self._tunnel.sendall(data)
+        else:
+            await self._loop.sock_sendall(self._sock, data)
+
+    async def _recv(self, length: int) -> bytes:
+        if self._tunnel:
+            return await self._tunnel.recv(length)
+        return await self._loop.sock_recv(self._sock, length)
 
     # Transmission: whatever is there, in batches
 
@@ -126,14 +150,26 @@ class PlainStream:
         when nothing can be sent any more.
         """
         self._on_lost = on_lost
-        self._loop.add_reader(self._fd, on_readable)
+        self._on_readable = on_readable
+        self._loop.add_reader(self._fd, self._read)
+        self._read_on()
+
+    def _read(self) -> None:
+        if self._fd >= 0:
+            self._on_readable()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Of what the tunnel has already the socket tells nothing."""
+        if self._tunnel and self._fd >= 0 and self._tunnel.pending:
+            self._loop.call_soon(self._read)
 
     def receive_into(self, view: memoryview) -> int | None:
         """Receive what is there; how many bytes, 0 at the end of the stream, None if there is
         nothing now. Raises `OSError`.
         """
         try:
-            return self._sock.recv_into(view)
+            return self._channel.recv_into(view)
         except (BlockingIOError, InterruptedError):
             return None
 
@@ -157,6 +193,8 @@ class PlainStream:
             self._queue.clear()
             self._end_writing()
             self._fd = -1
+            if self._tunnel:
+                self._tunnel.close_notify()
             self._sock.close()
 
     def _send_queue(self) -> None:
@@ -179,7 +217,8 @@ class PlainStream:
     def _send_some(self) -> None:
         queue = self._queue
         buffers = [buffer for buffer, _ in zip(queue, range(_IOV_MAX), strict=False)]
-        sent = self._sock.send(buffers[0]) if len(buffers) == 1 else self._sock.sendmsg(buffers)
+        channel = self._channel
+        sent = channel.send(buffers[0]) if len(buffers) == 1 else channel.sendmsg(buffers)
         for buffer in buffers:
             if sent < len(buffer):
                 queue[0] = memoryview(buffer)[sent:]

@@ -8,7 +8,7 @@ import logging
 import socket
 from itertools import count
 
-from pynbd.client.stream import PlainStream
+from pynbd.client.stream import Stream
 from pynbd.protocol.trace import Tracer
 from pynbd.protocol.traced import Direction, Traced
 
@@ -22,8 +22,8 @@ def is_wanted() -> bool:
     return log.isEnabledFor(logging.DEBUG)
 
 
-class TracedStream(PlainStream):
-    """A `PlainStream` that behaves as one, and tells what passes."""
+class TracedStream(Stream):
+    """A `Stream` that behaves as one, and tells what passes."""
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)

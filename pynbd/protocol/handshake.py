@@ -9,11 +9,12 @@
 3. Data is read only where a valid option could have that much of it, and skipped elsewhere.
 4. An option that fails is answered, and the next one is served. Only what the specification
    cannot answer ends the session: `ProtocolError`, and its text says why.
+5. Nothing that was negotiated in clear is left once there is TLS.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from math import inf
 from typing import Final, Protocol
 
@@ -72,7 +73,24 @@ class Write:
     data: bytes
 
 
-Step = Read | Skip | Write
+@dataclass(frozen=True, slots=True)
+class StartTls:
+    """Begin TLS, and send None once the peers have shaken hands. What comes next comes through
+    it: whatever else has arrived by then is a part of the TLS handshake, or breaks it.
+    """
+
+
+Step = Read | Skip | Write | StartTls
+
+
+class TlsMode(StrEnum):
+    """The modes of operation of a server ("Negotiation" of TLS)."""
+
+    NOTLS = "NOTLS"
+    FORCEDTLS = "FORCEDTLS"
+    """No option but NBD_OPT_STARTTLS and NBD_OPT_ABORT succeeds in clear."""
+    SELECTIVETLS = "SELECTIVETLS"
+    """In clear there are fewer exports; which, the directory knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +112,7 @@ class ExportInfo:
 
 
 class ExportDirectory(Protocol):
-    """The exports that a client may ask for."""
+    """The exports that a client may ask for, in clear or, after a `StartTls`, through TLS."""
 
     @property
     def stopping(self) -> bool:
@@ -125,6 +143,9 @@ Negotiation = Generator[Step, bytes | None, Session | None]
 
 _OUR_FLAGS: Final = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 
+_ENTERING: Final = frozenset({Option.EXPORT_NAME, Option.INFO, Option.GO})
+"""The options, and no others, that may be answered with NBD_REP_ERR_TLS_REQD in SELECTIVETLS."""
+
 _LONGEST_INFO: Final = 4 + MAX_STRING + 2 + 2 * 0xFFFF
 """A name, and every number of information requests that 16 bits can announce."""
 
@@ -137,6 +158,7 @@ def negotiate(
     *,
     structured: bool = True,
     extended: bool = True,
+    tls: TlsMode = TlsMode.NOTLS,
     max_options: int = 0,
     max_option_bytes: int = 0,
 ) -> Negotiation:
@@ -154,7 +176,7 @@ def negotiate(
         raise ProtocolError(f"unknown client flags: {flags}")
     supported = {Option.STRUCTURED_REPLY: structured, Option.EXTENDED_HEADERS: extended}
     refused = frozenset(option for option, wanted in supported.items() if not wanted)
-    haggling = _Haggling(exports, flags, refused)
+    haggling = _Haggling(exports, flags, refused, tls)
     return (yield from haggling.run(max_options or inf, max_option_bytes or inf))
 
 
@@ -188,15 +210,25 @@ class _Haggling:
     """Option haggling with one client: what it has negotiated so far, and an answer to all else."""
 
     def __init__(
-        self, exports: ExportDirectory, client: ClientFlag, refused: frozenset[Option]
+        self,
+        exports: ExportDirectory,
+        client: ClientFlag,
+        refused: frozenset[Option],
+        tls: TlsMode,
     ) -> None:
         self._exports = exports
         self._client = client
         self._refused = refused
+        self._tls = tls
+        self._secure = False  # what passes goes through TLS
+        self._session: Session | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is negotiated."""
         self._headers = _Headers.SIMPLE
         self._selected_for: ExportInfo | None = None
         self._selected: Mapping[int, str] = {}
-        self._session: Session | None = None
 
     def run(self, most: float, most_bytes: float) -> Negotiation:
         """Serve options until one of them ends the haggling."""
@@ -227,10 +259,12 @@ class _Haggling:
         data = yield from read(header.length)
         if self._exports.stopping:
             raise ProtocolError("the server is shutting down")
+        if self._needs_tls(Option.EXPORT_NAME):
+            raise ProtocolError(f"{Option.EXPORT_NAME} in clear, where TLS is required")
         if self._headers == _Headers.EXTENDED:
             raise ProtocolError(f"{Option.EXPORT_NAME} after {Option.EXTENDED_HEADERS}")
         try:
-            export = self._find(ExportNameData.parse(data).name)
+            export = self._find(ExportNameData.parse(data).name, header.option)
         except OptionError as error:
             # "If the chosen export does not exist [...] the server MUST terminate the session"
             raise ProtocolError(error.message) from error
@@ -241,19 +275,22 @@ class _Haggling:
         yield Write(reply)
 
     def _option(self, header: OptionHeader) -> Generator[Step, bytes | None, None]:
-        option = header.option
+        option, was_secure = header.option, self._secure
         kind = None if option in self._refused else _KINDS.get(option)
         if option == Option.SET_META_CONTEXT:
             # "replaces all previously-set metadata contexts (including when this command fails)"
             self._selected_for, self._selected = None, {}
         data = None
-        if kind and header.length <= kind.longest:
+        needs_tls = self._needs_tls(option)
+        if kind and header.length <= kind.longest and not needs_tls:
             data = yield from read(header.length)
         else:
             yield from _skip(header.length)
         try:
             if self._exports.stopping:
                 raise OptionError(OptionReply.ERR_SHUTDOWN, "the server is shutting down")
+            if needs_tls:
+                raise OptionError(OptionReply.ERR_TLS_REQD, "this server requires TLS")
             if not kind:
                 raise OptionError(OptionReply.ERR_UNSUP, f"option {option} is not supported")
             if data is None:
@@ -262,11 +299,19 @@ class _Haggling:
         except OptionError as error:
             replies = [(OptionReply(error.reply), ErrorText(error.message).build())]
         yield Write(b"".join(option_reply(option, reply, data) for reply, data in replies))
+        if self._secure is not was_secure:
+            self._begin()
+            yield StartTls()
 
     # What each option does, and its replies before the final NBD_REP_ACK ---------------------
 
-    def _starttls(self, option: Option, _data: bytes) -> _Replies:
-        raise OptionError(OptionReply.ERR_POLICY, "this server does not use TLS")
+    def _starttls(self, _option: Option, _data: bytes) -> _Replies:
+        if self._tls is TlsMode.NOTLS:
+            raise OptionError(OptionReply.ERR_POLICY, "this server does not use TLS")
+        if self._secure:
+            raise OptionError(OptionReply.ERR_INVALID, "TLS is in use already")
+        self._secure = True
+        return []
 
     def _structured_reply(self, option: Option, _data: bytes) -> _Replies:
         if self._headers == _Headers.EXTENDED:
@@ -293,33 +338,33 @@ class _Haggling:
             for export in listing
         ]
 
-    def _info(self, _option: Option, data: bytes) -> _Replies:
+    def _info(self, option: Option, data: bytes) -> _Replies:
         request = InfoData.parse(data)
-        export = self._find(request.name)
+        export = self._find(request.name, option)
         flags = self._flags(export)
         if self._headers == _Headers.EXTENDED:
             # Contexts may yet be selected: only GO leaves the flag out where there are none.
             flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
         return _describe(export, flags, request.requests)
 
-    def _go(self, _option: Option, data: bytes) -> _Replies:
+    def _go(self, option: Option, data: bytes) -> _Replies:
         request = InfoData.parse(data)
-        self._session = self._enter(self._find(request.name))
+        self._session = self._enter(self._find(request.name, option))
         return _describe(self._session.export, self._session.flags, request.requests)
 
-    def _list_meta_context(self, _option: Option, data: bytes) -> _Replies:
+    def _list_meta_context(self, option: Option, data: bytes) -> _Replies:
         request = MetaContextData.parse(data)
-        names = list_contexts(self._find(request.name).contexts, request.queries)
+        names = list_contexts(self._find(request.name, option).contexts, request.queries)
         # "The metadata context ID in these replies is reserved and SHOULD be set to zero"
         return [(OptionReply.META_CONTEXT, MetaContext(0, name).build()) for name in names]
 
-    def _set_meta_context(self, _option: Option, data: bytes) -> _Replies:
+    def _set_meta_context(self, option: Option, data: bytes) -> _Replies:
         if self._headers == _Headers.SIMPLE:
             raise OptionError(
                 OptionReply.ERR_INVALID, "structured replies or extended headers come first"
             )
         request = MetaContextData.parse(data)
-        export = self._find(request.name)
+        export = self._find(request.name, option)
         self._selected_for = export
         self._selected = select_contexts(export.contexts, request.queries)
         return [
@@ -329,13 +374,22 @@ class _Haggling:
 
     # What they share -------------------------------------------------------------------------
 
-    def _find(self, name: str) -> ExportInfo:
+    def _needs_tls(self, option: Option) -> bool:
+        """Whether ``option`` cannot be served in clear, whatever export it asks for."""
+        forced = self._tls is TlsMode.FORCEDTLS and not self._secure
+        return forced and option != Option.STARTTLS
+
+    def _find(self, name: str, option: Option) -> ExportInfo:
         try:
             name.encode()
         except UnicodeEncodeError:
             raise OptionError(OptionReply.ERR_UNKNOWN, "the name is not UTF-8") from None
         export = self._exports.find(name)
         if export is None:
+            if self._tls is TlsMode.SELECTIVETLS and not self._secure and option in _ENTERING:
+                # One that is only there through TLS is told from none by nobody: both say this.
+                text = "there is no such export, or it requires TLS"
+                raise OptionError(OptionReply.ERR_TLS_REQD, text)
             text = f"there is no export {quote(name)}" if name else "there is no default export"
             raise OptionError(OptionReply.ERR_UNKNOWN, text)
         return export

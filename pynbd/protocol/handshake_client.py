@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pynbd.errors import OptionError, ProtocolError
-from pynbd.protocol.handshake import ExportInfo, Session, Step, Write, read
+from pynbd.protocol.handshake import ExportInfo, Session, StartTls, Step, Write, read
 from pynbd.protocol.values import (
     EXPORT_NAME_PADDING,
     MAX_EXPORT_SIZE,
@@ -90,18 +90,25 @@ Listing = Generator[Step, bytes | None, list[RemoteExport]]
 
 
 def enter(
-    name: str, contexts: Sequence[str] = (), *, structured: bool = True, extended: bool = True
+    name: str,
+    contexts: Sequence[str] = (),
+    *,
+    tls: bool = False,
+    structured: bool = True,
+    extended: bool = True,
 ) -> Entering:
     """Negotiate for an export; the session's transmission phase begins with the next byte.
 
     ``contexts``: names of metadata contexts, or queries that select several: "base:", "qemu:",
-    "qemu:dirty-bitmap:". Those that the server does not have are left out. ``structured`` and
-    ``extended`` say what is asked for at most.
+    "qemu:dirty-bitmap:". Those that the server does not have are left out. ``tls``: through TLS, or
+    not at all. ``structured`` and ``extended`` say what is asked for at most.
 
     `OptionError` is the server's refusal, `ProtocolError` its violation of the protocol.
     """
     haggling = _Haggling(name)
     yield from haggling.greet()
+    if tls:
+        yield from haggling.start_tls()
     if not haggling.fixed:
         return (yield from haggling.export_name())
     yield from haggling.raise_headers(structured=structured, extended=extended)
@@ -110,7 +117,7 @@ def enter(
     return (yield from haggling.go())
 
 
-def survey(*, structured: bool = True, extended: bool = True) -> Listing:
+def survey(*, tls: bool = False, structured: bool = True, extended: bool = True) -> Listing:
     """Ask for everything that the server lists; the negotiation goes on, the next is `ABORT`.
 
     `OptionError` says why the server does not list, or why one export is not described.
@@ -119,6 +126,8 @@ def survey(*, structured: bool = True, extended: bool = True) -> Listing:
     yield from haggling.greet()
     if not haggling.fixed:
         raise OptionError(OptionReply.ERR_UNSUP, f"the server is too old for {Option.LIST}")
+    if tls:
+        yield from haggling.start_tls()
     yield from haggling.raise_headers(structured=structured, extended=extended)
     listed = yield from haggling.ask(Option.LIST, b"", OptionReply.SERVER)
     exports = {}
@@ -166,6 +175,12 @@ class _Haggling:
         self._no_zeroes = HandshakeFlag.NO_ZEROES in flags
         known = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
         yield Write(ClientFlags(ClientFlag(flags & known)).build())
+
+    def start_tls(self) -> _Steps:
+        if not self.fixed:
+            raise OptionError(OptionReply.ERR_UNSUP, "the server is too old for TLS")
+        yield from self.ask(Option.STARTTLS, b"", OptionReply.ACK)
+        yield StartTls()
 
     def ask(
         self, option: Option, data: bytes, expected: OptionReply

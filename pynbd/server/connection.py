@@ -6,16 +6,31 @@ import asyncio
 import logging
 import socket
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from pynbd.errors import ProtocolError
-from pynbd.protocol.handshake import ExportInfo, Read, Session, Skip, negotiate
+from pynbd.errors import ProtocolError, TlsError
+from pynbd.protocol.handshake import (
+    ExportInfo,
+    Read,
+    Session,
+    Skip,
+    StartTls,
+    TlsMode,
+    negotiate,
+)
 from pynbd.protocol.wire import quote
 from pynbd.server import tracing
+from pynbd.server.access import Identity, address_of
 from pynbd.server.buffers import BufferPool
-from pynbd.server.export import ExportTable
+from pynbd.server.export import Export, ExportTable
 from pynbd.server.limits import Limits
-from pynbd.server.stream import PlainStream
+from pynbd.server.stream import Stream
 from pynbd.server.transmission import Transmission
+
+if TYPE_CHECKING:  # they take libraries that are not wanted without TLS
+    from pynbd.server.tls import Tls
+    from pynbd.tls.names import CertificateNames
 
 log = logging.getLogger("pynbd")
 # Who comes and goes, apart from what goes wrong.
@@ -26,8 +41,8 @@ class Connection:
     """Serves one connected socket. ``negotiated`` tells whether it came as far as transmission,
     ``negotiates`` whether it is on its way there, ``since`` when it came.
 
-    ``trace``: every message is told to the logger ``pynbd.trace``. ``structured``, ``extended``:
-    whether structured replies and extended headers may be negotiated.
+    ``tls``: None is NOTLS. ``trace``: every message is told to the logger ``pynbd.trace``.
+    ``structured``, ``extended``: whether structured replies and extended headers may be negotiated.
     """
 
     def __init__(
@@ -37,14 +52,17 @@ class Connection:
         pool: BufferPool,
         limits: Limits,
         *,
+        tls: Tls | None = None,
         trace: bool = False,
         structured: bool = True,
         extended: bool = True,
     ) -> None:
-        stream = tracing.TracedStream if trace else PlainStream
+        stream = tracing.TracedStream if trace else Stream
         self._stream = stream(asyncio.get_running_loop(), sock)
         self._exports = exports
         self._peer = self._stream.peer()
+        self._asked = _Asked(exports, self._stream)
+        self._tls = tls
         self._pool = pool
         self._limits = limits
         self._dialects = {"structured": structured, "extended": extended}
@@ -65,7 +83,7 @@ class Connection:
                 self.negotiates = False
             if session is not None:
                 self.negotiated = True
-                export = self._exports[session.export.name]
+                export = self._asked.export(session.export)
                 self._transmission = Transmission(
                     self._stream, export, session, self._pool, self._limits
                 )
@@ -80,6 +98,8 @@ class Connection:
                 await self._transmission.run()
         except ProtocolError as error:
             log.info("client disconnected: %s", error)
+        except TlsError as error:
+            log.info("client disconnected: TLS: %s", error)
         except MemoryError:
             log.info("client disconnected: there is no memory for it")
         except (EOFError, OSError) as error:
@@ -111,7 +131,8 @@ class Connection:
 
     async def _negotiate(self) -> Session | None:
         negotiation = negotiate(
-            _Asked(self._exports, self._peer),
+            self._asked,
+            tls=self._tls.mode if self._tls else TlsMode.NOTLS,
             max_options=self._limits.options,
             max_option_bytes=self._limits.option_bytes,
             **self._dialects,
@@ -128,6 +149,9 @@ class Connection:
                 brought = await self._stream.read_exactly(step.size)
             elif isinstance(step, Skip):
                 await self._stream.skip(step.size)
+            elif isinstance(step, StartTls):
+                assert self._tls is not None
+                self._asked.proved(*await self._tls.start(self._stream))
             else:
                 await self._stream.write(step.data)
                 # Pipelined options never make the stream wait: others have their turn here.
@@ -135,24 +159,38 @@ class Connection:
 
 
 class _Asked:
-    """The exports as one client asks for them: what it does not find is told."""
+    """The exports as one client may see them: what it does not find is told."""
 
-    def __init__(self, exports: ExportTable, peer: str) -> None:
+    def __init__(self, exports: ExportTable, stream: Stream) -> None:
         self._exports = exports
-        self._peer = peer
+        self._peer = stream.peer()
+        address = stream.address()
+        uid, gids = stream.owner()
+        where = address_of(address) if address else None
+        self._client = Identity(uid=uid, gids=gids, address=where)
 
     @property
     def stopping(self) -> bool:
         return self._exports.stopping
 
+    def proved(self, certificate: CertificateNames | None, psk_user: str | None) -> None:
+        """There is TLS now, and it has proved something of the client."""
+        self._client = replace(self._client, tls=True, certificate=certificate, psk_user=psk_user)
+
     def find(self, name: str) -> ExportInfo | None:
-        export = self._exports.find(name)
+        export = self._exports.find(name, self._client)
         if export is None:
             arrivals.info("%s asked for export %s, which is not there", self._peer, quote(name))
-        return export
+        return export.info if export else None
 
     def listing(self) -> Iterable[ExportInfo]:
-        return self._exports.listing()
+        return [export.info for export in self._exports.listing(self._client)]
+
+    def export(self, found: ExportInfo) -> Export:
+        """The export that was found just now."""
+        export = self._exports.find(found.name, self._client)
+        assert export is not None
+        return export
 
 
 def _dialect(session: Session) -> str:

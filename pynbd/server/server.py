@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from pynbd.block.limits import limits_or_usual
 from pynbd.server.buffers import BufferPool
@@ -25,6 +26,9 @@ from pynbd.server.export import ExportTable
 from pynbd.server.limits import Limits
 from pynbd.server.places import Places, origin
 from pynbd.server.shares import SharedMemory
+
+if TYPE_CHECKING:  # it takes libraries that are not wanted without TLS
+    from pynbd.server.tls import Tls
 
 log = logging.getLogger("pynbd")
 
@@ -42,6 +46,7 @@ class Server:
     """Serves exports on listening sockets.
 
     ``max_clients``: more than these wait in the backlog; 0 is no limit. ``limits``: all others.
+    ``tls``: without it everything is in clear.
     ``until_idle``: end when all have left and one of them had negotiated (a probe of the port does
     not count). ``trace``: every message is told to the logger ``pynbd.trace``, at level DEBUG.
     ``structured``, ``extended``: whether structured replies and extended headers may be negotiated.
@@ -55,6 +60,7 @@ class Server:
         max_clients: int = 0,
         until_idle: bool = False,
         limits: Limits | None = None,
+        tls: Tls | None = None,
         trace: bool = False,
         structured: bool = True,
         extended: bool = True,
@@ -63,6 +69,7 @@ class Server:
         self._limits = limits_or_usual(Limits, limits, "limits")
         self._pool = BufferPool(SharedMemory(self._limits.all_bytes))
         self._sockets = sockets
+        self._tls = tls
         self._places = Places(max_clients, self._limits.per_address)
         self._until_idle = until_idle
         self._trace = trace
@@ -135,6 +142,7 @@ class Server:
             self._exports,
             self._pool,
             self._limits,
+            tls=self._tls,
             trace=self._trace,
             structured=self._structured,
             extended=self._extended,

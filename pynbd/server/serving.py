@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pynbd.block import overlay as overlays
 from pynbd.block.chain import open_image
@@ -15,6 +15,7 @@ from pynbd.block.limits import ImageLimits, limits_or_usual
 from pynbd.block.node import BlockNode
 from pynbd.errors import UsageError
 from pynbd.protocol.values import DEFAULT_PORT
+from pynbd.server.access import Allow
 from pynbd.server.disk import Disk, DiskNode
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.limits import Limits
@@ -22,6 +23,9 @@ from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
 from pynbd.server.server import Server
 from pynbd.server.zeroes import DetectZeroes, Discard
+
+if TYPE_CHECKING:  # it takes libraries that are not wanted without TLS
+    from pynbd.server.tls import Tls
 
 C = TypeVar("C", Discard, DetectZeroes)
 
@@ -67,6 +71,8 @@ async def serve(
     port: int | None = None,
     max_clients: int = 0,
     limits: Limits | None = None,
+    tls: Tls | None = None,
+    access: Sequence[Allow] | None = None,
     structured: bool = True,
     extended: bool = True,
 ) -> AsyncIterator[Serving]:
@@ -86,8 +92,9 @@ async def serve(
     It listens on a unix socket in a private folder; or on the unix ``socket``; or, with ``host`` or
     ``port``, on TCP: localhost unless ``host`` says otherwise, any free port if ``port`` is 0.
     ``max_clients``: more than these wait; 0 is any number. ``limits``: what clients may take of the
-    server, `Limits()` if None. Without ``structured`` or ``extended`` it refuses structured replies
-    or extended headers, as an older server does.
+    server, `Limits()` if None. ``tls``: how it does TLS; None is in clear. ``access``: who may
+    read, and who may write; None is everybody, and [] is nobody. Without ``structured`` or
+    ``extended`` it refuses structured replies or extended headers, as an older server does.
 
     ``discard``: "unmap", or "ignore" what clients discard. ``detect_zeroes``: writes of nothing but
     zeroes are data ("off"), zeroes that keep their space ("on"), or holes ("unmap", which needs
@@ -153,6 +160,7 @@ async def serve(
             multi_conn=max_clients != 1,
             unmap=unmap,
             detect_zeroes=detect,
+            access=access,
         )
         listening = _listen(socket, host, port)
         stack.callback(listening.close)
@@ -161,12 +169,13 @@ async def serve(
             listening.sockets,
             max_clients=max_clients,
             limits=limits,
+            tls=tls,
             structured=structured,
             extended=extended,
         )
         running = asyncio.create_task(server.run())
         try:
-            uri = str(replace(listening.where, export=export_name))
+            uri = str(replace(listening.where, export=export_name, tls=tls is not None))
             yield Serving(uri, export, server, running)
         finally:
             server.stop()

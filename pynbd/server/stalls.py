@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from pynbd.server.limits import Limits
 from pynbd.server.shares import Share
-from pynbd.server.stream import PlainStream
+from pynbd.server.stream import Stream
 
 # Bytes a second: less is no progress. A line of 64 kbit/s has twice as much.
 LEAST_RATE = 4096
@@ -76,7 +76,7 @@ class Stalls:
     def __init__(
         self,
         limits: Limits,
-        stream: PlainStream,
+        stream: Stream,
         share: Share,
         brought: Callable[[], Brought | None],
         give_up: Callable[[str], None],

@@ -5,8 +5,9 @@ sends gathered buffers, and brings long runs of file bytes from the page cache t
 there is room for them. Its rules:
 
 1. During the handshake never a byte is read that was not asked for, so that nothing which arrived
-   in clear can be taken for something that came through TLS.
-2. Buffers that are handed to `PlainStream.send` belong to the stream until they are sent.
+   in clear can be taken for something that came through TLS. `Stream.start_tls` puts a `Tunnel` in
+   the place of the socket; all else stays as it is, but the bytes of files are copied.
+2. Buffers that are handed to `Stream.send` belong to the stream until they are sent.
 3. What cannot be sent at once waits in a queue, in order. `on_blocked` tells that something waits
    there, and each time that some of it has left; `on_drained` that it is empty again, and that
    nothing is lent any more (rule 5).
@@ -25,13 +26,19 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import struct
 import sys
 import termios
+import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from fcntl import ioctl
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pynbd.tls.tunnel import Tunnel
 
 log = logging.getLogger("pynbd")
 
@@ -40,7 +47,7 @@ IOV_MAX = 1024
 # What is skipped during the handshake goes through a buffer of this size.
 SKIP_PIECE = 1 << 16
 # Bytes after which the loop has its turn, however fast the peer takes them; those of a file that
-# are copied count as so many times more.
+# are copied count as so many times more, and so do all that are encrypted.
 SEND_TURN = 1 << 22
 COPY_COST = 4
 # File bytes that are copied at a time.
@@ -55,8 +62,21 @@ KEEPALIVE = (300, 60, 5)
 # kernel may give less.
 _SOCKET_BUFFER = 1 << 22
 
+# The groups of a unix peer (socket(7)), and how many there may be.
+_SO_PEERGROUPS = 59
+_NGROUPS_MAX = 1 << 16
+
 Buffer = bytes | bytearray | memoryview
-_copied = memoryview(bytearray(COPY_PIECE))
+
+
+class _Copied(threading.local):
+    """Where file bytes are on their way to a socket; each thread has its own loop."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(COPY_PIECE))
+
+
+_copied = _Copied()
 
 
 class ReplyEnd:
@@ -100,8 +120,8 @@ class FilePiece(NamedTuple):
 Piece = Buffer | FilePiece | ReplyEnd
 
 
-class PlainStream:
-    """A connected stream socket, in clear."""
+class Stream:
+    """A connected stream socket, in clear or, after `start_tls`, through TLS."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -112,6 +132,8 @@ class PlainStream:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
         self._loop = loop
         self._sock = sock
+        self._tunnel: Tunnel | None = None
+        self._channel: socket.socket | Tunnel = sock
         self._fd = sock.fileno()
         self._queue: deque[Piece] = deque()
         self._writing = False
@@ -135,16 +157,48 @@ class PlainStream:
         self.on_drained: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None
 
+    def address(self) -> tuple[Any, ...] | None:
+        """What ``getpeername`` says, of TCP; None of a local peer, and of one that has gone."""
+        if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return None
+        with suppress(OSError):
+            return tuple(self._sock.getpeername())
+        return None
+
     def peer(self) -> str:
         """Who is at the other end, for people."""
-        try:
-            address = self._sock.getpeername()
-        except OSError:
-            return "a client"  # it has gone already
         if self._sock.family == socket.AF_UNIX:
             return "a local client"
+        address = self.address()
+        if address is None:
+            return "a client"
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def owner(self) -> tuple[int | None, frozenset[int]]:
+        """The user and the groups of a local peer when it connected; None and none of others."""
+        if self._sock.family != socket.AF_UNIX:
+            return None, frozenset()
+        credentials = struct.Struct("3i")
+        _, uid, gid = credentials.unpack(
+            self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+        )
+        groups = array("i")
+        with suppress(OSError):  # before Linux 4.13 there is no such list
+            size = _NGROUPS_MAX * groups.itemsize
+            groups.frombytes(self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, size))
+        return uid, frozenset({gid, *groups})
+
+    async def start_tls(self, context: ssl.SSLContext) -> Tunnel:
+        """Shake hands as the server; from now on everything passes through TLS.
+
+        Raises `TlsError`, `EOFError` if the peer closes before, `OSError`.
+        """
+        tunnel = Tunnel(self._sock, context, server_side=True)
+        await tunnel.handshake()
+        self._tunnel = self._channel = tunnel
+        self._tells_taken = False  # nothing is lent
+        return tunnel
 
     @property
     def lent(self) -> bool:
@@ -163,7 +217,7 @@ class PlainStream:
         """The next ``length`` bytes. Raises `EOFError` if the peer closes before."""
         parts: list[bytes] = []
         while length:
-            part = await self._loop.sock_recv(self._sock, length)
+            part = await self._recv(length)
             if not part:
                 raise EOFError
             parts.append(part)
@@ -173,7 +227,7 @@ class PlainStream:
     async def skip(self, length: int) -> None:
         """Drop the next ``length`` bytes, in constant memory."""
         while length:
-            part = await self._loop.sock_recv(self._sock, min(length, SKIP_PIECE))
+            part = await self._recv(min(length, SKIP_PIECE))
             if not part:
                 raise EOFError
             length -= len(part)
@@ -181,7 +235,15 @@ class PlainStream:
 
     async def write(self, data: Buffer) -> None:
         """Send all of ``data``."""
-        await self._loop.sock_sendall(self._sock, data)
+        if self._tunnel:
+            await self._tunnel.sendall(data)
+        else:
+            await self._loop.sock_sendall(self._sock, data)
+
+    async def _recv(self, length: int) -> bytes:
+        if self._tunnel:
+            return await self._tunnel.recv(length)
+        return await self._loop.sock_recv(self._sock, length)
 
     # Transmission: whatever is there, in batches
 
@@ -190,6 +252,12 @@ class PlainStream:
         if not self.reading and self._fd >= 0:
             self.reading = True
             self._loop.add_reader(self._fd, self.on_readable)
+            if self._tunnel and self._tunnel.pending:
+                self._loop.call_soon(self._read_on)  # of this the socket tells nothing
+
+    def _read_on(self) -> None:
+        if self.reading:
+            self.on_readable()
 
     def pause_reading(self) -> None:
         if self.reading:
@@ -201,7 +269,7 @@ class PlainStream:
         nothing now.
         """
         try:
-            return self._sock.recv_into(view)
+            return self._channel.recv_into(view)
         except (BlockingIOError, InterruptedError):
             return None
 
@@ -212,7 +280,7 @@ class PlainStream:
         sent = 0
         if not self._queue:
             try:
-                sent = self._sock.send(view)
+                sent = self._channel.send(view)
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError:
@@ -256,6 +324,8 @@ class PlainStream:
                 self._writing = False
                 self._loop.remove_writer(self._fd)
             self._fd = -1
+            if self._tunnel and not self._lost and not self._queue:
+                self._tunnel.close_notify()
             self._lost = True
             self._drop_queue()
             self._sock.close()
@@ -338,10 +408,10 @@ class PlainStream:
             now: list[Buffer] = [*buffers[:-1], memoryview(buffers[-1])[:room]]
         else:
             now = buffers
-        sent = self._sock.send(now[0]) if len(now) == 1 else self._sock.sendmsg(now)
+        sent = self._channel.send(now[0]) if len(now) == 1 else self._channel.sendmsg(now)
         self.queued -= sent
         self._sent += sent
-        self._may_send -= sent
+        self._may_send -= sent * COPY_COST if self._tunnel else sent
         for buffer in buffers:
             size = len(buffer)
             if sent < size:
@@ -352,8 +422,8 @@ class PlainStream:
 
     def _send_file(self, piece: FilePiece) -> None:
         try:
-            if piece.read and not self._tells_taken:
-                sent = self._copy(piece.read, piece)
+            if self._tunnel or (piece.read and not self._tells_taken):
+                sent = self._copy(piece)
             else:
                 length = min(piece.length, self._may_send)
                 sent = os.sendfile(self._fd, piece.fd, piece.offset, length)
@@ -380,11 +450,17 @@ class PlainStream:
             self.queued_files -= rest
             self._queue[0] = bytes(rest)
 
-    def _copy(self, read: Callable[[memoryview, int], int], piece: FilePiece) -> int:
+    def _copy(self, piece: FilePiece) -> int:
         """How many bytes have left."""
-        count = read(_copied[: min(piece.length, COPY_PIECE)], piece.offset)
+        view = _copied.view[: min(piece.length, COPY_PIECE)]
+        if self._tunnel and self._tunnel.owed:
+            count = self._tunnel.owed  # these are encrypted already
+        elif piece.read:
+            count = piece.read(view, piece.offset)
+        else:
+            count = os.preadv(piece.fd, (view,), piece.offset)
         self._may_send -= count * COPY_COST
-        return self._sock.send(_copied[:count]) if count else 0
+        return self._channel.send(view[:count]) if count else 0
 
     def _end_reading(self, end: ReplyEnd) -> None:
         """All file pieces of a reply have left."""

@@ -19,8 +19,8 @@ from pynbd.server.stream import (
     SKIP_PIECE,
     Buffer,
     FilePiece,
-    PlainStream,
     ReplyEnd,
+    Stream,
 )
 
 log = logging.getLogger("pynbd.trace")
@@ -28,8 +28,8 @@ log = logging.getLogger("pynbd.trace")
 _numbers = count(1)
 
 
-class TracedStream(PlainStream):
-    """A `PlainStream` that behaves as one, and tells what passes."""
+class TracedStream(Stream):
+    """A `Stream` that behaves as one, and tells what passes."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
         super().__init__(loop, sock)

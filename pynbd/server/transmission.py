@@ -39,7 +39,7 @@ from pynbd.server.limits import Limits
 from pynbd.server.patience import LONGEST, Patience
 from pynbd.server.shares import REQUEST_COST, Share
 from pynbd.server.stalls import Brought, Stalls
-from pynbd.server.stream import Piece, PlainStream, size_of
+from pynbd.server.stream import Piece, Stream, size_of
 from pynbd.server.zeroes import DetectZeroes
 
 _READ = int(Command.READ)
@@ -70,7 +70,7 @@ class Transmission:
 
     def __init__(
         self,
-        stream: PlainStream,
+        stream: Stream,
         export: Export,
         session: Session,
         pool: BufferPool,

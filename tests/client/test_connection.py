@@ -46,6 +46,7 @@ from tests.client.playing import (
     PAYLOAD,
     READ_ONLY,
     REQUEST,
+    STARTTLS,
     STRUCTURED_REPLY,
     TRIM,
     ZEROES,
@@ -384,9 +385,19 @@ async def test_no_uri(uri: str) -> None:
         await Client.open(uri)
 
 
-async def test_tls_comes_later() -> None:
-    with pytest.raises(UnsupportedFeature, match="nbds://localhost/: TLS is not supported yet"):
-        await Client.open("nbds://localhost/")
+async def test_a_server_that_refuses_tls() -> None:
+    """Nothing goes on in clear."""
+
+    def play(sock: socket.socket) -> None:
+        sock.sendall(b"NBDMAGICIHAVEOPT\0\3")
+        receive(sock, 4 + 16)
+        sock.sendall(reply(STARTTLS, 0x80000002))  # NBD_REP_ERR_POLICY
+        assert receive(sock, 16) == b"IHAVEOPT\0\0\0\2\0\0\0\0"  # NBD_OPT_ABORT
+        until_closed(sock)
+
+    text = "NBD_OPT_STARTTLS: NBD_REP_ERR_POLICY"
+    with playing(play) as uri, pytest.raises(OptionError, match=text):
+        await Client.open(uri.replace("nbd+", "nbds+"))
 
 
 async def test_nobody_listens(tmp_path: Path) -> None:
@@ -433,7 +444,8 @@ async def test_a_server_that_requires_tls() -> None:
         sock.sendall(reply(EXTENDED_HEADERS, 0x80000005))  # NBD_REP_ERR_TLS_REQD
         until_closed(sock)
 
-    with playing(play) as uri, pytest.raises(OptionError, match="TLS_REQD; TLS is not supported"):
+    text = r"TLS_REQD \(nbds\+unix://\.\.\. begins a URI with TLS\)"
+    with playing(play) as uri, pytest.raises(OptionError, match=text):
         await Client.open(uri)
 
 

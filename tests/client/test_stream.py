@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pynbd.client.stream import PlainStream, open_socket
+from pynbd.client.stream import Stream, open_socket
 from pynbd.protocol.uri import NbdUri
 
 MIB = 1 << 20
@@ -71,7 +71,7 @@ async def test_thousands_of_pieces_arrive_in_order() -> None:
     """More pieces than one call takes, and more bytes than the socket holds."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    stream = PlainStream(ours)
+    stream = Stream(ours)
     pieces = [hashlib.shake_128(bytes([n % 251])).digest(n % 3000) for n in range(5000)]
     lost: list[OSError] = []
     stream.start(lambda: None, lost.append)
@@ -92,7 +92,7 @@ async def test_thousands_of_pieces_arrive_in_order() -> None:
 
 async def test_a_lost_peer_is_told_once() -> None:
     ours, theirs = socket.socketpair()
-    stream = PlainStream(ours)
+    stream = Stream(ours)
     lost: list[OSError] = []
     stream.start(lambda: None, lost.append)
     theirs.close()

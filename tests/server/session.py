@@ -28,7 +28,7 @@ from pynbd.server.buffers import BufferPool
 from pynbd.server.contexts import Context
 from pynbd.server.export import Export
 from pynbd.server.limits import Limits
-from pynbd.server.stream import PlainStream
+from pynbd.server.stream import Stream
 from pynbd.server.transmission import Transmission
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
@@ -266,7 +266,7 @@ class Talk:
 
     client: Client
     transmission: Transmission
-    stream: PlainStream
+    stream: Stream
     running: asyncio.Task[None]
 
     async def ends(self) -> None:
@@ -290,7 +290,7 @@ async def talking(
     """
     export = export or Export("", node, contexts=contexts or {})
     ours, theirs = socket.socketpair()
-    stream = PlainStream(asyncio.get_running_loop(), wrap(ours))
+    stream = Stream(asyncio.get_running_loop(), wrap(ours))
     session = negotiated(export, mode, dict(enumerate(export.contexts)))
     transmission = Transmission(stream, export, session, BufferPool(), limits or Limits())
     running = asyncio.get_running_loop().create_task(transmission.run())

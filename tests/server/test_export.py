@@ -11,6 +11,7 @@ import pytest
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
 from pynbd.errors import ImageError
+from pynbd.server.access import Identity
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 
@@ -62,14 +63,11 @@ async def test_the_first_export_is_the_default(tmp_path: Path) -> None:
     async with opened(tmp_path, read_only=True) as node:
         first, second = (Export(name, node, contexts={}) for name in ("first", "second"))
         table = ExportTable([first, second])
-        assert table.find("first") is table.find("") is first.info
-        assert table.find("second") is second.info
-        assert table.find("third") is None
-        assert table["second"] is second
-        assert list(table) == [first, second]
-        assert [info.name for info in table.listing()] == ["first", "second"]
-        named = ExportTable([second, Export("", node, contexts={})])
-        found = named.find("")
-        assert found is not None
-        assert found.name == ""
-    assert ExportTable([]).find("") is None
+        anybody = Identity()
+        assert table.find("first", anybody) is table.find("", anybody) is first
+        assert table.find("second", anybody) is second
+        assert table.find("third", anybody) is None
+        assert list(table) == table.listing(anybody) == [first, second]
+        unnamed = Export("", node, contexts={})
+        assert ExportTable([second, unnamed]).find("", anybody) is unnamed
+    assert ExportTable([]).find("", anybody) is None

@@ -32,7 +32,7 @@ from pynbd.server.connection import Connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.limits import Limits
-from pynbd.server.stream import COPY_COST, COPY_PIECE, SEND_TURN, PlainStream
+from pynbd.server.stream import COPY_COST, COPY_PIECE, SEND_TURN, Stream
 from pynbd.server.transmission import TURN_REQUESTS
 from tests.block.reading import eventually
 from tests.server.counting import in_page_cache, tcp_pair
@@ -120,8 +120,8 @@ async def test_a_turn_that_is_over_is_followed_by_one(
     monkeypatch.setattr(transmission, "RECEIVE_SIZE", 512)
     receives, pauses = Turns(), Turns()
     async with talking(node, Mode.SIMPLE) as talk:
-        _count(monkeypatch, receives, PlainStream, "receive_into")
-        _count(monkeypatch, pauses, PlainStream, "pause_reading")
+        _count(monkeypatch, receives, Stream, "receive_into")
+        _count(monkeypatch, pauses, Stream, "pause_reading")
         await talk.client.send(*(talk.client.request(READ, 0, 512) for _ in range(2000)))
         async with receives.counted():
             await talk.client.all_replies()

@@ -1,4 +1,4 @@
-"""PlainStream on socket pairs: never a byte too many, nothing lost, nothing out of order."""
+"""Stream on socket pairs: never a byte too many, nothing lost, nothing out of order."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pynbd.server.stream import (
     TAKEN_EVERY,
     FilePiece,
     Piece,
-    PlainStream,
     ReplyEnd,
+    Stream,
 )
 from tests.block.devices import loop_device
 from tests.block.reading import eventually
@@ -36,18 +36,18 @@ DATA = random.Random(8).randbytes(8 << 20)
 class Events:
     """What the stream told."""
 
-    def __init__(self, stream: PlainStream) -> None:
+    def __init__(self, stream: Stream) -> None:
         self.told: list[str] = []
         stream.on_drained = lambda: self.told.append("drained")
         stream.on_lost = lambda: self.told.append("lost")
 
 
 @asynccontextmanager
-async def connected(small: bool = False) -> AsyncIterator[tuple[PlainStream, socket.socket]]:
+async def connected(small: bool = False) -> AsyncIterator[tuple[Stream, socket.socket]]:
     """A stream and its peer. ``small``: hardly anything fits between them."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    stream = PlainStream(asyncio.get_running_loop(), ours)
+    stream = Stream(asyncio.get_running_loop(), ours)
     if small:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     try:
@@ -430,7 +430,7 @@ async def test_tcp_sends_without_delay() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
         server, _ = listener.accept()
-        PlainStream(asyncio.get_running_loop(), server)
+        Stream(asyncio.get_running_loop(), server)
         assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert not server.getblocking()
         client.close()
@@ -490,7 +490,7 @@ async def test_over_tcp_what_may_not_be_lent_is_copied(file: int) -> None:
     ours, _ = listener.accept()
     listener.close()
     peer.setblocking(False)
-    stream = PlainStream(asyncio.get_running_loop(), ours)
+    stream = Stream(asyncio.get_running_loop(), ours)
     try:
         released: list[None] = []
         calls: list[tuple[int, int]] = []
@@ -513,7 +513,7 @@ async def test_over_tcp_what_may_not_be_lent_is_copied(file: int) -> None:
 async def test_one_turn_sends_so_much_however_fast_the_peer_is(file: int, kind: str) -> None:
     """A peer that takes everything at once would otherwise have the loop for itself."""
     ours, theirs = socket.socketpair()
-    stream = PlainStream(asyncio.get_running_loop(), ours)
+    stream = Stream(asyncio.get_running_loop(), ours)
     turns: list[int] = []
     taken = bytearray()
 

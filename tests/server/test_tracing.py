@@ -1,4 +1,4 @@
-"""TracedStream does what PlainStream does, and tells exactly what has passed.
+"""TracedStream does what Stream does, and tells exactly what has passed.
 
 All tests of `test_stream` run here again, on a traced stream; how messages are told is the business
 of `tests/protocol/test_trace.py`.
@@ -36,7 +36,7 @@ SIZE = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _traced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(test_stream, "PlainStream", TracedStream)
+    monkeypatch.setattr(test_stream, "Stream", TracedStream)
     caplog.set_level(logging.DEBUG, "pynbd.trace")
 
 
