@@ -58,7 +58,7 @@ def certificates(path: Path) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(data)
     except ValueError:
-        raise wrong(path, "is no certificate in PEM") from None
+        raise wrong(path, "is no certificate in PEM, or a malformed one") from None
 
 
 def authorities(path: Path) -> bytes:
