@@ -157,6 +157,10 @@ class Authority:
     def pem(self) -> bytes:
         return self.certificate.public_bytes(serialization.Encoding.PEM)
 
+    def itself(self) -> Certificate:
+        """Its own certificate, as one that can be revoked."""
+        return Certificate(self.certificate, self._key)
+
     def crl(self, *revoked: Certificate, valid: tuple[timedelta, timedelta] = VALID) -> bytes:
         """A list of what was revoked, in PEM."""
         now = datetime.now(UTC)

@@ -172,7 +172,7 @@ def client_context(
         _Trust(folder).teach(context)
     else:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    if folder and any((folder / f"client-{what}.pem").exists() for what in ("cert", "key")):
+    if folder and any(os.path.lexists(folder / f"client-{what}.pem") for what in ("cert", "key")):
         shown = files.certificate_and_key(folder, "client", None)
         _show(context, shown, folder / "client-cert.pem")
     return context
@@ -184,7 +184,8 @@ class _Trust:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "ca-cert.pem"
         self._pem, self.flags = files.authorities(self._path), ssl.VerifyFlags(0)
-        if (folder / "ca-crl.pem").exists():
+        # A link that leads nowhere is no reason to let everybody in.
+        if os.path.lexists(folder / "ca-crl.pem"):
             lists, count = files.revoked(folder / "ca-crl.pem")
             self._pem += lists
             # With one list for each authority, theirs are looked up, too.

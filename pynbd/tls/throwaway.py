@@ -122,9 +122,12 @@ def _general_name(host: str) -> x509.GeneralName:
     except ValueError:
         pass
     try:
-        return x509.DNSName(host.encode("idna").decode())
+        name = host.encode("idna").decode()
     except ValueError:
-        raise UsageError(f"{host!r} cannot be the name of a host in a certificate") from None
+        name = ""
+    if not name:
+        raise UsageError(f"{host!r} cannot be the name of a host in a certificate")
+    return x509.DNSName(name)
 
 
 def _write(path: Path, data: bytes) -> None:
