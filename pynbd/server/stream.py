@@ -392,12 +392,13 @@ class Stream:
     def _send_buffers(self) -> None:
         queue = self._queue
         buffers: list[Buffer] = []
-        room = self._may_send
+        room, before_file = self._may_send, False
         for piece in queue:
             if isinstance(piece, ReplyEnd) and not piece.broken:
                 self._end_reading(piece)
                 buffers.append(piece.done)
             elif isinstance(piece, FilePiece | ReplyEnd):
+                before_file = True
                 break
             else:
                 buffers.append(piece)
@@ -408,10 +409,14 @@ class Stream:
             now: list[Buffer] = [*buffers[:-1], memoryview(buffers[-1])[:room]]
         else:
             now = buffers
-        sent = self._channel.send(now[0]) if len(now) == 1 else self._channel.sendmsg(now)
+        if self._tunnel:
+            sent = self._tunnel.sendmsg(now, more=before_file)
+            self._may_send -= sent * COPY_COST
+        else:
+            sent = self._sock.send(now[0]) if len(now) == 1 else self._sock.sendmsg(now)
+            self._may_send -= sent
         self.queued -= sent
         self._sent += sent
-        self._may_send -= sent * COPY_COST if self._tunnel else sent
         for buffer in buffers:
             size = len(buffer)
             if sent < size:

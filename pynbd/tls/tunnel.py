@@ -166,11 +166,14 @@ class Tunnel:
         """Send some of ``data``; how many bytes. Raises `BlockingIOError` (rule 2), `OSError`."""
         return self.sendmsg((data,))
 
-    def sendmsg(self, buffers: Sequence[Buffer]) -> int:
-        """Send some of what is in ``buffers``, as `send` does."""
+    def sendmsg(self, buffers: Sequence[Buffer], *, more: bool = False) -> int:
+        """Send some of what is in ``buffers``, as `send` does. ``more``: it may leave together with
+        what is sent next, which is certain to come.
+        """
         if not self._owed:
             self._owed = self._tls.write(_first_chunk(buffers))
-        self._flush()
+        if not more:
+            self._flush()
         sent, self._owed = self._owed, 0
         return sent
 
