@@ -286,12 +286,15 @@ class Disconnected(Exception):
 
 
 class Peer:
-    """One connection to a server's unix socket."""
+    """One connection to a server: to a unix socket, or to the host and port of TCP."""
 
-    def __init__(self, path: str | os.PathLike[str], *, deadline: float = DEADLINE) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
+    def __init__(
+        self, where: str | os.PathLike[str] | tuple[str, int], *, deadline: float = DEADLINE
+    ) -> None:
+        far = isinstance(where, tuple)
+        self.sock = socket.socket(socket.AF_INET if far else socket.AF_UNIX)
         self.sock.settimeout(deadline)
-        self.sock.connect(os.fspath(path))
+        self.sock.connect(where if far else os.fspath(where))
         self.mode = Mode.SIMPLE
         self._deadline = deadline
         self._cookies = 0

@@ -8,7 +8,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from interop.certificates import Pki
 from tests.conformance.running import RunningServer
+from tests.conformance.tls import TlsServers
 
 StartServer = Callable[..., RunningServer]
 
@@ -57,3 +59,28 @@ def start_server(loop: str) -> Iterator[StartServer]:
         for server in started:
             if server.process.poll() is None:
                 server.stop()
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return Pki.make(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="session")
+def shared_tls(loop: str, pki: Pki) -> Iterator[TlsServers]:
+    with TemporaryDirectory(prefix="pynbd-") as folder:
+        servers = TlsServers(Path(folder), loop, pki)
+        yield servers
+        servers.stop()
+
+
+@pytest.fixture
+def tls(shared_tls: TlsServers) -> Iterator[TlsServers]:
+    """Servers with TLS. After each test the next client is served, and nothing odd was said."""
+    yield shared_tls
+    shared_tls.check()
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

@@ -22,13 +22,16 @@ EXPECTED_LINES = re.compile(r"pynbd: \S*/broken\.qcow2: .*")
 class RunningServer:
     """``tests.conformance.server`` as a process of its own, on a unix socket in ``folder``."""
 
+    program = "tests.conformance.server"
+    expected_lines = EXPECTED_LINES
+
     def __init__(self, folder: Path, loop: str, options: Sequence[str] = ()) -> None:
         self.loop = loop
         self.folder = folder
         self.socket = folder / "socket"
         self._told = 0
         self._stderr = folder / "stderr"
-        command = [sys.executable, "-m", "tests.conformance.server", "--loop", loop, *options]
+        command = [sys.executable, "-m", self.program, "--loop", loop, *options]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [*command, self.socket, folder], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr
@@ -89,7 +92,7 @@ class RunningServer:
         """What standard error holds since the last call that ought not to be there."""
         text = self._stderr.read_text()[self._told :]
         self._told += len(text)
-        return [line for line in text.splitlines() if not EXPECTED_LINES.fullmatch(line)]
+        return [line for line in text.splitlines() if not self.expected_lines.fullmatch(line)]
 
     def stop(self) -> None:
         """End it in good order: it says nothing and its status is 0."""
