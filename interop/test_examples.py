@@ -16,6 +16,7 @@ from interop.documented import programs
 from pynbd.cli.main import commands
 from pynbd.cli.pages import page_of
 from pynbd.cli.qemu_nbd.command import qemu_nbd
+from pynbd.tls import throwaway
 
 SOCKET = "nbd+unix:///?socket=/run/disk.sock"
 # What is there before an example is run: the lines of the first of these that is in it.
@@ -55,6 +56,8 @@ def prepare(folder: Path) -> None:
     samples.qemu_io(disk, "write -q -P 1 0 1M", "write -q -z 4M 1M")
     peers.run("qemu-img", "snapshot", "-c", "before-upgrade", disk)
     (folder / "named").mkdir()
+    (folder / "pki").mkdir()
+    throwaway.make(folder / "pki", hosts=[], psk=False)
     for name in ("disk.raw", "other.raw", "copy-of-monday.raw", "named/before", "named/after"):
         peers.run("qemu-img", "convert", "-O", "raw", disk, folder / name)
     for name in ("running.qcow2", "copy.qcow2", "base.qcow2", "upload.qcow2"):

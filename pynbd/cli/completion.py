@@ -22,6 +22,13 @@ def file_names(
     return [CompletionItem(incomplete, type="file")]
 
 
+def directory_names(
+    _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """The same of one that takes the name of a directory."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
 @click.command(
     short_help="Print what makes a shell complete.",
     epilog="""\b

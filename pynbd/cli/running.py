@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pynbd.block.node import BlockNode
 from pynbd.cli.descriptors import allow_many_descriptors
@@ -24,6 +25,9 @@ from pynbd.server.limits import Limits
 from pynbd.server.listening import Listening, check_socket_path
 from pynbd.server.server import Server
 
+if TYPE_CHECKING:  # it takes libraries that are not wanted without TLS
+    from pynbd.server.tls import Tls
+
 
 async def run_server(
     export: Export,
@@ -33,6 +37,7 @@ async def run_server(
     max_clients: int,
     until_idle: bool,
     limits: Limits,
+    tls: Tls | None = None,
     thrown_away: bool = False,
     trace: bool = False,
 ) -> None:
@@ -43,7 +48,7 @@ async def run_server(
     keep_freed_blocks()
     allow_many_descriptors()
     with closing(listen()) as listening:
-        watch().clean = listening.remove
+        watch().clean = partial(_clean, listening, watch().clean)
         if not thrown_away:
             watch().last_line = partial(_what_is_lost, export.node)
         server = Server(
@@ -52,6 +57,7 @@ async def run_server(
             max_clients=max_clients,
             until_idle=until_idle,
             limits=limits,
+            tls=tls,
             trace=trace,
         )
         watch().stop = partial(_stop, server, asyncio.get_running_loop())
@@ -71,6 +77,11 @@ def listen_on(
         return Listening.tcp(host, port)
     except UsageError as error:
         raise UsageError(f"--bind: {error}") from None
+
+
+def _clean(listening: Listening, before: Callable[[], object]) -> None:
+    listening.remove()
+    before()
 
 
 def _stop(server: Server, loop: asyncio.AbstractEventLoop) -> None:

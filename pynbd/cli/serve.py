@@ -37,8 +37,8 @@ from pynbd.cli.running import (
 )
 from pynbd.cli.signals import watch
 from pynbd.cli.texts import export_text
+from pynbd.cli.tls_options import Security, TlsOptions, tls_options, tls_options_of
 from pynbd.errors import UsageError
-from pynbd.protocol.uri import NbdUri
 from pynbd.protocol.values import DEFAULT_PORT
 from pynbd.server.export import Export
 from pynbd.server.limits import Limits
@@ -73,8 +73,14 @@ class ServeOptions:
     untrusted: bool
     limits: Limits
     image_limits: ImageLimits
+    tls: TlsOptions
     loop: str
     trace: bool
+
+    @property
+    def host(self) -> str:
+        """Where it listens, unless on a unix socket."""
+        return self.bind or "localhost"
 
 
 @click.command(
@@ -82,6 +88,7 @@ class ServeOptions:
     epilog="""\b
 Environment:
   LISTEN_PID, LISTEN_FDS  socket activation: the listening sockets, from 3 on
+  SSLKEYLOGFILE           a file for the secrets of TLS, with which Wireshark reads what is sent
 
 \b
 Examples:
@@ -90,6 +97,10 @@ Examples:
   pynbd serve -r -B backup-1 disk.qcow2
   pynbd serve --untrusted -f qcow2 -r -k /run/disk.sock upload.qcow2
   pynbd serve --python heat.py:Heat
+  pynbd serve --tls=auto disk.qcow2
+  pynbd serve -b 0.0.0.0 --tls-certificates pki disk.qcow2
+  pynbd serve --tls-certificates pki --tls-verify-peer --allow write,cert=alice disk.qcow2
+  pynbd serve -k /run/disk.sock --allow read --allow write,uid=root disk.qcow2
   nbdinfo -- [ pynbd serve disk.qcow2 ]
 """,
 )
@@ -196,6 +207,7 @@ Examples:
     help="Guess the format of backing files that have none recorded.",
 )
 @untrusted_option
+@tls_options
 @limit_options
 @image_limit_options
 @log_options
@@ -214,14 +226,23 @@ def serve(
     Any number of clients, on localhost by default. The first line of output is the URI.
     """
     configure(verbose=verbose, trace=trace, log_format=log_format)
+    tls = tls_options_of(options)
     wanted = ServeOptions(
-        trace=trace, limits=limits_of(options), image_limits=image_limits_of(options), **options
+        trace=trace,
+        limits=limits_of(options),
+        image_limits=image_limits_of(options),
+        tls=tls,
+        **options,
     )
     _check(wanted)
     sockets = activated_sockets()
     check_addresses(sockets, wanted.socket, wanted.bind, wanted.port)
+    tls.check(activated=bool(sockets))
     watch()
-    LOOPS[wanted.loop](_serve(wanted, sockets))
+    with tls.opened(
+        wanted.export_name, path=wanted.socket, host=wanted.host, activated=bool(sockets)
+    ) as security:
+        LOOPS[wanted.loop](_serve(wanted, sockets, security))
 
 
 def _check(wanted: ServeOptions) -> None:
@@ -277,7 +298,9 @@ async def _open(wanted: ServeOptions) -> BlockNode:
     )
 
 
-async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None:
+async def _serve(
+    wanted: ServeOptions, sockets: Sequence[socket.socket], security: Security
+) -> None:
     async with await _open(wanted) as node:
         unasked = not (wanted.allocation_depth or wanted.bitmap)
         contexts = offered_contexts(
@@ -293,16 +316,17 @@ async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None
             multi_conn=wanted.shared != 1,
             unmap=wanted.discard == Discard.UNMAP,
             detect_zeroes=DetectZeroes(wanted.detect_zeroes),
+            access=security.access,
         )
 
         def listen() -> Listening:
             port = DEFAULT_PORT if wanted.port is None else wanted.port
-            return listen_on(sockets, wanted.socket, wanted.bind or "localhost", port)
+            return listen_on(sockets, wanted.socket, wanted.host, port)
 
         def ready(listening: Listening) -> None:
             if not sockets:
-                where: NbdUri = replace(listening.where, export=wanted.export_name)
-                print_first_line(where)
+                where = replace(listening.where, export=wanted.export_name)
+                print_first_line("\n".join(security.lines(where)))
 
         await run_server(
             export,
@@ -311,6 +335,7 @@ async def _serve(wanted: ServeOptions, sockets: Sequence[socket.socket]) -> None
             max_clients=wanted.shared,
             until_idle=bool(sockets),
             limits=wanted.limits,
+            tls=security.tls,
             thrown_away=wanted.snapshot,
             trace=wanted.trace,
         )

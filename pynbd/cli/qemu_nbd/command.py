@@ -23,6 +23,7 @@ from pynbd.cli.activation import activated_sockets
 from pynbd.cli.completion import file_names
 from pynbd.cli.imports import imported
 from pynbd.cli.logs import configure
+from pynbd.cli.objects import Objects
 from pynbd.cli.qemu_nbd.daemon import Daemon
 from pynbd.cli.qemu_nbd.getopt import GetoptCommand
 from pynbd.cli.qemu_nbd.kernel import disconnect
@@ -73,7 +74,8 @@ Exit status:
 
 \b
 Where it is not like qemu-nbd:
-  TLS is not there yet.
+  --tls-authz needs clients with certificates that are verified: it is refused without.
+  Of priorities there are NORMAL and @SYSTEM; tls-creds-anon and encrypted secrets are refused.
   A raw image has one writer, and nobody reads beside it, as with qcow2.
   -k does not take a socket away from a server that listens there.
   --fork ends with 0 when the server runs, also after a warning.
@@ -219,10 +221,26 @@ Examples:
     help="Let FILE be the kernel's block device DEV (/dev/nbd0); in the background, without -v.",
 )
 @click.option("-d", "--disconnect", is_flag=True, help="FILE is a device: undo --connect.")
-@click.option("--object", metavar="TYPE,...", multiple=True, help="Keys and secrets: not yet.")
-@click.option("--tls-creds", metavar="ID", help="TLS: not yet.")
-@click.option("--tls-hostname", metavar="NAME", help="TLS: not yet.")
-@click.option("--tls-authz", metavar="ID", help="TLS: not yet.")
+@click.option(
+    "--object",
+    metavar="TYPE,...",
+    multiple=True,
+    help="What the options of TLS name by its ID: tls-creds-x509, tls-creds-psk, secret,"
+    " authz-simple, authz-list, authz-list-file; repeatable.",
+)
+@click.option(
+    "--tls-creds", metavar="ID", help="Require TLS with these credentials; with -L, use them."
+)
+@click.option(
+    "--tls-hostname",
+    metavar="NAME",
+    help="With -L: whom the certificate of the server has to be for (default: -b ADDR).",
+)
+@click.option(
+    "--tls-authz",
+    metavar="ID",
+    help="The authz-* object that says by the name in his certificate who may come in.",
+)
 @click.option(
     "-v", "--verbose", is_flag=True, help="Tell of clients that come and go, and of those cut off."
 )
@@ -245,19 +263,21 @@ def qemu_nbd(**options: Any) -> None:  # the options are QemuNbdOptions, name by
     wanted = QemuNbdOptions(**options)
     sockets = activated_sockets()
     wanted.check(activated=bool(sockets))
+    objects = Objects(wanted.object)
     configure(verbose=wanted.verbose, trace=_traces(wanted.trace), log_format="text", program=NAME)
     if wanted.list or wanted.disconnect:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         if wanted.disconnect:
             disconnect(wanted.image)
         else:
-            imported("pynbd.cli.qemu_nbd.listing").print_exports(wanted)
+            imported("pynbd.cli.qemu_nbd.listing").print_exports(wanted, objects)
         return
     daemon = None
     if wanted.fork or (wanted.connect is not None and not wanted.verbose):
         daemon = Daemon.fork(keep_errors=wanted.verbose)
     watch()
-    imported("pynbd.cli.qemu_nbd.serving").run(wanted, sockets, daemon, trace=_traces(wanted.trace))
+    serving = imported("pynbd.cli.qemu_nbd.serving")
+    serving.run(wanted, objects, sockets, daemon, trace=_traces(wanted.trace))
 
 
 def _traces(pattern: str | None) -> bool:

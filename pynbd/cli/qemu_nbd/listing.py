@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from pynbd.cli.objects import Objects
 from pynbd.cli.output import printable, standard_output
 from pynbd.cli.qemu_nbd.options import QemuNbdOptions
+from pynbd.cli.qemu_tls import client_uri
 from pynbd.client.connecting import list_exports
 from pynbd.errors import PynbdError
 from pynbd.protocol.handshake_client import RemoteExport
@@ -29,12 +31,14 @@ _FLAGS = {
 }
 
 
-def print_exports(wanted: QemuNbdOptions) -> None:
+def print_exports(wanted: QemuNbdOptions, objects: Objects) -> None:
     """Raises `PynbdError` where there is no server, or one that does not list."""
     if wanted.socket is not None:
         where = NbdUri(transport=Transport.UNIX, socket=wanted.socket)
     else:
         where = NbdUri(host=wanted.host, port=wanted.tcp_port)
+    if wanted.tls_creds is not None:
+        where = client_uri(where, objects, wanted.tls_creds, wanted.tls_hostname)
     try:
         exports = asyncio.run(list_exports(where))
     except OSError as error:

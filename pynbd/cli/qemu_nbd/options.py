@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from pynbd.errors import UnsupportedFeature, UsageError
+from pynbd.errors import UsageError
 from pynbd.protocol.values import DEFAULT_PORT
 from pynbd.server.listening import MAX_SOCKET_PATH
 
@@ -87,7 +87,7 @@ class QemuNbdOptions:
 
     def check(self, *, activated: bool) -> None:
         """Raise `UsageError` where the options contradict each other, or that it was ``activated``
-        with a socket, and `UnsupportedFeature` for what pynbd does not do yet.
+        with a socket.
         """
         if self.list:
             self._check_list()
@@ -107,8 +107,7 @@ class QemuNbdOptions:
             raise UsageError("--selinux-label: it is for --socket and --connect")
         if self.bind == "":
             raise UsageError("--bind: an address or the name of a host is expected")
-        if self.object or self.tls_creds or self.tls_hostname or self.tls_authz:
-            raise UnsupportedFeature("--object, --tls-*: TLS is not supported yet")
+        self._check_tls()
         if self.list or self.disconnect:
             return
         self._check_image()
@@ -147,6 +146,21 @@ class QemuNbdOptions:
         for option, value in given.items():
             if value is not None:
                 raise UsageError(f"{option}: not with socket activation (LISTEN_FDS)")
+
+    def _check_tls(self) -> None:
+        if self.tls_creds is None:
+            for option, value in (
+                ("--tls-hostname", self.tls_hostname),
+                ("--tls-authz", self.tls_authz),
+            ):
+                if value is not None:
+                    raise UsageError(f"{option}: it needs --tls-creds")
+        elif self.connect is not None:
+            raise UsageError("--tls-creds: the kernel has no TLS for --connect")
+        elif self.list and self.tls_authz is not None:
+            raise UsageError("--tls-authz: it is for a server, not for --list")
+        elif self.tls_hostname is not None and not self.list:
+            raise UsageError("--tls-hostname: it is for --list")
 
     def _check_image(self) -> None:
         if self.image_opts and self.format is not None:

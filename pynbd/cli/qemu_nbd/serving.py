@@ -8,13 +8,16 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from pynbd.block.cache_modes import Cache
 from pynbd.block.image_options import JSON_PREFIX, parse_image_opts
 from pynbd.block.node import BlockNode
+from pynbd.cli import qemu_tls
 from pynbd.cli.loops import FASTEST, LOOPS
+from pynbd.cli.objects import Objects
 from pynbd.cli.qemu_nbd.daemon import Daemon, write_pid_file
 from pynbd.cli.qemu_nbd.kernel import KernelDevice
 from pynbd.cli.qemu_nbd.options import QemuNbdOptions
@@ -28,6 +31,9 @@ from pynbd.server.offers import offered_contexts
 from pynbd.server.serving import open_to_serve
 from pynbd.server.zeroes import DetectZeroes
 
+if TYPE_CHECKING:  # it takes libraries that are not wanted without TLS
+    from pynbd.server.tls import Tls
+
 log = logging.getLogger("pynbd")
 
 _SOCKET_LABEL = "/proc/thread-self/attr/sockcreate"  # attr(5) of SELinux
@@ -35,6 +41,7 @@ _SOCKET_LABEL = "/proc/thread-self/attr/sockcreate"  # attr(5) of SELinux
 
 def run(
     wanted: QemuNbdOptions,
+    objects: Objects,
     sockets: Sequence[socket.socket],
     daemon: Daemon | None,
     *,
@@ -43,11 +50,14 @@ def run(
     """Serve until a signal, or the last client, ends it."""
     loop = LOOPS[FASTEST]
     if wanted.connect is None:
-        loop(_serve(wanted, sockets, daemon, None, trace=trace))
+        tls = None
+        if wanted.tls_creds is not None:
+            tls = qemu_tls.server_tls(objects, wanted.tls_creds, wanted.tls_authz)
+        loop(_serve(wanted, sockets, daemon, None, tls, trace=trace))
         return
     with closing(KernelDevice(wanted.connect)) as device:
         attachment = _Attachment(wanted, device, daemon)
-        loop(_serve(wanted, sockets, daemon, attachment, trace=trace))
+        loop(_serve(wanted, sockets, daemon, attachment, None, trace=trace))
         attachment.end()
 
 
@@ -56,6 +66,7 @@ async def _serve(
     sockets: Sequence[socket.socket],
     daemon: Daemon | None,
     attachment: _Attachment | None,
+    tls: Tls | None,
     *,
     trace: bool,
 ) -> None:
@@ -96,6 +107,7 @@ async def _serve(
             max_clients=wanted.shared,
             until_idle=not wanted.persistent,
             limits=Limits(handshake_seconds=wanted.handshake_limit),
+            tls=tls,
             thrown_away=wanted.snapshot,
             trace=trace,
         )

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from pynbd.cli.objects import Objects
 from pynbd.cli.qemu_nbd import listing
 from pynbd.cli.qemu_nbd.command import qemu_nbd
 from pynbd.cli.qemu_nbd.options import QemuNbdOptions
@@ -33,7 +34,7 @@ def printed(
         return list(exports)
 
     monkeypatch.setattr(listing, "list_exports", listed)
-    listing.print_exports(options("-k", "/s"))
+    listing.print_exports(options("-k", "/s"), Objects(()))
     return capfd.readouterr().out
 
 
@@ -89,4 +90,4 @@ def test_none(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 
 def test_nobody_is_there() -> None:
     with pytest.raises(PynbdError, match=r"^nbd\+unix:///\?socket=/nonexistent: No such file"):
-        listing.print_exports(options("-k", "/nonexistent"))
+        listing.print_exports(options("-k", "/nonexistent"), Objects(()))

@@ -8,7 +8,7 @@ import pytest
 
 from pynbd.cli.qemu_nbd.command import qemu_nbd
 from pynbd.cli.qemu_nbd.options import QemuNbdOptions
-from pynbd.errors import PynbdError, UnsupportedFeature, UsageError
+from pynbd.errors import PynbdError, UsageError
 
 
 def options(*args: str) -> QemuNbdOptions:
@@ -97,17 +97,28 @@ def test_bitmaps_of_a_part(bitmap: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "args",
+    "args, says",
     [
-        "--object secret,id=s disk",
-        "-r --tls-creds t disk",
-        "-L --tls-hostname t",
+        ("--tls-hostname h disk", "--tls-hostname: it needs --tls-creds"),
+        ("--tls-authz a disk", "--tls-authz: it needs --tls-creds"),
+        ("-L --tls-hostname h", "--tls-hostname: it needs --tls-creds"),
+        ("-L --tls-authz a", "--tls-authz: it needs --tls-creds"),
+        ("-L --tls-creds t --tls-authz a", "--tls-authz: it is for a server, not for --list"),
+        ("--tls-creds t --tls-hostname h disk", "--tls-hostname: it is for --list"),
+        ("--tls-creds t -c /dev/nbd0 disk", "--tls-creds: the kernel has no TLS for --connect"),
     ],
 )
-def test_not_yet(args: str) -> None:
+def test_tls(args: str, says: str) -> None:
     error = refusal(*args.split())
-    assert isinstance(error, UnsupportedFeature)
-    assert "not supported yet" in str(error)
+    assert isinstance(error, UsageError)
+    assert str(error) == says
+
+
+@pytest.mark.parametrize(
+    "args", ["--tls-creds t --tls-authz a disk", "-L --tls-creds t --tls-hostname h"]
+)
+def test_tls_of_each_end(args: str) -> None:
+    options(*args.split()).check(activated=False)
 
 
 @pytest.mark.parametrize("args", ["-s -r", "-l s --detect-zeroes=on", "-r --detect-zeroes=on"])
