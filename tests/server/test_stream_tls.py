@@ -227,7 +227,7 @@ async def test_a_record_that_was_tampered_with(pki: Pki) -> None:
     async with connected(pki) as (stream, peer):
         raw = socket.socket(fileno=peer.detach())
         raw.sendall(b"\x17\3\3\0\x20" + bytes(32))
-        with pytest.raises(OSError, match=r"(?i)bad.record.mac"):
+        with pytest.raises(OSError, match=r"(?i)bad.record.mac|record.layer"):  # OpenSSL 3.0; 3.5
             stream.receive_into(memoryview(bytearray(10)))
         stream.close()
         raw.close()
