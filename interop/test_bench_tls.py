@@ -7,7 +7,7 @@ import pytest
 from interop import peers
 from interop.bench import jobs, tls
 from interop.bench.rows import ROWS
-from interop.bench.servers import NBDKIT, QEMU, Way, serve
+from interop.bench.servers import NBDKIT, PYNBD, QEMU, Way, serve
 
 SIZE = 1 << 20
 
@@ -21,7 +21,7 @@ def disk(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("tcp", [True, False], ids=["tcp", "unix"])
-@pytest.mark.parametrize("name", [QEMU[0], NBDKIT])
+@pytest.mark.parametrize("name", [PYNBD, QEMU[0], NBDKIT])
 def test_fio_reads_over_tls(disk: Path, name: str, tcp: bool) -> None:
     with serve(name, disk, Way("raw", tcp=tcp, tls=True)) as server:
         assert server.uri.startswith("nbds")
@@ -48,7 +48,7 @@ def test_a_server_in_clear_is_refused(disk: Path) -> None:
         tls.checked(uri)
 
 
-@pytest.mark.parametrize("name", [QEMU[0], NBDKIT])
+@pytest.mark.parametrize("name", [PYNBD, QEMU[0], NBDKIT])
 def test_who_comes_in_clear_is_refused(disk: Path, name: str) -> None:
     with serve(name, disk, Way("raw", tls=True)) as server:
         plain = peers.unix_uri(str(server.address))

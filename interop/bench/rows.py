@@ -19,6 +19,9 @@ QCOW2 = Way()
 READ_ONLY = Way(read_only=True)
 TCP = Way(tcp=True)
 RAW_TCP = Way("raw", tcp=True)
+TLS = Way(tcp=True, tls=True)
+RAW_TLS = Way("raw", tcp=True, tls=True)
+RAW_TLS_UNIX = Way("raw", tls=True)
 DEPTH = Way(read_only=True, contexts=("-A",))
 BITMAP = Way(read_only=True, contexts=("-B", tables.BITMAPS[0]))
 EIGHT = Way(read_only=True, contexts=("-A", *(f"-B{name}" for name in tables.BITMAPS)))
@@ -159,6 +162,12 @@ ROWS = (
         quick=True,
     ),
     Row("TCP qcow2 read 1M qd8", images.qcow2, TCP, steady("read", "1M", 8), 1.3),
+    Row("TLS raw randread 4k qd16", images.raw, RAW_TLS, steady("randread", "4k", 16), quick=True),
+    Row("TLS raw read 1M qd8", images.raw, RAW_TLS, steady("read", "1M", 8), quick=True),
+    Row("TLS qcow2 randread 4k qd16", images.qcow2, TLS, steady("randread", "4k", 16)),
+    Row("TLS qcow2 read 1M qd8", images.qcow2, TLS, steady("read", "1M", 8)),
+    Row("TLS unix randread 4k qd16", images.raw, RAW_TLS_UNIX, steady("randread", "4k", 16)),
+    Row("TLS unix read 1M qd8", images.raw, RAW_TLS_UNIX, steady("read", "1M", 8)),
     Row("one of eight contexts", images.bitmaps, EIGHT, jobs.filtered(), limit=4.0, quick=True),
     Row("listening", images.qcow2, QCOW2, jobs.startup(), limit=0.35, quick=True),
     Row(
