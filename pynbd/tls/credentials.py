@@ -103,10 +103,14 @@ class ServerCredentials:
             # in TLS 1.3 it knows by then that there is no key. (A client that is asked for another
             # ClientHello, which takes exotic groups, fails then: the cipher would change.)
 
-            def show(tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+            def show(tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> int | None:
                 if not asked:
-                    tls.context = self._context()
+                    try:
+                        tls.context = self._context()
+                    except OSError:  # out of descriptors, say
+                        return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
                     _psk(tls.context).set_psk_server_callback(asked)
+                return None
 
             context.sni_callback = show
         return context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import platform
 import shutil
 import ssl
@@ -260,6 +262,23 @@ def test_certificates_beside_psk(pki: Pki, version: ssl.TLSVersion) -> None:
     assert not ends.server.session_reused
     with pytest.raises(ssl.SSLError, match="did not return a certificate"):
         talk(server, version, certificates=str(pki.anonymous))
+
+
+@with_psk
+@both_versions
+def test_trouble_with_the_certificates_beside_psk(
+    pki: Pki, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the handshake, and nothing else: no traceback."""
+    server = ServerCredentials(certificates=pki.server, psk_file=pki.psk)
+    client = only(client_context(certificates=str(pki.anonymous)), version)
+
+    def none_left(name: str) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("os.memfd_create", none_left)
+    with pytest.raises(ssl.SSLError, match=r"(?i)callback"):
+        shake(client, server.context(nobody))
 
 
 @with_psk
