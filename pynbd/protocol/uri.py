@@ -1,7 +1,8 @@
 """NBD URIs: parse and print.
 
 The specification "The NBD Uniform Resource Indicator (URI) format", on RFC 3986; the scheme
-suffix ``+vsock`` and the parameters ``tls-certificates`` and ``tls-psk-file`` are libnbd's.
+suffix ``+vsock``, the parameters ``tls-certificates`` and ``tls-psk-file``, and words for 0 and 1
+are libnbd's.
 
 1. The export name is the path less its first ``/``, percent-decoded.
 2. A Unix domain socket has a path, in the parameter ``socket``, and no host.
@@ -47,6 +48,8 @@ _SCHEMES: Final = {
 }
 _URI: Final = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
 _CHOICES: Final = {"tls-type": ("anon", "x509", "psk"), "tls-verify-peer": ("0", "1")}
+_BOOLEANS: Final = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), "1")
+_BOOLEANS.update(dict.fromkeys(("0", "false", "f", "no", "n", "off"), "0"))
 
 
 def is_uri(name: str) -> bool:
@@ -189,6 +192,8 @@ def _parse_query(uri: str, query: str) -> dict[str, str]:
             raise _wrong(uri, f"the parameter {name} is given twice")
         if not value or "\0" in value[name == "socket" :]:
             raise _wrong(uri, f"the parameter {name} is neither empty nor has a NUL")
+        if name == "tls-verify-peer":
+            value = _BOOLEANS.get(value.lower(), value)
         if name in _CHOICES and value not in _CHOICES[name]:
             raise _wrong(uri, f"{name} is one of {', '.join(_CHOICES[name])}")
         parameters[name] = value

@@ -101,11 +101,22 @@ def test_parse_and_print(uri: str, expected: dict[str, Any], printed: str | None
     ("nbd://h/?colour=blue", "unknown parameter colour, there are socket, tls-type"),
     ("nbds://h/?tls-type=psk&tls-type=psk", "the parameter tls-type is given twice"),
     ("nbds://h/?tls-type=ssl", "tls-type is one of anon, x509, psk"),
-    ("nbds://h/?tls-verify-peer=yes", "tls-verify-peer is one of 0, 1"),
+    ("nbds://h/?tls-verify-peer=2", "tls-verify-peer is one of 0, 1"),
+    ("nbds://h/?tls-verify-peer=00", "tls-verify-peer is one of 0, 1"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(uri: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         NbdUri.parse(uri)
+
+
+@pytest.mark.parametrize("word, value", [
+    ("true", True), ("TRUE", True), ("t", True), ("yes", True), ("Y", True), ("on", True),
+    ("false", False), ("False", False), ("f", False), ("no", False), ("n", False), ("OFF", False),
+])  # fmt: skip
+def test_tls_verify_peer_is_any_word_that_libnbd_takes(word: str, value: bool) -> None:
+    parsed = NbdUri.parse(f"nbds://h/?tls-verify-peer={word}")
+    assert parsed.tls_verify_peer is value
+    assert str(parsed) == f"nbds://h/?tls-verify-peer={int(value)}"
 
 
 @pytest.mark.parametrize("name", ["a%0Ab", "a%1B%5B2J", "%E2%80%A8", "%FF"])
