@@ -277,19 +277,19 @@ class Stream:
         """Send ``view``, which the caller goes on using: what does not leave at once is copied."""
         if self._lost:
             return
-        sent = 0
-        if not self._queue:
+        while not self._queue:
             try:
                 sent = self._channel.send(view)
             except (BlockingIOError, InterruptedError):
-                pass
+                break
             except OSError:
                 self._lose()
                 return
             self._sent += sent
-            if sent == len(view):
+            view = view[sent:]
+            if not view:
                 return
-        self._send_copy(view[sent:])
+        self._send_copy(view)
 
     def _send_copy(self, view: memoryview) -> None:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from pynbd.errors import TlsError
 from pynbd.protocol.handshake import TlsMode
+from pynbd.protocol.wire import quote
 from pynbd.server.stream import Stream
 from pynbd.tls.credentials import ServerCredentials
 from pynbd.tls.names import CertificateNames
@@ -64,7 +65,8 @@ class Tls:
         tunnel = await stream.start_tls(self.credentials.context(users.append))
         der = tunnel.certificate
         certificate = CertificateNames.of(der) if der else None
-        if self._authorize and not self._authorize(certificate.dn if certificate else ""):
-            raise TlsError(f"{certificate.dn if certificate else 'no certificate'}: not authorized")
+        name = certificate.dn if certificate else ""
+        if self._authorize and not self._authorize(name):
+            raise TlsError(f"the client {quote(name)} may not come in")
         # Of several that a client has named, the key of the last one was tried.
         return certificate, users[-1] if users and tunnel.used_psk else None
