@@ -7,6 +7,8 @@ receive brought is decrypted record by record, and a whole batch is encrypted an
 2. Bytes count as sent when their records have left. Until then `Tunnel.send` and `Tunnel.sendmsg`
    raise `BlockingIOError`, as a socket does, and take the same bytes again: as SSL_write(3) does.
 3. Trouble is an `OSError`, as that of a socket is; of the handshake it is a `TlsError`.
+4. Records that bring next to nothing are received bit by bit, and others have their turn between:
+   a client that sends nothing else holds nobody up.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from pynbd.errors import TlsError
 # Bytes that are encrypted at a time: sixteen records, which stay in the caches of a processor on
 # their way to the socket.
 CHUNK = 1 << 18
-# Bytes of records that are received at a time: at first no more than a handshake is long.
-_HELLO = 1 << 14
+# Bytes of records that are received at a time.
 _RECEIVED = 1 << 18
+# No more than this at first, during the handshake, and as long as it brings little (rule 4).
+_FEW = 1 << 12
+_LONGEST_RECORD = 5 + (1 << 14) + 2048  # RFC 5246, 6.2.3; in TLS 1.3 it is shorter
 
 Buffer = bytes | bytearray | memoryview
 
@@ -66,6 +70,8 @@ class Tunnel:
         )
         self._unsent = memoryview(b"")  # records
         self._owed = 0  # bytes of plaintext, whose records have not all left
+        self._most = _FEW  # that are received at a time (rule 4)
+        self._in_vain = 0  # bytes of records, beyond twice what they brought
 
     async def handshake(self) -> None:
         """Shake hands. Raises `TlsError`, after the peer was told why; `EOFError` if it has gone,
@@ -76,7 +82,7 @@ class Tunnel:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
                 await self._say()
-                if not await self._hear(_HELLO):
+                if not await self._hear(_FEW):
                     raise EOFError from None
             except ssl.SSLError as error:
                 with suppress(OSError):
@@ -117,7 +123,7 @@ class Tunnel:
             try:
                 return self._tls.read(length)
             except ssl.SSLWantReadError:
-                if not await self._hear(_HELLO):
+                if not await self._hear(_FEW):
                     return b""
 
     async def sendall(self, data: Buffer) -> None:
@@ -129,6 +135,7 @@ class Tunnel:
         """Receive records; False at the end of the stream."""
         records = await self._loop.sock_recv(self._sock, most)
         self._incoming.write(records)
+        await asyncio.sleep(0)  # with data at hand, asyncio receives without a turn of the loop
         return bool(records)
 
     async def _say(self) -> None:
@@ -144,23 +151,35 @@ class Tunnel:
 
     def recv_into(self, view: memoryview) -> int:
         """Receive what is there; how many bytes, 0 at the end of the stream. Raises
-        `BlockingIOError` if there is nothing now, `OSError`.
+        `BlockingIOError` if there is nothing now, or there was but it brought nothing; `OSError`.
         """
-        done, length = 0, len(view)
+        done, length, heard = 0, len(view), 0
         while done < length:
             try:
                 # Never more than the rest of one record; nothing after close_notify.
                 count: int = self._tls.read(length - done, view[done:])  # type: ignore[assignment]
             except ssl.SSLWantReadError:
+                if heard:
+                    self._weigh(heard, done)
                 if done:
                     break
-                count = self._sock.recv_into(_scratch.view)
+                if heard:
+                    raise BlockingIOError from None
+                count = heard = self._sock.recv_into(_scratch.view[: self._most])
                 self._incoming.write(_scratch.view[:count])
             else:
                 done += count
             if not count:
                 break
         return done
+
+    def _weigh(self, heard: int, brought: int) -> None:
+        """How much is worth receiving, after ``heard`` bytes of records. Of one that is not all here
+        they may have brought nothing.
+        """
+        self._in_vain = max(0, self._in_vain + heard - 2 * brought)
+        little = self._in_vain > _LONGEST_RECORD
+        self._most = _FEW if little else min(2 * self._most, _RECEIVED)
 
     def send(self, data: Buffer) -> int:
         """Send some of ``data``; how many bytes. Raises `BlockingIOError` (rule 2), `OSError`."""
