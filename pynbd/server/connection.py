@@ -72,6 +72,7 @@ class Connection:
         self.since = asyncio.get_running_loop().time()
         self.negotiates = True
         self.negotiated = False
+        self._trusted = True  # by the client, as far as it has said
 
     async def run(self) -> None:
         """Serve until the client leaves, breaks a rule, or `stop` ends it. Always closes the
@@ -105,6 +106,8 @@ class Connection:
         except (EOFError, OSError) as error:
             if self._deadline.expired():
                 log.info("client disconnected: %s", self._dropped)
+            elif not self._trusted:  # GnuTLS sends no alert by itself
+                log.info("client disconnected: TLS: it has left; it may not trust this server")
             else:
                 log.debug("the client has gone: %s", error)
         finally:
@@ -147,10 +150,12 @@ class Connection:
             brought = None
             if isinstance(step, Read):
                 brought = await self._stream.read_exactly(step.size)
+                self._trusted = True
             elif isinstance(step, Skip):
                 await self._stream.skip(step.size)
             elif isinstance(step, StartTls):
                 assert self._tls is not None
+                self._trusted = False
                 self._asked.proved(*await self._tls.start(self._stream))
             else:
                 await self._stream.write(step.data)

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,18 +20,21 @@ from pathlib import Path
 
 import pytest
 
+from interop.certificates import Pki
 from pynbd.block.chain import open_image
 from pynbd.server.buffers import BufferPool
 from pynbd.server.connection import Connection
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.limits import Limits
+from pynbd.server.tls import Tls
+from pynbd.tls.tunnel import Tunnel
 from tests.server.session import BLOCK_STATUS, READ, Client, Mode, open_files
 
 SIZE = 1 << 20
 BYTES = random.Random(13).randbytes(SIZE)
 GREETING = b"NBDMAGICIHAVEOPT\0\3"
-ABORT, LIST, GO, STRUCTURED, SET_META, EXTENDED = 2, 3, 7, 8, 10, 11
+ABORT, LIST, STARTTLS, GO, STRUCTURED, SET_META, EXTENDED = 2, 3, 5, 7, 8, 10, 11
 
 
 def option(number: int, data: bytes = b"") -> bytes:
@@ -83,14 +87,15 @@ class Talk:
 
 
 @asynccontextmanager
-async def talking(tmp_path: Path, limit: float = 10) -> AsyncIterator[Talk]:
+async def talking(tmp_path: Path, limit: float = 10, tls: Tls | None = None) -> AsyncIterator[Talk]:
     path = tmp_path / "disk"
     path.write_bytes(BYTES)
     before = open_files()
     node = await open_image(path, format="raw")
     exports = ExportTable([Export("x", node, contexts=standard_contexts(depth=True, bitmaps=()))])
     ours, theirs = socket.socketpair()
-    talk = Talk(Connection(ours, exports, BufferPool(), Limits(handshake_seconds=limit)), theirs)
+    limits = Limits(handshake_seconds=limit)
+    talk = Talk(Connection(ours, exports, BufferPool(), limits, tls=tls), theirs)
     try:
         yield talk
     finally:
@@ -191,6 +196,29 @@ async def test_the_deadline(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         await talk.ended()
     (record,) = caplog.records
     assert record.getMessage() == "client disconnected: no negotiation within 0.1 s"
+
+
+@pytest.mark.parametrize("shakes", [False, True])
+async def test_a_client_that_goes_when_it_has_seen_the_certificate(
+    shakes: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GnuTLS sends no alert by itself; some look at the certificate when the handshake is over."""
+    caplog.set_level(logging.INFO, "pynbd")
+    pki = Pki.make(tmp_path / "pki")
+    async with talking(tmp_path, tls=Tls(certificates=pki.server)) as talk:
+        await talk.hear(GREETING)
+        await talk.say(struct.pack(">I", 3) + option(STARTTLS))
+        await talk.hear(acknowledged(STARTTLS))
+        if shakes:
+            trusting = ssl.create_default_context(cafile=pki.anonymous / "ca-cert.pem")
+            tunnel = Tunnel(talk.sock, trusting, server_side=False, server_hostname="localhost")
+            await tunnel.handshake()
+        talk.sock.shutdown(socket.SHUT_WR)
+        await talk.ended()
+    (record,) = [record for record in caplog.records if record.name == "pynbd"]
+    assert record.getMessage() == (
+        "client disconnected: TLS: it has left; it may not trust this server"
+    )
 
 
 class FailingSocket(socket.socket):
