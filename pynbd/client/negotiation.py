@@ -14,12 +14,12 @@ from typing import TypeVar
 
 from pynbd.client.stream import Stream, open_socket
 from pynbd.client.tracing import TracedStream, is_wanted
-from pynbd.errors import OptionError, ProtocolError, TlsError
+from pynbd.errors import OptionError, ProtocolError, TlsError, UsageError
 from pynbd.protocol.handshake import Read, StartTls, Step, Write
 from pynbd.protocol.handshake_client import ABORT
 from pynbd.protocol.uri import NbdUri
 from pynbd.protocol.values import OptionReply
-from pynbd.tls import credentials
+from pynbd.tls import credentials, tunnel
 
 T = TypeVar("T")
 
@@ -56,7 +56,11 @@ async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tup
             hint = f" (nbds{uri.transport}://... begins a URI with TLS)" * clear
             raise OptionError(error.reply, f"{uri}: {error}{hint}") from None
         if isinstance(error, TlsError):
-            raise TlsError(f"{uri}: TLS: {error}") from None
+            shared = stream is not None and uri.tls_psk_file and uri.tls_type != "x509"
+            hint = " (it may have no such key for this user, or use certificates)" if shared else ""
+            raise TlsError(f"{uri}: TLS: {error}{hint}") from None
+        if isinstance(error, UsageError):
+            raise UsageError(f"{uri}: {error}") from None
         if isinstance(error, ProtocolError):
             raise ProtocolError(f"{uri}: {error}") from None
         if isinstance(error, OSError):
@@ -88,15 +92,18 @@ async def _drive(
     context: ssl.SSLContext | None,
 ) -> T:
     answer: bytes | None = None
+    accepted = True  # as far as the server has said
     try:
         while True:
             step = steps.send(answer)
             answer = None
             if isinstance(step, Read):
                 answer = await stream.read_exactly(step.size)
+                accepted = True
             elif isinstance(step, StartTls):
                 assert context is not None
                 await stream.start_tls(context, _hostname(uri))
+                accepted = False
             else:
                 assert isinstance(step, Write)
                 await stream.write(step.data)
@@ -107,3 +114,10 @@ async def _drive(
         with suppress(OSError):
             await stream.write(ABORT)
         raise
+    except ssl.SSLError as error:
+        # In TLS 1.3 a server looks at the client's certificate when that has done its part.
+        raise TlsError(tunnel.reason(error)) from None
+    except (EOFError, ConnectionError):
+        if accepted:
+            raise
+        raise TlsError("the server did not go on; it may want another certificate") from None
