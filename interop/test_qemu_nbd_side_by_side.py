@@ -87,6 +87,7 @@ disk.raw -f raw --read-only --
 -r -f raw -- disk.raw
 --handshake-limit=0x10 -f raw disk.raw
 --trace 'nbd_*' -r -f raw disk.raw
+--object secret,id=x,data=abc -f raw disk.raw
 """.strip().splitlines()
 
 REFUSED = """
@@ -179,7 +180,6 @@ SEEN_DIFFERENT = {
 
 # What qemu-nbd takes and pynbd-qemu-nbd refuses, and why.
 DIFFERENT = {
-    "-k {socket} --object secret,id=x,data=abc -f raw disk.raw": "not yet",
     "-k {socket} --image-opts driver=compress,file.driver=qcow2,file.file.filename=top.qcow2": (
         "not yet"
     ),
