@@ -174,8 +174,8 @@ class Tunnel:
         return done
 
     def _weigh(self, heard: int, brought: int) -> None:
-        """How much is worth receiving, after ``heard`` bytes of records. Of one that is not all here
-        they may have brought nothing.
+        """How much is worth receiving, after ``heard`` bytes of records. Those of one that is not
+        all here have brought nothing.
         """
         self._in_vain = max(0, self._in_vain + heard - 2 * brought)
         little = self._in_vain > _LONGEST_RECORD
