@@ -140,7 +140,17 @@ class Tunnel:
 
     async def _say(self) -> None:
         if self._outgoing.pending:
-            await self._loop.sock_sendall(self._sock, self._outgoing.read())
+            try:
+                await self._loop.sock_sendall(self._sock, self._outgoing.read())
+            except ConnectionError:
+                await self._hear_why()
+                raise
+
+    async def _hear_why(self) -> None:
+        """The peer has gone: raise the alert that was its last word, if there is one."""
+        with suppress(ConnectionError, ssl.SSLWantReadError):
+            while await self._hear(_FEW):
+                self._tls.read(1)
 
     # At once, or not at all
 
@@ -237,5 +247,8 @@ def reason(error: ssl.SSLError) -> str:
     """Why a handshake failed, in OpenSSL's words, without its numbers."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate was not accepted: {error.verify_message}"
-    words = error.reason.replace("_", " ").lower() if error.reason else str(error)
-    return f"the handshake failed: {words}"
+    _, alert, said = (error.reason or "").partition("_ALERT_")  # RFC 8446, 6, of the peer
+    words = (said or error.reason or "").replace("_", " ").lower()
+    if alert:
+        words = f"the peer says {words!r}"
+    return f"the handshake failed: {words or error}"

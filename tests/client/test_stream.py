@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+import ssl
 from pathlib import Path
 
 import pytest
 
+from interop.certificates import Pki
 from pynbd.client.stream import Stream, open_socket
 from pynbd.protocol.uri import NbdUri
 
@@ -99,4 +101,26 @@ async def test_a_lost_peer_is_told_once() -> None:
     stream.send(b"x", b"y")
     await stream.drain()
     assert [type(error) for error in lost] == [BrokenPipeError]
+    stream.close()
+
+
+async def test_the_last_word_of_a_server_that_has_gone(tmp_path: Path) -> None:
+    """It has refused the client's certificate, and then the client writes."""
+    pki = Pki.make(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki.server / "ca-cert.pem")
+    context.load_cert_chain(pki.server / "server-cert.pem", pki.server / "server-key.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    ours, theirs = socket.socketpair()
+
+    def refuse() -> None:
+        with theirs, pytest.raises(ssl.SSLError, match="PEER_DID_NOT_RETURN_A_CERTIFICATE"):
+            context.wrap_socket(theirs, server_side=True)
+
+    refusing = asyncio.create_task(asyncio.to_thread(refuse))
+    stream = Stream(ours)
+    trusting = ssl.create_default_context(cafile=pki.anonymous / "ca-cert.pem")
+    await stream.start_tls(trusting, "localhost")
+    await refusing
+    with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+        await stream.write(b"IHAVEOPT")
     stream.close()
