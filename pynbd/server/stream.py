@@ -249,11 +249,13 @@ class Stream:
 
     def resume_reading(self) -> None:
         """Call `on_readable` whenever there is something to receive."""
-        if not self.reading and self._fd >= 0:
+        if self._fd < 0:
+            return
+        if not self.reading:
             self.reading = True
             self._loop.add_reader(self._fd, self.on_readable)
-            if self._tunnel and self._tunnel.pending:
-                self._loop.call_soon(self._read_on)  # of this the socket tells nothing
+        if self._tunnel and self._tunnel.pending:
+            self._loop.call_soon(self._read_on)  # of this the socket tells nothing
 
     def _read_on(self) -> None:
         if self.reading:

@@ -165,6 +165,24 @@ async def test_what_the_tunnel_has_already_is_received(pki: Pki) -> None:
         assert stream.receive_into(room) is None
 
 
+async def test_who_goes_on_reading_is_called_for_what_is_left(pki: Pki) -> None:
+    """Also where reading was not paused: one that had taken all it had room for, and its turn."""
+    async with connected(pki) as (stream, peer):
+        await asyncio.to_thread(peer.sendall, DATA[:5000])
+        room, got = memoryview(bytearray(5000)), 0
+
+        def on_readable() -> None:
+            nonlocal got
+            got += stream.receive_into(room[got : got + 1000]) or 0
+            asyncio.get_running_loop().call_soon(stream.resume_reading)
+
+        stream.on_readable = on_readable
+        stream.resume_reading()
+        await eventually(lambda: got == 5000)
+        assert room == DATA[:5000]
+        stream.pause_reading()
+
+
 async def test_requests_of_any_segmentation(pki: Pki) -> None:
     rng = random.Random(3)
     async with connected(pki) as (stream, peer):
