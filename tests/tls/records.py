@@ -1,5 +1,5 @@
-"""Records of TLS 1.3, written by hand (RFC 8446, sections 5.2 and 7): a client that has shaken hands
-sends whatever it wants, legal or not.
+"""Records of TLS 1.3, written by hand (RFC 8446, sections 5.2 and 7): a client that has shaken
+hands sends whatever it wants, legal or not.
 
 Where the client's context has a ``keylog_filename``, `Records.of` finds the secret there. From then
 on the client must write in this way only; it reads as before.
