@@ -19,6 +19,7 @@ from pynbd.protocol.handshake import (
     Read,
     Session,
     Skip,
+    StartTls,
     Write,
     negotiate,
 )
@@ -78,6 +79,13 @@ class Peer:
         self.unread += data
         self._advance()
 
+    def shaken_hands(self) -> None:
+        """The peers have begun TLS: nothing that was sent before comes through it."""
+        assert self.step == StartTls()
+        assert not self.unread
+        self.step = self.negotiation.send(None)
+        self._advance()
+
     def received(self) -> bytes:
         """Return what the server wrote since the last call."""
         data = bytes(self.replies)
@@ -107,6 +115,8 @@ class Peer:
                         return
                     self.skipped = 0
                     answer = None
+                case StartTls():
+                    return
             try:
                 self.step = self.negotiation.send(answer)
             except StopIteration as stop:
