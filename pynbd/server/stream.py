@@ -38,7 +38,7 @@ from contextlib import suppress
 from fcntl import ioctl
 from typing import Any, NamedTuple
 
-from pynbd.tls.tunnel import Tunnel
+from pynbd.tls.tunnel import CHUNK, Tunnel
 
 log = logging.getLogger("pynbd")
 
@@ -459,7 +459,7 @@ class Stream:
 
     def _copy(self, piece: FilePiece) -> int:
         """How many bytes have left."""
-        view = _copied.view[: min(piece.length, COPY_PIECE)]
+        view = _copied.view[: min(piece.length, CHUNK if self._tunnel else COPY_PIECE)]
         if self._tunnel and self._tunnel.owed:
             count = self._tunnel.owed  # these are encrypted already
         elif piece.read:

@@ -22,11 +22,10 @@ from contextlib import suppress
 
 from pynbd.errors import TlsError
 
-# Bytes that are encrypted at a time: sixteen records, which stay in the caches of a processor on
-# their way to the socket.
-CHUNK = 1 << 18
-# Bytes of records that are received at a time.
-_RECEIVED = 1 << 18
+# Bytes that are encrypted at a time, in records of 16 KiB, and received at a time. OpenSSL keeps
+# such buffers for as long as the connection lives, and most are idle most of the time.
+CHUNK = 8 << 14
+_RECEIVED = 4 << 14
 # No more than this at first, during the handshake, and as long as it brings little (rule 4).
 _FEW = 1 << 12
 _LONGEST_RECORD = 5 + (1 << 14) + 2048  # RFC 5246, 6.2.3; in TLS 1.3 it is shorter
