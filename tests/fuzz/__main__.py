@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from tests.fuzz.guided import Bounds, Outcome, fuzz, outcome
+from tests.fuzz.guided import FULL, Bounds, Outcome, fuzz, outcome
 from tests.fuzz.targets import Target, load, names
 
 
@@ -32,25 +32,34 @@ def run(targets: list[Target], folder: Path, scratch: str, bounds: Bounds, jobs:
 
     ``scratch``: for the temporary files of the children, who end without a chance to remove them.
     """
+
+    def started(target: Target, bounds: Bounds) -> int:
+        sys.stdout.flush()
+        child = os.fork()
+        if not child:
+            tempfile.tempdir = scratch
+            try:
+                fuzz(target, folder / target.name, bounds)
+            finally:
+                os._exit(1)
+        return child
+
     waiting, running, well = targets[::-1], dict[int, tuple[Target, float]](), True
     while waiting or running:
         while waiting and len(running) < jobs:
             target = waiting.pop()
             (folder / target.name).mkdir(exist_ok=True)
-            sys.stdout.flush()
-            child = os.fork()
-            if not child:
-                tempfile.tempdir = scratch
-                try:
-                    fuzz(target, folder / target.name, bounds)
-                finally:
-                    os._exit(1)
-            running[child] = target, time.monotonic()
+            (folder / target.name / "log").unlink(missing_ok=True)
+            running[started(target, bounds)] = target, time.monotonic()
         child, status = os.wait()
-        target, started = running.pop(child)
+        target, since = running.pop(child)
         result = outcome(folder / target.name, os.waitstatus_to_exitcode(status))
-        tell(target, result, time.monotonic() - started, folder / target.name / "log")
-        well &= not result.status
+        spent = time.monotonic() - since
+        if result.status == FULL and (left := bounds.left(spent, result)):
+            running[started(target, left)] = target, since
+            continue
+        tell(target, result, spent, folder / target.name / "log")
+        well &= result.well
     return well
 
 
@@ -60,7 +69,9 @@ def tell(target: Target, result: Outcome, seconds: float, log: Path) -> None:
         f"  coverage {result.coverage:5}  corpus {result.corpus:5}  {result.verdict}",
         flush=True,
     )
-    if result.status:
+    if result.processes > 1:
+        print(f"  in {result.processes} processes, each until it had grown")
+    if not result.well:
         print(f"  its log: {log}")
     if result.artifact:
         print(f"  again: python -m tests.fuzz {target.name} --input {result.artifact}")

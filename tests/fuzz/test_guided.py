@@ -16,6 +16,10 @@ from tests.fuzz.__main__ import run
 from tests.fuzz.guided import RSS_LIMIT_MB, Bounds
 from tests.fuzz.targets import Target
 
+RUNS = 10
+
+_LEFT: list[bytearray] = []
+
 
 def crashes(data: bytes) -> None:
     assert data != b"seed"
@@ -31,6 +35,12 @@ def grows(data: bytes) -> None:
         held = bytearray(b"x") * (2 * RSS_LIMIT_MB << 20)
         time.sleep(10)  # the limit is looked at once a second
         del held
+
+
+def leaves_behind(data: bytes) -> None:
+    """The process comes to the limit in seven inputs, none of them to blame."""
+    _LEFT.append(bytearray(b"x") * (RSS_LIMIT_MB // 7 << 20))
+    time.sleep(0.3)
 
 
 def refuses(data: bytes) -> None:
@@ -60,11 +70,19 @@ def test_what_comes_of_a_defect(tmp_path: Path) -> None:
         (artifact,) = (tmp_path / name).glob(f"{verdict.lower()}-*")
         assert artifact.read_bytes() == b"seed"
         assert f"again: python -m tests.fuzz {name} --input {artifact}\n" in ran.stdout
-    lines = {line.split()[0]: line.split()[-1] for line in ran.stdout.splitlines() if "/s" in line}
-    assert lines == {"crashes": "CRASH", "hangs": "TIMEOUT", "grows": "OOM", "refuses": "ok"}
+    lines = {line.split()[0]: line.split() for line in ran.stdout.splitlines() if "/s" in line}
+    assert {name: line[-1] for name, line in lines.items()} == {
+        "crashes": "CRASH",
+        "hangs": "TIMEOUT",
+        "grows": "OOM",
+        "leaves_behind": "ok",
+        "refuses": "ok",
+    }
+    assert int(lines["leaves_behind"][1]) >= RUNS
+    assert "\n  in " in ran.stdout  # more than one process
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    targets = [faulty(one_input) for one_input in (crashes, hangs, grows, refuses)]
-    print("well:", run(targets, folder, sys.argv[1], Bounds(0, 10, 1, 5), 4))
+    targets = [faulty(one_input) for one_input in (crashes, hangs, grows, leaves_behind, refuses)]
+    print("well:", run(targets, folder, sys.argv[1], Bounds(0, RUNS, 1, 5), 4))
