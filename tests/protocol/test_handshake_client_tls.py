@@ -138,9 +138,9 @@ def test_what_a_server_injects_is_not_read(steps: Callable[[], Any], injected: b
 @both
 def test_a_server_without_fixed_newstyle(steps: Callable[[], Any]) -> None:
     """It knows no STARTTLS: nothing is asked of it."""
-    with pytest.raises(OptionError, match="the server is too old for (TLS|NBD_OPT_LIST)"):
+    with pytest.raises(OptionError, match=r"the server is too old for (TLS|NBD_OPT_LIST)"):
         talk(steps(), GREETING[:-2] + b"\0\0")
-    with pytest.raises(OptionError, match="the server is too old for (TLS|NBD_OPT_LIST)"):
+    with pytest.raises(OptionError, match=r"the server is too old for (TLS|NBD_OPT_LIST)"):
         talk(steps(), GREETING[:-2] + b"\0\2")
 
 
