@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from contextlib import closing
 from pathlib import Path
 
 from pynbd.block.cache_modes import Cache
 from pynbd.block.chain import open_image
-from pynbd.block.engine import HostFile
 from pynbd.block.node import BlockNode
-from pynbd.block.qcow2.check import examine
 from pynbd.block.qcow2.format import Incompatible
-from pynbd.block.qcow2.image import Qcow2Node, read_header
+from pynbd.block.qcow2.image import Qcow2Node
 from pynbd.block.qcow2.references import References
-from pynbd.block.qcow2.report import Report
 from pynbd.errors import ImageError
 from tests.fuzz import disk
 from tests.fuzz.taking import Taking
@@ -65,7 +61,7 @@ async def _changed(path: Path, damaged: bytes, requests: list[bytes]) -> None:
         pieces = min(node.size // _PIECE, _REACH)
         before = await _read(node, pieces)
         hosts = await _hosts(node, pieces)
-    found = await _examined(path)
+    found = await disk.examined(path)
     try:
         node = await open_image(
             path, format="qcow2", read_only=False, engine=disk.engine(), cache=Cache.UNSAFE
@@ -93,7 +89,7 @@ async def _changed(path: Path, damaged: bytes, requests: list[bytes]) -> None:
         if sound and expected[piece] is not None:
             assert after[piece] == expected[piece], f"guest offset {piece * _PIECE:#x}"
     if not report.corruptions:
-        now = await _examined(path)
+        now = await disk.examined(path)
         assert now is not None
         assert now[0].corruptions == 0, now[0].findings
 
@@ -143,15 +139,6 @@ async def _hosts(node: Qcow2Node, pieces: int) -> list[int | None]:
         plain = extent.file is node.metadata_file
         found.append(extent.host >> node.header.cluster_bits if plain else None)
     return found
-
-
-async def _examined(path: Path) -> tuple[Report, References] | None:
-    with closing(HostFile.open(disk.engine(), str(path), writable=False)) as file:
-        try:
-            return await examine(file, await read_header(file))
-        except ImageError as error:
-            disk.check_line(error)
-            return None
 
 
 def _is_alone(references: References, cluster: int | None) -> bool:

@@ -29,9 +29,10 @@ from pynbd.block.qcow2.builder import (
     Subclusters,
     Zero,
 )
-from pynbd.block.qcow2.check import check
+from pynbd.block.qcow2.check import examine
 from pynbd.block.qcow2.format import CompressionType
 from pynbd.block.qcow2.image import read_header
+from pynbd.block.qcow2.references import References
 from pynbd.block.qcow2.report import Report
 from pynbd.errors import ImageError
 from tests.fuzz.taking import Taking
@@ -188,6 +189,11 @@ def image(name: str) -> tuple[bytes, tuple[int, ...]]:
 PATCH = 11  # bytes
 
 
+def word_at(name: str, offset: int) -> int:
+    """The number of the word at ``offset`` of an image, as `patch` takes it."""
+    return image(name)[1].index(offset)
+
+
 def patch(operation: int, word: int, value: int) -> bytes:
     """One change, as `patched` takes it."""
     return bytes([operation]) + word.to_bytes(2, "big") + value.to_bytes(8, "big")
@@ -270,14 +276,22 @@ def check_errno(error: OSError) -> None:
     assert error.errno == errno.EIO, error
 
 
-async def check_image(path: Path) -> Report | None:
-    """What the check says, of itself consistent; None if the image cannot be checked."""
+async def examined(path: Path) -> tuple[Report, References] | None:
+    """What the check has found, and counted; None if the image cannot be checked."""
     with closing(HostFile.open(engine(), str(path), writable=False)) as file:
         try:
-            report = await check(file, await read_header(file))
+            return await examine(file, await read_header(file))
         except ImageError as error:
             check_line(error)
             return None
+
+
+async def check_image(path: Path) -> Report | None:
+    """What the check says, of itself consistent; None if the image cannot be checked."""
+    found = await examined(path)
+    if found is None:
+        return None
+    report, _ = found
     assert min(report.leaks, report.corruptions, report.check_errors) >= 0
     assert len(report.findings) >= bool(report.corruptions or report.leaks)
     assert all(len(line.splitlines()) == 1 for line in report.findings)

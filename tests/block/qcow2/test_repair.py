@@ -260,3 +260,18 @@ async def test_nothing_is_put_where_a_table_goes_on(engine: Engine, tmp_path: Pa
         report, _ = await repaired(engine, path, Fix.ALL)
         assert report.corruptions <= found.corruptions
         assert path.stat().st_size == size
+
+
+async def test_a_table_that_is_guest_data_keeps_its_flags(engine: Engine, tmp_path: Path) -> None:
+    """Its cluster has two references then, so COPIED is wrong; but the guest reads it."""
+    path = tmp_path / "disk.qcow2"
+    written = IMAGE.write(path)
+    table = word(path, written.header.l1_table_offset) & ~COPIED
+    put(path, written.entry_offset(5 * CLUSTER), COPIED | table)
+    guest_data = path.read_bytes()[table : table + CLUSTER]
+    report, _ = await repaired(engine, path, Fix.ALL)
+    assert path.read_bytes()[table : table + CLUSTER] == guest_data
+    assert word(path, written.header.l1_table_offset) == table
+    (finding,) = report.findings
+    assert "COPIED contradicts" in finding
+    assert (report.corruptions, report.leaks) == (1, 0)
