@@ -25,6 +25,7 @@ LATE = frozenset(
         "pynbd.block.qcow2.writer",  # a qcow2 image that is open for writing
         "pynbd.block.qcow2.zeroing",
         "pynbd.cli.python_export",  # --python
+        "pynbd.cli.access_rules",  # --allow, --access
         "pynbd.cli.qemu_tls",  # --tls-creds
         "pynbd.cli.throwaway_tls",  # --tls=auto
         "pynbd.server.tls",  # TLS of any kind

@@ -19,6 +19,9 @@ from pynbd.server.tls import Tls
 from pynbd.tls import throwaway
 from pynbd.tls.credentials import HAS_PSK
 
+# Certificates of three, two keys, and keys.psk.
+_FILES = 6
+
 
 @contextmanager
 def made(hosts: Sequence[str]) -> Iterator[Path]:
@@ -29,13 +32,19 @@ def made(hosts: Sequence[str]) -> Iterator[Path]:
         directory = tempfile.mkdtemp(prefix="pynbd-tls-")
     except OSError as error:
         raise PynbdError(f"--tls=auto: a private directory: {error.strerror}") from None
-    remove = partial(shutil.rmtree, directory, ignore_errors=True)
+    remove = partial(_remove, directory)
     watch().clean = remove
     try:
         throwaway.make(Path(directory), hosts=hosts, psk=HAS_PSK)
         yield Path(directory)
     finally:
         remove()
+
+
+def _remove(directory: str) -> None:
+    # A signal may come while the files are made, and each try meet one that was not there before.
+    for _ in range(_FILES + 1):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def tls_of(directory: Path) -> Tls:

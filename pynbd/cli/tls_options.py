@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pynbd.cli import qemu_tls, throwaway_tls
-from pynbd.cli.access_rules import Reach, Rule, allowed, allowed_in_file, check
+from pynbd.cli import access_rules, qemu_tls, throwaway_tls
 from pynbd.cli.completion import directory_names, file_names
 from pynbd.cli.objects import Objects
 from pynbd.errors import UsageError
@@ -111,12 +110,21 @@ class TlsOptions:
     def _security(
         self, export: str, tls: Tls | None, path: str | None, activated: bool
     ) -> Security:
-        rules: list[Rule] | None = None
+        access = self._rules(export, tls, path, activated)
+        if access == []:
+            log.warning("export %r: no rule lets anybody in", export)
+        return Security(tls=tls, access=access, is_throwaway=self.tls == "auto")
+
+    def _rules(
+        self, export: str, tls: Tls | None, path: str | None, activated: bool
+    ) -> list[Allow] | None:
         if self.access is not None:
-            rules = allowed_in_file(self.access, [export])[export]
+            rules = access_rules.allowed_in_file(self.access, [export])[export]
         elif self.allow:
-            rules = allowed(self.allow)
-        reach = Reach(
+            rules = access_rules.allowed(self.allow)
+        else:
+            return None
+        reach = access_rules.Reach(
             tls=tls is not None,
             clear=tls is None or not tls.required,
             verify_peer=tls is not None and tls.credentials.verify_peer,
@@ -124,11 +132,8 @@ class TlsOptions:
             unix=activated or path is not None,
             tcp=activated or path is None,
         )
-        check(rules or (), reach)
-        if rules == []:
-            log.warning("export %r: no rule lets anybody in", export)
-        access = None if rules is None else [rule.allow for rule in rules]
-        return Security(tls=tls, access=access, is_throwaway=self.tls == "auto")
+        access_rules.check(rules, reach)
+        return [rule.allow for rule in rules]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,11 @@ import os
 import re
 import shlex
 import signal
+import socket
+import ssl
+import struct
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,11 @@ from interop import peers
 from interop.certificates import PASSWORD, USERS, Pki
 from pynbd.cli.complaints import said_of
 from pynbd.cli.serve import serve
+from pynbd.cli.signals import ONE_REQUEST
 from pynbd.cli.tls_options import TlsOptions, tls_options_of
 from pynbd.errors import PynbdError, UsageError
 from pynbd.tls.credentials import HAS_PSK
-from tests.cli.test_serve import failing, one_line, serving, started
+from tests.cli.test_serve import PYNBD, failing, greeted, one_line, serving, started
 
 M = 1 << 20
 X509 = "tls-creds-x509,id=t,endpoint=server,dir="
@@ -318,15 +323,42 @@ def test_auto_is_gone_when_the_start_fails(tmp_path: Path, throwaway: Path) -> N
     assert list(throwaway.iterdir()) == []
 
 
-def test_auto_is_gone_when_a_signal_ends_it_at_once(disk: Path, throwaway: Path) -> None:
-    """A second signal, while the server waits for a client that does not leave."""
+def test_auto_is_gone_when_a_second_signal_ends_it_at_once(disk: Path, throwaway: Path) -> None:
+    """While the first waits for a client that takes no replies."""
     with started("--tls=auto", "-p", "0", disk) as server:
-        server.process.send_signal(signal.SIGSTOP)
-        server.process.send_signal(signal.SIGTERM)
-        server.process.send_signal(signal.SIGQUIT)
-        server.process.send_signal(signal.SIGCONT)
-        assert server.process.wait(20) == 0
+        (private,) = throwaway.iterdir()
+        context = ssl.create_default_context(cafile=private / "ca-cert.pem")
+        context.load_cert_chain(private / "client-cert.pem", private / "client-key.pem")
+        match = re.search(r":(\d+)/", server.uri)
+        assert match
+        with socket.create_connection(("localhost", int(match[1])), 10) as clear:
+            assert greeted(clear)
+            clear.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 5, 0))  # STARTTLS
+            assert clear.recv(20, socket.MSG_WAITALL)[12:16] == struct.pack(">I", 1)  # ACK
+            with context.wrap_socket(clear, server_hostname="localhost") as client:
+                client.sendall(struct.pack(">8sII", b"IHAVEOPT", 1, 0))  # EXPORT_NAME
+                assert client.recv(10)[:8] == struct.pack(">Q", M)
+                client.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 0, M) * 64)
+                time.sleep(0.2)
+                server.process.send_signal(signal.SIGTERM)
+                time.sleep(ONE_REQUEST + 0.1)
+                assert server.process.poll() is None
+                status, _, errors = server.end(signal.SIGINT)
+                assert (status, errors) == (0, "")
     assert list(throwaway.iterdir()) == []
+
+
+def test_auto_is_gone_when_a_signal_comes_while_it_is_made(disk: Path, throwaway: Path) -> None:
+    """At whatever moment: there is only the directory, or some files, or all."""
+    for files in (0, 1, 3, 5):
+        line = [*PYNBD, "serve", "--tls=auto", "-p", "0", str(disk)]
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
+            while not any(throwaway.iterdir()) or len([*throwaway.glob("*/*")]) < files:
+                assert process.poll() is None
+                time.sleep(0.0005)
+            process.terminate()
+            assert process.wait(20) == 0
+        assert list(throwaway.iterdir()) == []
 
 
 @pytest.fixture
