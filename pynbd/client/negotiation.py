@@ -56,8 +56,8 @@ async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tup
             hint = f" (nbds{uri.transport}://... begins a URI with TLS)" * clear
             raise OptionError(error.reply, f"{uri}: {error}{hint}") from None
         if isinstance(error, TlsError):
-            shared = stream is not None and uri.tls_psk_file and uri.tls_type != "x509"
-            hint = " (it may have no such key for this user, or use certificates)" if shared else ""
+            hint = " (it may have no such key for this user, or use certificates)"
+            hint *= stream is not None and _by_key(uri)
             raise TlsError(f"{uri}: TLS: {error}{hint}") from None
         if isinstance(error, UsageError):
             raise UsageError(f"{uri}: {error}") from None
@@ -81,6 +81,10 @@ def _tls_context(uri: NbdUri) -> ssl.SSLContext:
     return context
 
 
+def _by_key(uri: NbdUri) -> bool:
+    return bool(uri.tls_psk_file) and uri.tls_type != "x509"
+
+
 def _hostname(uri: NbdUri) -> str | None:
     return uri.tls_hostname or uri.host or None
 
@@ -102,8 +106,8 @@ async def _drive(
                 accepted = True
             elif isinstance(step, StartTls):
                 assert context is not None
-                await stream.start_tls(context, _hostname(uri))
                 accepted = False
+                await stream.start_tls(context, _hostname(uri))
             else:
                 assert isinstance(step, Write)
                 await stream.write(step.data)
@@ -120,4 +124,5 @@ async def _drive(
     except (EOFError, ConnectionError):
         if accepted:
             raise
-        raise TlsError("the server did not go on; it may want another certificate") from None
+        certificate = "; it may want another certificate" * (not _by_key(uri))
+        raise TlsError(f"the server did not go on{certificate}") from None

@@ -79,6 +79,20 @@ async def test_a_server_that_goes_after_the_handshake(pki: Pki) -> None:
                 pass
 
 
+async def test_a_server_that_goes_during_the_handshake(pki: Pki) -> None:
+    def play(sock: socket.socket) -> None:
+        sock.sendall(b"NBDMAGICIHAVEOPT\0\3")
+        receive(sock, 4 + 16)
+        sock.sendall(reply(STARTTLS, ACK))
+        sock.recv(1 << 16)
+
+    with playing(play) as uri:
+        where = secured(uri, tls_certificates=pki.anonymous)
+        with pytest.raises(TlsError, match="the server did not go on; it may want another cert"):
+            async with connect(where):
+                pass
+
+
 async def test_a_server_that_goes_later(pki: Pki) -> None:
     """It has spoken through TLS, so that is not the reason."""
 
