@@ -62,9 +62,10 @@ KEEPALIVE = (300, 60, 5)
 # kernel may give less.
 _SOCKET_BUFFER = 1 << 22
 
-# The groups of a unix peer (socket(7)), and how many there may be.
+# The groups of a unix peer (socket(7)). The standard library asks for 1024 bytes at most, which are
+# 256 groups; of who is in more, only the primary one is known.
 _SO_PEERGROUPS = 59
-_NGROUPS_MAX = 1 << 16
+_GROUPS_BYTES = 1024
 
 Buffer = bytes | bytearray | memoryview
 
@@ -179,14 +180,14 @@ class Stream:
         """The user and the groups of a local peer when it connected; None and none of others."""
         if self._sock.family != socket.AF_UNIX:
             return None, frozenset()
-        credentials = struct.Struct("3i")
+        credentials = struct.Struct("iII")
         _, uid, gid = credentials.unpack(
             self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
         )
-        groups = array("i")
+        groups = array("I")
         with suppress(OSError):  # before Linux 4.13 there is no such list
-            size = _NGROUPS_MAX * groups.itemsize
-            groups.frombytes(self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, size))
+            found = self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+            groups.frombytes(found)
         return uid, frozenset({gid, *groups})
 
     async def start_tls(self, context: ssl.SSLContext) -> Tunnel:

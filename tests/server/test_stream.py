@@ -6,9 +6,11 @@ import asyncio
 import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -67,6 +69,42 @@ async def received(sock: socket.socket, length: int, piece: int = 1 << 16) -> by
             break
         parts += part
     return bytes(parts)
+
+
+OTHERS = r"""
+import os, socket, sys
+client = socket.socket(socket.AF_UNIX)
+os.seteuid(4000000001)
+client.connect("\0" + sys.argv[1])
+client.recv(1)
+"""
+
+
+@contextmanager
+def somebody_else(groups: list[int]) -> Iterator[socket.socket]:
+    """A connection from user 4000000001, whose primary group is 4000000002."""
+    name = f"pynbd-owner-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen()
+        listener.settimeout(20)
+        line = [sys.executable, "-c", OTHERS, name]
+        with subprocess.Popen(line, group=4000000002, extra_groups=groups):
+            yield listener.accept()[0]
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or "4294967295" not in Path("/proc/self/gid_map").read_text(),
+    reason="only root of the whole machine may be anybody",
+)
+async def test_the_owner_of_a_local_peer() -> None:
+    """Also in groups beyond the first, and with numbers that take all 32 bits."""
+    groups = [4000000000, *range(100, 200)]
+    with somebody_else(groups) as sock:
+        stream = Stream(asyncio.get_running_loop(), sock)
+        owner = stream.owner()
+        stream.close()
+    assert owner == (4000000001, frozenset({4000000002, *groups}))
 
 
 @pytest.fixture
