@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "protocol-support.md"
-SIZES = "H19 O36 S11 M32 F12 C14 B21 W15 R11 X17 P22 L8"
+SIZES = "H19 O36 S11 M32 F12 C14 B21 W15 R11 X17 P22 L8 T21"
 """The last row of each group; they are numbered from 1."""
 
 

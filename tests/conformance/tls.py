@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from interop.certificates import USERS, Pki
-from tests.conformance.client import DEADLINE, Mode, Option, Peer
+from tests.conformance.client import DEADLINE, Disconnected, Mode, Option, Peer
 from tests.conformance.running import RunningServer
 from tests.conformance.server import pattern
 
@@ -73,6 +73,13 @@ class TlsPeer(Peer):
         self.sock = context.wrap_socket(
             self.sock, server_hostname="localhost", suppress_ragged_eofs=polite
         )
+        self.mode = Mode.SIMPLE  # what was negotiated in clear is forgotten
+
+    def send(self, data: bytes) -> None:
+        try:
+            super().send(data)
+        except ssl.SSLEOFError as error:
+            raise Disconnected from error
 
     @property
     def tls(self) -> ssl.SSLSocket:
