@@ -72,6 +72,11 @@ def test_file_names(path: str, words: list[str]) -> None:
     assert completed(path, "pynbd", *words) == ["compopt -o default", ""]
 
 
+def test_directory_names(path: str) -> None:
+    words = ["pynbd", "serve", "--tls-certificates", ""]
+    assert completed(path, *words) == ["compopt -o dirnames", ""]
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_how_shells_ask(shell: str) -> None:
     """The line so far and the number of the word, or for fish the word itself."""
