@@ -50,6 +50,7 @@ class HeldFile(HostFile):
         self.released = threading.Event()
         self.released.set()
         self.entered = threading.Semaphore(0)
+        self.written = threading.Semaphore(0)
         self.events: list[str] = []
         self.failure: OSError | None = None
         self.claims_resident = False
@@ -76,7 +77,9 @@ class HeldFile(HostFile):
         if self.failure:
             return [self.failure for _ in pieces]
         self.events.append("write")
-        return super()._write_batch(pieces)
+        failures = super()._write_batch(pieces)
+        self.written.release()
+        return failures
 
     def _wait(self) -> None:
         self.entered.release()

@@ -354,6 +354,7 @@ def test_client_vanishes_while_the_disk_is_slow(held: Held, mode: Mode) -> None:
             peer.wait_taken()
         held.file.released.set()
         still_serves(bystander)
+        assert held.file.written.acquire(timeout=DEADLINE)
         assert bystander.ask(Cmd.FLUSH).error == 0
         assert bystander.pread(8192, 4096) == b"\xaa" * 4096
 
