@@ -1,11 +1,13 @@
 """What a client says to a server, from its flags to transmission ("Newstyle negotiation", "Fixed
 newstyle negotiation" and "Option types" of the NBD specification).
 
-The first byte of an input says what the server supports; the rest is the client's stream.
+The first byte of an input says what the server supports; the rest is the client's stream, through
+TLS from where that begins.
 
 Allowed: `ProtocolError`, a hard disconnect, where the specification leaves no other answer; here
 these cases are told apart once more, from the bytes alone. Before it every option has exactly one
-final reply, in order, and no step asks for a byte past the message that is being read.
+final reply, in order, and no step asks for a byte past the message that is being read. TLS is only
+required where the specification allows to say so.
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from pynbd.errors import ProtocolError
-from pynbd.protocol.handshake import ExportInfo, Read, Session, Skip, Write, negotiate
+from pynbd.protocol.handshake import (
+    ExportInfo,
+    Read,
+    Session,
+    Skip,
+    StartTls,
+    TlsMode,
+    Write,
+    negotiate,
+)
 from pynbd.protocol.values import TransmissionFlag
 from tests.conformance.client import (
     IHAVEOPT,
@@ -49,6 +60,7 @@ _EXPORTS = {
     )
 }
 _FINDABLE = [name for name in _EXPORTS if name.isprintable()]  # the other is no UTF-8
+_MODES = (TlsMode.NOTLS, TlsMode.FORCEDTLS, TlsMode.SELECTIVETLS, TlsMode.NOTLS)
 # Of bytes that are kept: the longest data that an option is asked for.
 _LONGEST_READ = 4 + 4096 + 2 + 2 * 65535
 
@@ -80,6 +92,14 @@ def seeds() -> Iterable[bytes]:
     yield b"\x0b" + every + option(Option.GO, info_data("disk", [3, 1]))
     yield b"\x0b" + every + option(Option.ABORT, b"bye")
     yield b"\x0f" + every
+    start = client_flags(3) + option(Option.STRUCTURED_REPLY) + option(Option.STARTTLS)
+    for mode in (b"\x1b", b"\x2b"):
+        yield mode + every + option(Option.GO, info_data("disk", [3, 1]))
+        yield mode + client_flags(3) + option(Option.STARTTLS) + every[4:]
+        yield mode + start + opening(Mode.EXTENDED, contexts=_NAMES)[4:]
+        yield mode + start + option(Option.EXPORT_NAME, b"disk")
+        yield mode + client_flags(3) + option(Option.EXPORT_NAME, b"disk")
+        yield mode + start + option(Option.ABORT)
     other = option(Option.GO, info_data("é" * 2048))
     yield (
         b"\x0b" + opening(Mode.EXTENDED, contexts=_NAMES)[: -len(option(7, info_data("")))] + other
@@ -94,8 +114,9 @@ def seeds() -> Iterable[bytes]:
 def one_input(data: bytes) -> None:
     settings, stream = data[0] if data else 0, data[1:]
     exports = _Exports(stopping=bool(settings & 4), listed=bool(settings & 8))
-    steps = negotiate(exports, structured=bool(settings & 1), extended=bool(settings & 2))
-    messages = _Messages(stream)
+    mode = _MODES[settings >> 4 & 3]
+    steps = negotiate(exports, structured=bool(settings & 1), extended=bool(settings & 2), tls=mode)
+    messages = _Messages(stream, mode)
     at, said, brought = 0, bytearray(), None
     session: Session | None = None
     violation: ProtocolError | None = None
@@ -105,6 +126,11 @@ def one_input(data: bytes) -> None:
             brought = None
             if isinstance(step, Write):
                 said += step.data
+                continue
+            if isinstance(step, StartTls):
+                assert mode is not TlsMode.NOTLS
+                assert messages.secure_from > at, "TLS in TLS"
+                messages.secure_from = at
                 continue
             assert at + step.size <= messages.end_of(at), "a byte past the message"
             if at + step.size > len(stream):
@@ -136,10 +162,12 @@ class _Option(NamedTuple):
 
 
 class _Messages:
-    """The stream, parted as the specification has it."""
+    """The stream, parted as the specification has it; ``secure_from`` is where TLS begins."""
 
-    def __init__(self, stream: bytes) -> None:
+    def __init__(self, stream: bytes, mode: TlsMode) -> None:
         self.stream = stream
+        self.mode = mode
+        self.secure_from = len(stream) + 1
         self.flags = int.from_bytes(stream[:4])
         self.options: list[_Option] = []
         at = 4
@@ -171,7 +199,7 @@ def _judge(
         answered = [told for told in messages.options if told.end <= at]
     by_name = bool(session) and answered[-1].code == Option.EXPORT_NAME
     for told in answered[: -1 if by_name else None]:
-        rest = _replies(rest, told.code)
+        rest = _replies(rest, told.code, may_require_tls=_may_require_tls(messages, told))
     if session:
         assert answered[-1].code in (Option.EXPORT_NAME, Option.GO)
         assert session.contexts.items() <= dict(enumerate(session.export.contexts)).items()
@@ -183,13 +211,21 @@ def _judge(
         assert rest == b""
 
 
-def _replies(said: bytes, code: int) -> bytes:
+def _may_require_tls(messages: _Messages, told: _Option) -> bool:
+    """Whether the specification allows to answer an option with NBD_REP_ERR_TLS_REQD."""
+    if told.start > messages.secure_from or messages.mode is TlsMode.NOTLS:
+        return False
+    return messages.mode is TlsMode.FORCEDTLS or told.code in (Option.INFO, Option.GO)
+
+
+def _replies(said: bytes, code: int, *, may_require_tls: bool) -> bytes:
     """What follows the replies to one option, of which exactly the last is final."""
     while True:
         magic, to, kind, length = struct.unpack_from(">QIII", said)
         assert (magic, to) == (OPTION_REPLY_MAGIC, code)
         payload, said = said[20 : 20 + length], said[20 + length :]
         assert len(payload) == length
+        assert kind != Rep.ERR_TLS_REQD or may_require_tls
         if kind & 1 << 31:
             assert length <= 900
             payload.decode()
@@ -209,8 +245,13 @@ def _is_hopeless(messages: _Messages, at: int, exports: _Exports) -> bool:
         return True
     if fatal.code != Option.EXPORT_NAME:
         return not messages.flags & 1
+    secure = fatal.start > messages.secure_from
+    if messages.mode is TlsMode.FORCEDTLS and not secure:
+        return True
     name = messages.stream[fatal.start : fatal.end].decode("utf-8", "surrogateescape")
     extended = any(
-        told.code == Option.EXTENDED_HEADERS and told.start == told.end for told in before
+        told.code == Option.EXTENDED_HEADERS and told.start == told.end
+        for told in before
+        if not secure or told.start > messages.secure_from  # all else is forgotten
     )
     return exports.stopping or extended or length > 4096 or name not in ("", *_FINDABLE)
