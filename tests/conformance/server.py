@@ -30,6 +30,7 @@ import uvloop
 from pynbd.block.chain import open_image
 from pynbd.block.qcow2 import builder
 from pynbd.block.qcow2.builder import Compressed, Data, Image, Zero
+from pynbd.server.access import Identity
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.limits import Limits
@@ -184,7 +185,7 @@ async def _exports(folder: Path) -> dict[str, Export]:
 
 
 class _Unlisted(ExportTable):
-    def listing(self) -> None:  # type: ignore[override]
+    def listing(self, client: Identity) -> None:  # type: ignore[override]
         return None
 
 
