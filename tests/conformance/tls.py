@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,14 @@ class TlsPeer(Peer):
             super().send(data)
         except ssl.SSLEOFError as error:
             raise Disconnected from error
+
+    def finish(self) -> None:
+        """Say that nothing more will be sent; of TLS it is not the end, but that of its stream."""
+        if not isinstance(self.sock, ssl.SSLSocket):
+            super().finish()
+            return
+        with socket.socket(fileno=os.dup(self.sock.fileno())) as raw, suppress(OSError):
+            raw.shutdown(socket.SHUT_WR)
 
     @property
     def tls(self) -> ssl.SSLSocket:

@@ -27,6 +27,7 @@ from pynbd.server.export import ExportTable
 from pynbd.server.limits import Limits
 from pynbd.server.listening import listen_unix
 from pynbd.server.server import Server
+from pynbd.server.tls import Tls
 from tests.conformance.client import DEADLINE
 
 T = TypeVar("T")
@@ -86,14 +87,20 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(DEADLINE)
 
     def serve(
-        self, exports: ExportTable, path: str, *, structured: bool = True, extended: bool = True
+        self,
+        exports: ExportTable,
+        path: str,
+        *,
+        tls: Tls | None = None,
+        structured: bool = True,
+        extended: bool = True,
     ) -> Server:
         """Start a server on a unix socket; it listens already."""
 
         async def start() -> Server:
             listener = listen_unix(path)
             dialects = {"structured": structured, "extended": extended}
-            server = Server(exports, [listener], limits=_PATIENT, **dialects)
+            server = Server(exports, [listener], limits=_PATIENT, tls=tls, **dialects)
             self._serving = asyncio.create_task(server.run())
             await asyncio.sleep(0)
             self._lasting = asyncio.all_tasks()

@@ -1,5 +1,5 @@
 """The model of a negotiation, from "Newstyle negotiation" to "Option types" in the NBD
-specification, with the decisions of docs/protocol-support.md (rows H, O, S and M).
+specification, with the decisions of docs/protocol-support.md (rows H, O, S, M and T).
 
 `Negotiation` takes the bytes that a client sends, whatever they are, and says what the server has
 to answer. It imports nothing of pynbd.
@@ -50,6 +50,7 @@ class Then(Enum):
     """How the session goes on."""
 
     GOES_ON = "the next option is served"
+    TLS = "the client's TLS handshake is to come next"
     TRANSMISSION = "the transmission phase begins"
     ENDS = "the server closes"
 
@@ -124,11 +125,15 @@ def _queries(data: bytes) -> tuple[bytes, list[bytes]]:
 
 
 class Negotiation:
-    """One client's. ``refused``: options that the server does not offer."""
+    """One client's. ``refused``: options that the server does not offer. ``tls``: its mode."""
 
-    def __init__(self, exports: Sequence[Known], refused: frozenset[int]) -> None:
+    def __init__(
+        self, exports: Sequence[Known], refused: frozenset[int], tls: str = "NOTLS"
+    ) -> None:
         self._exports = exports
         self._refused = refused
+        self._tls = tls
+        self.secure = False
         self._stream = b""
         self._client_flags: int | None = None
         self._selected: tuple[Known, set[str]] | None = None
@@ -143,6 +148,10 @@ class Negotiation:
         """What BLOCK_STATUS answers for, by id."""
         valid = self._selected is not None and self._selected[0] is self.export
         return self._ids if valid else {}
+
+    @property
+    def _closed_in_clear(self) -> bool:
+        return self._tls == "FORCEDTLS" and not self.secure
 
     @property
     def missing(self) -> int:
@@ -201,7 +210,7 @@ class Negotiation:
             found = self._find(data)
         except _Invalid:
             return _CLOSES
-        if self.stopping or self.mode is Mode.EXTENDED or b"\0" in data:
+        if self.stopping or self.mode is Mode.EXTENDED or b"\0" in data or self._closed_in_clear:
             return _CLOSES
         self.export = found
         raw = struct.pack(">QH", len(found.content), self._flags(found))
@@ -212,9 +221,12 @@ class Negotiation:
         if code == Option.SET_META_CONTEXT:  # "including when this command fails"
             self._selected, self._ids = None, {}
         answer = self._ANSWERS.get(Option(code)) if code in set(Option) else None
+        needs_tls = self._closed_in_clear and code != Option.STARTTLS
         try:
             if self.stopping:
-                raise _Invalid(Rep.ERR_SHUTDOWN)
+                raise _Invalid(Rep.ERR_SHUTDOWN, *[Rep.ERR_TLS_REQD] * needs_tls)
+            if needs_tls:
+                raise _Invalid(Rep.ERR_TLS_REQD)
             if answer is None or code in self._refused:
                 raise _Invalid(Rep.ERR_UNSUP)
             return answer(self, Option(code), data)
@@ -239,9 +251,15 @@ class Negotiation:
     # Each option
 
     def _starttls(self, code: Option, data: bytes) -> Answer:
-        if data:
-            raise _Invalid(Rep.ERR_INVALID, Rep.ERR_POLICY, Rep.ERR_UNSUP)
-        raise _Invalid(Rep.ERR_POLICY, Rep.ERR_UNSUP)
+        none = [Rep.ERR_POLICY, Rep.ERR_UNSUP] if self._tls == "NOTLS" else []
+        if data or self.secure:
+            raise _Invalid(Rep.ERR_INVALID, *none)
+        if none:
+            raise _Invalid(*none)
+        self.secure = True
+        self.mode = Mode.SIMPLE
+        self._selected, self._ids = None, {}
+        return Answer(code, frozenset({Rep.ACK}), Then.TLS)
 
     def _headers(self, code: Option, data: bytes) -> Answer:
         structured = code == Option.STRUCTURED_REPLY
@@ -269,7 +287,11 @@ class Negotiation:
 
     def _info(self, code: Option, data: bytes) -> Answer:
         name, wanted = _infos(data)
-        export = self._find(name)
+        try:
+            export = self._find(name)
+        except _Invalid as invalid:
+            maybe = self._tls == "SELECTIVETLS" and not self.secure
+            raise _Invalid(*invalid.replies, *[Rep.ERR_TLS_REQD] * maybe) from None
         flags = self._flags(export)
         then = Then.GOES_ON
         if code == Option.GO:

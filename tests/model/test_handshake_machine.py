@@ -1,12 +1,17 @@
 """A client that sends anything in any order, and the server's negotiation, held against a model.
 
 Every option is valid, nearly valid or garbage, and comes in random segments; several may come at
-once. After GO and EXPORT_NAME a few requests show that the session is the one negotiated.
+once. Where the server does TLS, it begins wherever STARTTLS succeeds; what came with that in clear
+breaks it. After GO and EXPORT_NAME a few requests show that the session is the one negotiated.
 """
 
 from __future__ import annotations
 
+import atexit
+import ssl
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,16 +23,19 @@ from hypothesis.stateful import (
     rule,
 )
 
+from interop.certificates import Pki
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
 from pynbd.block.qcow2.builder import Bitmap, Data, Image
 from pynbd.server.disk import Disk, DiskNode, StatusMethod
 from pynbd.server.export import Export, ExportTable
 from pynbd.server.offers import offered_contexts
+from pynbd.server.tls import Tls
 from tests.conformance.answers import check_error
 from tests.conformance.client import (
     Cmd,
     CmdFlag,
+    Disconnected,
     Errno,
     Flag,
     Mode,
@@ -41,6 +49,7 @@ from tests.conformance.client import (
     option,
 )
 from tests.conformance.server import pattern
+from tests.conformance.tls import TlsPeer, trusting
 from tests.model.conversation import cut
 from tests.model.loops import LoopThread, descriptors, failed, profile, unhurried
 from tests.model.negotiation import MAX_OPTION, Answer, Known, Negotiation, Then
@@ -104,6 +113,14 @@ async def _nodes(folder: Path) -> list[BlockNode]:
         await open_image(folder / "empty.raw", format="raw", read_only=False),
         DiskNode(_InPython()),
     ]
+
+
+@cache
+def _pki() -> Path:
+    """Certificates of a server, and whom a client trusts."""
+    folder = TemporaryDirectory(prefix="pynbd-model-")
+    atexit.register(folder.cleanup)
+    return Pki.make(Path(folder.name)).server
 
 
 # What is sent -----------------------------------------------------------------------------------
@@ -197,7 +214,7 @@ _CUTS = st.lists(st.integers(0, 1 << 16), max_size=4) | st.just(range(1, 40))
 class Handshake(RuleBasedStateMachine):
     """One server; one client after the other."""
 
-    peer: Peer | None = None
+    peer: TlsPeer | None = None
     model: Negotiation
 
     @initialize(
@@ -205,8 +222,10 @@ class Handshake(RuleBasedStateMachine):
         structured=st.sampled_from([True, True, True, False]),
         extended=st.sampled_from([True, True, True, False]),
         flags=st.sampled_from([3, 3, 1]),
+        tls=st.sampled_from(["NOTLS", "SELECTIVETLS", "FORCEDTLS"]),
     )
-    def start(self, loop: str, structured: bool, extended: bool, flags: int) -> None:
+    def start(self, loop: str, structured: bool, extended: bool, flags: int, tls: str) -> None:
+        pki = _pki()
         self.before = descriptors()
         self.flags = flags
         self.folder = TemporaryDirectory(prefix="pynbd-model-")
@@ -218,8 +237,13 @@ class Handshake(RuleBasedStateMachine):
         )
         self.path = f"{self.folder.name}/socket"
         self.server = self.thread.serve(
-            self.exports, self.path, structured=structured, extended=extended
+            self.exports,
+            self.path,
+            tls=None if tls == "NOTLS" else Tls(certificates=pki, required=tls == "FORCEDTLS"),
+            structured=structured,
+            extended=extended,
         )
+        self.tls, self.context = tls, trusting(pki)
         self.idle = descriptors()
         refused = {Option.STRUCTURED_REPLY: structured, Option.EXTENDED_HEADERS: extended}
         self.refused = frozenset(int(code) for code, offered in refused.items() if not offered)
@@ -242,8 +266,8 @@ class Handshake(RuleBasedStateMachine):
 
     def _connect(self, flags: int, cuts: Sequence[int] = ()) -> None:
         self._leave()
-        self.peer = Peer(self.path)
-        self.model = Negotiation(EXPORTS, self.refused)
+        self.peer = TlsPeer(self.path)
+        self.model = Negotiation(EXPORTS, self.refused, self.tls)
         assert self.peer.read_greeting() == 3
         self._send(client_flags(flags), cuts)
 
@@ -261,6 +285,14 @@ class Handshake(RuleBasedStateMachine):
     )
     def connect(self, flags: int, cuts: Sequence[int]) -> None:
         self._connect(flags, cuts)
+
+    @precondition(lambda self: self.tls != "NOTLS")
+    @rule(before=st.lists(st.sampled_from([*_HEADERS, Option.LIST]), max_size=2), cuts=_CUTS)
+    def start_tls(self, before: Sequence[Option], cuts: Sequence[int]) -> None:
+        """A client that has just come, or another one."""
+        if self.peer is None or self.model.missing:
+            self._connect(self.flags)
+        self._send(b"".join(map(option, [*before, Option.STARTTLS])), cuts)
 
     @rule(part=_options(), keep=st.integers(0, 15))
     def leave_in_the_middle(self, part: bytes, keep: int) -> None:
@@ -349,12 +381,12 @@ class Handshake(RuleBasedStateMachine):
             peer.sock.setblocking(False)
             try:
                 extra = peer.sock.recv(1)
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantReadError):
                 extra = None
             peer.sock.settimeout(10)
             assert extra is None, "the server closed, or said more than it was asked"
 
-    def _judge(self, peer: Peer, answer: Answer) -> None:
+    def _judge(self, peer: TlsPeer, answer: Answer) -> None:
         if answer.raw:
             assert peer.read(len(answer.raw)) == answer.raw
         if answer.replies:
@@ -366,11 +398,26 @@ class Handshake(RuleBasedStateMachine):
             else:
                 assert not before
                 check_error(last)
+        if answer.then is Then.TLS:
+            self._shake_hands(peer)
+            return
         if answer.then is Then.TRANSMISSION:
             self._transmit(peer)
         if answer.then is not Then.GOES_ON:
             peer.expect_disconnect()
             self._leave()
+
+    def _shake_hands(self, peer: TlsPeer) -> None:
+        """Unless something came in clear behind STARTTLS: that is no handshake, nor anything."""
+        if not self.model.lost:
+            peer.shake_hands(self.context)
+            return
+        with suppress(Disconnected):
+            peer.finish()
+        said = peer.read_to_end()
+        assert said[:2] in (b"", b"\x15\3"), said
+        assert len(said) in (0, 7), said
+        self._leave()
 
     # Transmission
 
