@@ -188,8 +188,9 @@ class _Asked:
             arrivals.info("%s asked for export %s, which is not there", self._peer, quote(name))
         return export.info if export else None
 
-    def listing(self) -> Iterable[ExportInfo]:
-        return [export.info for export in self._exports.listing(self._client)]
+    def listing(self) -> Iterable[ExportInfo] | None:
+        exports = self._exports.listing(self._client)
+        return None if exports is None else [export.info for export in exports]
 
     def export(self, found: ExportInfo) -> Export:
         """The export that was found just now."""

@@ -111,7 +111,7 @@ class ExportTable:
             export = next(iter(self._exports.values()), None)
         return export.seen_by(client) if export else None
 
-    def listing(self, client: Identity) -> list[Export]:
-        """Those that there are for ``client``."""
+    def listing(self, client: Identity) -> list[Export] | None:
+        """Those that there are for ``client``; None from a table that forbids listing."""
         seen = (export.seen_by(client) for export in self._exports.values())
         return [export for export in seen if export]

@@ -185,7 +185,7 @@ async def _exports(folder: Path) -> dict[str, Export]:
 
 
 class _Unlisted(ExportTable):
-    def listing(self, client: Identity) -> None:  # type: ignore[override]
+    def listing(self, client: Identity) -> None:
         return None
 
 
