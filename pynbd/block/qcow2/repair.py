@@ -8,8 +8,9 @@ docs/interop/qcow2.rst, "Host cluster management". Rules:
    somebody refers to.
 3. Bits that no reader looks at are cleared where they have to be 0. What cannot be known is left as
    it is, and reported: data and tables that are not where an entry says, subclusters that are two
-   things at once; refcounts that need a new place, if a table goes on where that would be. While
-   there may be references that were not found, no refcount is lowered.
+   things at once; refcounts that need a new place, if a table goes on where that would be, or is
+   where the header would name it. While there may be references that were not found, no refcount is
+   lowered.
 4. The dirty and the corrupt bit are cleared last, and only if no corruption is left.
 """
 
@@ -61,7 +62,9 @@ async def repair(file: HostFile, header: Header, *, fix: Fix) -> Report:
         left, references = await examine(file, header)
     refcounts = TrueRefcounts(file, header, references)
     no_place = await file.engine.run(refcounts.have_no_place)
-    if everything and (references.incomplete or no_place) and not references.cut_off:
+    # A header that is somebody's table, too, cannot name new places: to him that is something else.
+    placeable = not references.cut_off and references.counts[0] == 1
+    if everything and (references.incomplete or no_place) and placeable:
         header = await refcounts.rebuild()
         left, references = await examine(file, header)
     elif left.leaks or left.corruptions:

@@ -275,3 +275,19 @@ async def test_a_table_that_is_guest_data_keeps_its_flags(engine: Engine, tmp_pa
     (finding,) = report.findings
     assert "COPIED contradicts" in finding
     assert (report.corruptions, report.leaks) == (1, 0)
+
+
+async def test_no_new_place_is_named_in_a_header_that_is_a_table(
+    engine: Engine, tmp_path: Path
+) -> None:
+    """As snapshot table, it has the L1 table of a snapshot where the refcount table is."""
+    path = tmp_path / "disk.qcow2"
+    written = Image(size=1 << 20, version=2, cluster_bits=12, clusters=SHARED).write(path)
+    poke(path, 60, (2).to_bytes(4, "big") + bytes(8))
+    lose_the_block(path, written)
+    found, before = await examined(engine, path), path.read_bytes()
+    for _ in range(3):
+        report, _ = await repaired(engine, path, Fix.ALL)
+        assert report.corruptions <= found.corruptions
+        assert path.read_bytes()[:CLUSTER] == before[:CLUSTER]
+        assert path.stat().st_size == len(before)
