@@ -19,7 +19,7 @@ from pynbd.protocol.handshake import Read, StartTls, Step, Write
 from pynbd.protocol.handshake_client import ABORT
 from pynbd.protocol.uri import NbdUri
 from pynbd.protocol.values import OptionReply
-from pynbd.tls import credentials, tunnel
+from pynbd.tls import credentials
 
 T = TypeVar("T")
 
@@ -118,9 +118,6 @@ async def _drive(
         with suppress(OSError):
             await stream.write(ABORT)
         raise
-    except ssl.SSLError as error:
-        # In TLS 1.3 a server looks at the client's certificate when that has done its part.
-        raise TlsError(tunnel.reason(error)) from None
     except (EOFError, ConnectionError):
         if accepted:
             raise

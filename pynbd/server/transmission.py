@@ -17,6 +17,7 @@ Its rules:
 from __future__ import annotations
 
 import asyncio
+import errno
 from bisect import bisect_right
 from collections.abc import Awaitable, Coroutine, Sequence
 from time import monotonic, perf_counter
@@ -204,7 +205,9 @@ class Transmission:
                 count = self._stream.receive_into(self._room())
                 if count is None:
                     count = self._look_for_more()
-            except OSError:
+            except OSError as error:
+                if error.errno == errno.EPROTO:
+                    self._violation = ProtocolError(error.strerror)
                 self._lost()
                 return
             if count is None:

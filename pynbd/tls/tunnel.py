@@ -6,7 +6,8 @@ receive brought is decrypted record by record, and a whole batch is encrypted an
 1. It begins with an empty buffer: nothing that was received before can come out of it.
 2. Bytes count as sent when their records have left. Until then `Tunnel.send` and `Tunnel.sendmsg`
    raise `BlockingIOError`, as a socket does, and take the same bytes again: as SSL_write(3) does.
-3. Trouble is an `OSError`, as that of a socket is; of the handshake it is a `TlsError`.
+3. Trouble is an `OSError`, as that of a socket is, EPROTO if it is with TLS; for those that wait
+   (the handshake, and what is negotiated after it) that is a `TlsError`.
 4. Records that bring next to nothing are received bit by bit, and others have their turn between:
    a client that sends nothing else holds nobody up.
 """
@@ -14,6 +15,7 @@ receive brought is decrypted record by record, and a whole batch is encrypted an
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 import threading
@@ -117,16 +119,18 @@ class Tunnel:
     # One after the other, as an event loop does with a socket
 
     async def recv(self, length: int) -> bytes:
-        """Up to ``length`` bytes, b"" at the end. Raises `OSError`."""
+        """Up to ``length`` bytes, b"" at the end. Raises `TlsError`, `OSError`."""
         while True:
             try:
                 return self._tls.read(length)
             except ssl.SSLWantReadError:
                 if not await self._hear(_FEW):
                     return b""
+            except ssl.SSLError as error:
+                raise TlsError(reason(error)) from None
 
     async def sendall(self, data: Buffer) -> None:
-        """Send all of ``data``. Raises `OSError`."""
+        """Send all of ``data``. Raises `TlsError`, `OSError`."""
         self._tls.write(data)
         await self._say()
 
@@ -147,9 +151,8 @@ class Tunnel:
 
     async def _hear_why(self) -> None:
         """The peer has gone: raise the alert that was its last word, if there is one."""
-        with suppress(ConnectionError, ssl.SSLWantReadError):
-            while await self._hear(_FEW):
-                self._tls.read(1)
+        with suppress(ConnectionError):
+            await self.recv(1)
 
     # At once, or not at all
 
@@ -176,6 +179,8 @@ class Tunnel:
                     raise BlockingIOError from None
                 count = heard = self._sock.recv_into(_scratch.view[: self._most])
                 self._incoming.write(_scratch.view[:count])
+            except ssl.SSLError as error:
+                raise OSError(errno.EPROTO, f"TLS: {_words(error)}") from None
             else:
                 done += count
             if not count:
@@ -246,8 +251,10 @@ def reason(error: ssl.SSLError) -> str:
     """Why a handshake failed, in OpenSSL's words, without its numbers."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate was not accepted: {error.verify_message}"
+    return f"the handshake failed: {_words(error)}"
+
+
+def _words(error: ssl.SSLError) -> str:
     _, alert, said = (error.reason or "").partition("_ALERT_")  # RFC 8446, 6, of the peer
     words = (said or error.reason or "").replace("_", " ").lower()
-    if alert:
-        words = f"the peer says {words!r}"
-    return f"the handshake failed: {words or error}"
+    return f"the peer says {words!r}" if alert else words or str(error)

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import random
+import re
 import socket
 import ssl
 import struct
@@ -219,6 +220,31 @@ async def test_a_client_that_goes_when_it_has_seen_the_certificate(
     assert record.getMessage() == (
         "client disconnected: TLS: it has left; it may not trust this server"
     )
+
+
+@pytest.mark.parametrize("served", [False, True])
+async def test_a_record_that_was_tampered_with(
+    served: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pynbd")
+    pki = Pki.make(tmp_path / "pki")
+    async with talking(tmp_path, tls=Tls(certificates=pki.server)) as talk:
+        await talk.hear(GREETING)
+        await talk.say(struct.pack(">I", 3) + option(STARTTLS))
+        await talk.hear(acknowledged(STARTTLS))
+        trusting = ssl.create_default_context(cafile=pki.anonymous / "ca-cert.pem")
+        tunnel = Tunnel(talk.sock, trusting, server_side=False, server_hostname="localhost")
+        await tunnel.handshake()
+        if served:
+            await tunnel.sendall(option(GO, name(b"x") + struct.pack(">H", 0)))
+            heard = b""
+            while not heard.endswith(acknowledged(GO)):
+                heard += await tunnel.recv(1 << 16)
+        await talk.say(b"\x17\3\3\0\x20" + bytes(32))
+        await talk.ended()
+    (record,) = [record for record in caplog.records if record.name == "pynbd"]
+    words = "decryption failed or bad record mac|record layer failure"  # OpenSSL 3.0; 3.5
+    assert re.fullmatch(f"client disconnected: TLS: .*({words})", record.getMessage())
 
 
 class FailingSocket(socket.socket):
