@@ -15,7 +15,7 @@ _PIECES = re.compile(r"((?:[^,]|,,)*)(?:,|\Z)")
 
 def parse_keyval(text: str, first: str, place: str) -> list[tuple[str, str]]:
     """Keys and values in their order; ``first`` is the key that may be left out. Raises
-    `UsageError`, which begins with ``place``.
+    `UsageError`, which begins with ``place`` and has nothing of ``text``: it may be a password.
     """
     pairs: list[tuple[str, str]] = []
     for piece in _PIECES.findall(text)[:-1]:  # the last is what is left at the end: nothing
@@ -23,7 +23,8 @@ def parse_keyval(text: str, first: str, place: str) -> list[tuple[str, str]]:
         if not pairs and not equals:
             key, value = first, piece
         elif not (key and equals):
-            raise UsageError(f"{place}: {piece!r}: KEY=VALUE is expected (a comma is doubled)")
+            number = len(pairs) + 1
+            raise UsageError(f"{place}: part {number}: KEY=VALUE is expected (a comma is doubled)")
         pairs.append((key, value.replace(",,", ",")))
     return pairs
 

@@ -32,8 +32,15 @@ def test_keyval(text: str, pairs: list[tuple[str, str]]) -> None:
     "text", ["read,write", "read,,psk=a,write", "read,=x", "=read", "a=b,,c,d"]
 )
 def test_what_has_no_key(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^--allow: .*: KEY=VALUE is expected"):
+    with pytest.raises(UsageError, match=r"^--allow: part \d: KEY=VALUE is expected"):
         parse_keyval(text, "right", "--allow")
+
+
+def test_a_password_with_a_comma_is_in_no_message() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_keyval("secret,id=s,data=one,two", "qom-type", "--object")
+    said = "--object: part 4: KEY=VALUE is expected (a comma is doubled)"
+    assert str(caught.value) == said
 
 
 def test_what_is_written_is_read() -> None:

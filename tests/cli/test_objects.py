@@ -197,7 +197,7 @@ def test_a_file_that_has_no_list(tmp_path: Path, content: str) -> None:
         ("tls-creds-x509,id=t,dir=", ("dir", "directory")),
         ("tls-creds-x509,id=t,dir=/,endpoint=both", ("endpoint", "'both'", "client, server")),
         ("tls-creds-x509,id=t,dir=/,verify-peer=maybe", ("verify-peer", "on or off")),
-        ("tls-creds-x509,id=t,dir=/,verify-peer", ("verify-peer", "KEY=VALUE")),
+        ("tls-creds-x509,id=t,dir=/,verify-peer", ("part 4", "KEY=VALUE")),
         ("tls-creds-x509,id=t,dir=/,sanity-check=maybe", ("sanity-check", "on or off")),
         ('{"qom-type": "tls-creds-x509", "id": "t", "dir": 7}', ("dir", "text")),
         ('{"qom-type": "tls-creds-x509", "id": "t", "dir": "/", "verify-peer": 1}', ("on or off",)),
