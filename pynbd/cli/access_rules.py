@@ -125,6 +125,9 @@ def _some(names: Sequence[str]) -> str:
 
 def _pairs(text: str, place: str) -> dict[str, object]:
     """The keys of ``--allow``; each once."""
+    if (len(text) - len(text.rstrip(","))) % 2:
+        # A condition was to follow: one less would let more people in.
+        raise UsageError(f"{place}: nothing follows the last comma; KEY=VALUE is expected")
     values: dict[str, object] = {}
     for key, value in parse_keyval(text, "right", place):
         if key in values:
