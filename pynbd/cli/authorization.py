@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pynbd.errors import PynbdError
+from pynbd.errors import PynbdError, UsageError
 
 Authorizer = Callable[[str], bool]
 
@@ -77,7 +77,11 @@ class ListFile:
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def _load(self) -> Policy:
-        return self._read(Path(self._path).read_text(errors="replace"))
+        try:
+            text = Path(self._path).read_bytes().decode()
+        except UnicodeDecodeError:
+            raise UsageError(f"{self._path}: not in UTF-8") from None
+        return self._read(text)
 
 
 def _glob(pattern: str) -> Callable[[str], object]:

@@ -94,6 +94,18 @@ def test_a_file_that_cannot_be_read_lets_nobody_in(
     assert listed.allows("alice")
 
 
+def test_a_file_with_names_in_another_encoding_lets_nobody_in(tmp_path: Path) -> None:
+    """A rule that keeps somebody out would not fit his name."""
+    path = tmp_path / "list"
+    path.write_text("J\xfcrgen", "utf-8")
+    listed = ListFile(str(path), only, True)
+    assert listed.allows("J\xfcrgen")
+    path.write_text("J\xfcrgen", "latin-1")
+    assert not listed.allows("J\xfcrgen")
+    with pytest.raises(UsageError, match="list: not in UTF-8"):
+        ListFile(str(path), only, True)
+
+
 def test_a_file_has_to_be_there_from_the_start(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ListFile(str(tmp_path / "none"), only, False)
