@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from interop.certificates import Pki
+from pynbd.errors import TlsError
 from pynbd.tls.tunnel import Tunnel
 from tests.tls.records import (
     ALERT,
