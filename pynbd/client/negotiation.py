@@ -17,7 +17,7 @@ from pynbd.client.tracing import TracedStream, is_wanted
 from pynbd.errors import OptionError, ProtocolError, TlsError, UsageError
 from pynbd.protocol.handshake import Read, StartTls, Step, Write
 from pynbd.protocol.handshake_client import ABORT
-from pynbd.protocol.uri import NbdUri
+from pynbd.protocol.uri import NbdUri, Transport
 from pynbd.protocol.values import OptionReply
 from pynbd.tls import credentials
 
@@ -68,7 +68,21 @@ async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tup
         raise
 
 
+def server_name(uri: NbdUri) -> str | None:
+    """Whom the certificate of the server has to be for: a name, or an address without its zone.
+
+    None: a server on a unix socket or a vsock has no name, unless the URI says one.
+    """
+    host = uri.host.partition("%")[0] if uri.transport is Transport.TCP else ""
+    return uri.tls_hostname or host or None
+
+
 def _tls_context(uri: NbdUri) -> ssl.SSLContext:
+    name = server_name(uri)
+    try:
+        (name or "").encode("idna")  # as the standard library does it when it shakes hands
+    except UnicodeError:
+        raise UsageError(f"tls-hostname: {name!r}: no host can have this name") from None
     context = credentials.client_context(
         certificates=uri.tls_certificates,
         psk_file=uri.tls_psk_file,
@@ -76,17 +90,12 @@ def _tls_context(uri: NbdUri) -> ssl.SSLContext:
         tls_type=uri.tls_type,
         verify_peer=uri.tls_verify_peer,
     )
-    # A server on a unix socket has no name, unless the URI says which its certificate has to have.
-    context.check_hostname = context.verify_mode != ssl.CERT_NONE and bool(_hostname(uri))
+    context.check_hostname = context.verify_mode != ssl.CERT_NONE and name is not None
     return context
 
 
 def _by_key(uri: NbdUri) -> bool:
     return bool(uri.tls_psk_file) and uri.tls_type != "x509"
-
-
-def _hostname(uri: NbdUri) -> str | None:
-    return uri.tls_hostname or uri.host or None
 
 
 async def _drive(
@@ -107,7 +116,7 @@ async def _drive(
             elif isinstance(step, StartTls):
                 assert context is not None
                 accepted = False
-                await stream.start_tls(context, _hostname(uri))
+                await stream.start_tls(context, server_name(uri))
             else:
                 assert isinstance(step, Write)
                 await stream.write(step.data)

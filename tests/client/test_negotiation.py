@@ -15,6 +15,8 @@ import pytest
 
 from interop.certificates import Pki
 from pynbd import TlsError, UsageError, connect
+from pynbd.client.negotiation import server_name
+from pynbd.protocol.uri import NbdUri
 from pynbd.tls.credentials import HAS_PSK
 from tests.client.playing import (
     ACK,
@@ -123,3 +125,26 @@ async def test_parameters_that_make_no_sense(query: str) -> None:
         async with connect(uri):
             pass
     assert str(caught.value).startswith(f"{uri}: tls-type")
+
+
+@pytest.mark.parametrize("name", [".example", "a..b", "a" * 64, "%FF"])
+async def test_names_that_no_server_can_have(name: str) -> None:
+    uri = f"nbds+unix:///?socket=/none&tls-hostname={name}"
+    with pytest.raises(UsageError, match=r"tls-hostname: '.*': no host can have this name"):
+        async with connect(uri):
+            pass
+
+
+@pytest.mark.parametrize(
+    "uri, name",
+    [
+        ("nbds://example/", "example"),
+        ("nbds://[fe80::1%25eth0]/", "fe80::1"),  # a zone is of the client's host
+        ("nbds://example/?tls-hostname=other", "other"),
+        ("nbds+vsock://2/", None),
+        ("nbds+unix:///?socket=s", None),
+        ("nbds+unix:///?socket=s&tls-hostname=other", "other"),
+    ],
+)
+def test_whom_a_certificate_has_to_be_for(uri: str, name: str | None) -> None:
+    assert server_name(NbdUri.parse(uri)) == name
