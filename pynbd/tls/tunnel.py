@@ -10,6 +10,8 @@ receive brought is decrypted record by record, and a whole batch is encrypted an
    (the handshake, and what is negotiated after it) that is a `TlsError`.
 4. Records that bring next to nothing are received bit by bit, and others have their turn between:
    a client that sends nothing else holds nobody up.
+5. What TLS itself has to say to a record (a new key, a refusal) leaves when that was received, or
+   with what is negotiated next. A peer that goes on asking for it and takes none is given up.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ _RECEIVED = 4 << 14
 # No more than this at first, during the handshake, and as long as it brings little (rule 4).
 _FEW = 1 << 12
 _LONGEST_RECORD = 5 + (1 << 14) + 2048  # RFC 5246, 6.2.3; in TLS 1.3 it is shorter
+# Bytes of records that may wait for the socket: more than `Tunnel.sendmsg` ever leaves there.
+_MOST_UNSENT = 4 * CHUNK
+_UNANSWERED = "the peer asks for answers without end, and takes none"
 
 Buffer = bytes | bytearray | memoryview
 
@@ -124,6 +129,8 @@ class Tunnel:
             try:
                 return self._tls.read(length)
             except ssl.SSLWantReadError:
+                if self._outgoing.pending > _MOST_UNSENT:
+                    raise TlsError(_UNANSWERED) from None
                 if not await self._hear(_FEW):
                     return b""
             except ssl.SSLError as error:
@@ -173,6 +180,7 @@ class Tunnel:
             except ssl.SSLWantReadError:
                 if heard:
                     self._weigh(heard, done)
+                    self._answer()
                 if done:
                     break
                 if heard:
@@ -194,6 +202,13 @@ class Tunnel:
         self._in_vain = max(0, self._in_vain + heard - 2 * brought)
         little = self._in_vain > _LONGEST_RECORD
         self._most = _FEW if little else min(2 * self._most, _RECEIVED)
+
+    def _answer(self) -> None:
+        """Send what TLS itself has to say (rule 5)."""
+        with suppress(OSError):  # the one that sends meets it again
+            self._flush()
+        if self._outgoing.pending > _MOST_UNSENT:
+            raise OSError(errno.EPROTO, f"TLS: {_UNANSWERED}")
 
     def send(self, data: Buffer) -> int:
         """Send some of ``data``; how many bytes. Raises `BlockingIOError` (rule 2), `OSError`."""

@@ -5,6 +5,7 @@ tests/server/test_stream_tls.py has.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import socket
 import ssl
@@ -25,6 +26,7 @@ from tests.tls.records import (
     CLOSE_NOTIFY,
     HANDSHAKE,
     KEY_UPDATE,
+    KEY_UPDATE_ASKED,
     LONGEST,
     Records,
 )
@@ -69,6 +71,18 @@ async def met(pki: Pki, folder: Path) -> AsyncIterator[Met]:
         yield Met(tunnel, ours, raw, records)
 
 
+def ask_for_a_key(peer: Met, times: int) -> None:
+    """Records that want nothing but an answer, and the tunnel receives them."""
+    view = memoryview(bytearray(1))
+    while times > 0:
+        asked = (peer.records(KEY_UPDATE_ASKED, HANDSHAKE) for _ in range(min(times, 1000)))
+        peer.theirs.sendall(b"".join(asked))
+        while peer.waiting:
+            with suppress(BlockingIOError):
+                peer.tunnel.recv_into(view)
+        times -= 1000
+
+
 async def test_records_of_any_kind(pki: Pki, tmp_path: Path) -> None:
     async with met(pki, tmp_path) as (tunnel, _, theirs, records):
         view = memoryview(bytearray(1 << 20))
@@ -86,7 +100,7 @@ async def test_records_of_any_kind(pki: Pki, tmp_path: Path) -> None:
 async def test_a_record_that_is_too_long(pki: Pki, tmp_path: Path) -> None:
     async with met(pki, tmp_path) as (tunnel, _, theirs, records):
         theirs.sendall(records(bytes(LONGEST + 1)))
-        with pytest.raises(OSError, match=r"(?i)data.length.too.long|record.layer"):
+        with pytest.raises(TlsError, match=r"(?i)data.length.too.long|record.layer"):
             await tunnel.recv(10)
 
 
@@ -149,3 +163,38 @@ async def test_others_have_their_turn_between_short_records(pki: Pki, tmp_path: 
         assert await peer.tunnel.recv(10) == b"end"
         counting.cancel()
         assert turns >= len(data) // PIECE
+
+
+async def test_new_keys_that_were_asked_for_do_not_gather(pki: Pki, tmp_path: Path) -> None:
+    """They leave, though nothing else is on its way. (OpenSSL keeps the last one for what is next:
+    the answer has to be there before that, and not sooner.)
+    """
+    async with met(pki, tmp_path) as peer:
+        peer.theirs.settimeout(20)
+        for count in range(10):
+            ask_for_a_key(peer, 1)
+            if count:
+                header = peer.theirs.recv(5, socket.MSG_WAITALL)
+                assert header[:3] == b"\x17\3\3"
+                peer.theirs.recv(int.from_bytes(header[3:]), socket.MSG_WAITALL)
+
+
+async def test_who_asks_for_new_keys_and_takes_none_is_given_up(pki: Pki, tmp_path: Path) -> None:
+    """In transmission, where the answers wait for the socket."""
+    async with met(pki, tmp_path) as peer:
+        peer.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        with pytest.raises(OSError, match="takes none") as caught:
+            ask_for_a_key(peer, 100_000)
+        assert caught.value.errno == errno.EPROTO
+
+
+async def test_who_negotiates_new_keys_and_nothing_else_is_given_up(
+    pki: Pki, tmp_path: Path
+) -> None:
+    """Between two options, where the answers wait for the next reply."""
+    async with met(pki, tmp_path) as peer:
+        asked = b"".join(peer.records(KEY_UPDATE_ASKED, HANDSHAKE) for _ in range(30_000))
+        sending = asyncio.create_task(asyncio.to_thread(peer.theirs.sendall, asked))
+        with pytest.raises(TlsError, match="takes none"):
+            await peer.tunnel.recv(10)
+        await sending
