@@ -62,8 +62,10 @@ def test_32_mib(tls: TlsServers, transport: str, version: ssl.TLSVersion, mode: 
     server = tls.with_()
     data = random.Random(mode.value).randbytes(32 * MIB)
     with server.meet(transport) as peer:
+        # TCP with a window below the segments of a loopback waits for its timers, not for anybody.
+        small = 8192 if transport == "unix" else 1 << 18
         for which in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            peer.sock.setsockopt(socket.SOL_SOCKET, which, 8192)
+            peer.sock.setsockopt(socket.SOL_SOCKET, which, small)
         peer.greet()
         peer.start_tls(trusting(tls.pki.anonymous, version))
         peer.headers(mode)
