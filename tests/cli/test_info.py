@@ -157,7 +157,11 @@ def test_an_image_in_use(top: Path) -> None:
             2,
             "--force-share is for images: how an export is opened is the server's",
         ),
-        (["nbds://localhost"], 1, "nbds://localhost/: TLS is not supported yet"),
+        (
+            ["nbds://localhost?tls-type=anon"],
+            2,
+            "nbds://localhost/?tls-type=anon: tls-type: 'anon': x509 or psk is expected",
+        ),
         (
             ["nbd+unix:///?socket=none"],
             1,
