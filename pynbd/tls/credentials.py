@@ -1,8 +1,9 @@
 """TLS credentials: from certificates (RFC 5280) and pre-shared keys (RFC 4279, RFC 8446 4.2.11) to
 SSL contexts, for servers and clients.
 
-1. TLS 1.2 at least. Nothing anonymous, nothing unencrypted; no renegotiation; no session is ever
-   resumed.
+1. TLS 1.2 at least. Nothing anonymous, nothing unencrypted; no renegotiation; no tickets. Sessions
+   of TLS 1.3 are never resumed; of TLS 1.2 OpenSSL remembers those of the last few clients that
+   came without a pre-shared key.
 2. All files are read, and all that can be wrong with them is found, when credentials are made
    (`pynbd.tls.files`).
 3. A certificate is trusted if it, or one above it, is in ``ca-cert.pem``: a root is not needed. If
@@ -20,6 +21,7 @@ import platform
 import secrets
 import ssl
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -38,6 +40,9 @@ _PSK_ALONE: Final = "kPSK+AESGCM:kPSK+CHACHA20"  # without forward secrecy: last
 _NEVER: Final = "!aNULL:!eNULL:!aDSS:!SHA1"
 
 _UNKNOWN_KEY: Final = 32  # bytes
+
+MAX_SESSIONS: Final = 64
+"""How many of TLS 1.2 are remembered at most, but for those whose clients come at the same time."""
 
 
 class ServerCredentials:
@@ -84,7 +89,7 @@ class ServerCredentials:
         self._shared = self._context()
 
     def context(self, on_psk_user: Callable[[str], None]) -> ssl.SSLContext:
-        """The context for one connection. Without pre-shared keys it is the same each time.
+        """The context for one connection. Without pre-shared keys it is the same as before, mostly.
 
         With them ``on_psk_user`` is told, during the handshake, the name of a user whose key was
         asked for: *before* anybody has shown that he has it. The last one told is who is there if
@@ -93,6 +98,11 @@ class ServerCredentials:
         that of one with the wrong key.
         """
         if not self._keys:
+            if self._shared.session_stats()["number"] >= MAX_SESSIONS:
+                # By itself OpenSSL would remember 20,000, with the certificates of their clients,
+                # for two hours. Python cannot forbid that.
+                with suppress(OSError):  # out of descriptors, say: then the next one
+                    self._shared = self._context()
             return self._shared
         asked = _Asked(self._keys, on_psk_user)
         context = self._context_without_certificates()

@@ -14,14 +14,19 @@ class Ends(NamedTuple):
 
 
 def shake(
-    client: ssl.SSLContext, server: ssl.SSLContext, hostname: str | None = "localhost"
+    client: ssl.SSLContext,
+    server: ssl.SSLContext,
+    hostname: str | None = "localhost",
+    *,
+    session: ssl.SSLSession | None = None,
 ) -> Ends:
-    """A handshake, and a message each way. Raises the `ssl.SSLError` of the end that fails first;
-    in TLS 1.3 a server may refuse a client that has finished already.
+    """A handshake, and a message each way. ``session``: what the client wants to resume. Raises the
+    `ssl.SSLError` of the end that fails first; in TLS 1.3 a server may refuse a client that has
+    finished already.
     """
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = Ends(
-        client.wrap_bio(to_client, to_server, server_hostname=hostname),
+        client.wrap_bio(to_client, to_server, server_hostname=hostname, session=session),
         server.wrap_bio(to_server, to_client, server_side=True),
     )
     waiting = list(ends)

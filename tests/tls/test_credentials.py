@@ -15,7 +15,7 @@ import pytest
 from interop.certificates import PASSWORD, USERS, Authority, Pki
 from pynbd.errors import TlsError, UsageError
 from pynbd.tls import credentials
-from pynbd.tls.credentials import ServerCredentials, client_context
+from pynbd.tls.credentials import MAX_SESSIONS, ServerCredentials, client_context
 from pynbd.tls.names import CertificateNames
 from tests.tls.handshakes import TLS_1_2, TLS_1_3, Ends, only, shake
 
@@ -215,12 +215,27 @@ def test_nothing_weak(pki: Pki) -> None:
             assert cipher["aead"] or "psk" in cipher["kea"], cipher
 
 
-@both_versions
-def test_no_session_is_resumed(pki: Pki, version: ssl.TLSVersion) -> None:
+def test_no_session_of_tls_1_3_is_resumed(pki: Pki) -> None:
     server = ServerCredentials(certificates=pki.server)
-    client = only(client_context(certificates=str(pki.anonymous)), version)
-    first = shake(client, server.context(nobody)).client
-    assert not (first.session and first.session.has_ticket)
+    client = only(client_context(certificates=str(pki.anonymous)), TLS_1_3)
+    first = shake(client, server.context(nobody))
+    assert not (first.client.session and first.client.session.has_ticket)
+    again = shake(client, server.context(nobody), session=first.client.session)
+    assert not again.server.session_reused
+
+
+def test_few_sessions_of_tls_1_2_are_remembered(pki: Pki) -> None:
+    """A server whose clients come and go for months holds nothing of them."""
+    server = ServerCredentials(certificates=pki.server, verify_peer=True)
+    client = only(client_context(certificates=str(pki.client("alice"))), TLS_1_2)
+    first = shake(client, server.context(nobody))
+    open_ones = [first]  # those of clients that have left without a word are forgotten
+    for _ in range(2 * MAX_SESSIONS):
+        context = server.context(nobody)
+        open_ones.append(shake(client, context))
+        assert 0 < context.session_stats()["number"] <= MAX_SESSIONS
+    again = shake(client, server.context(nobody), session=first.client.session)
+    assert not again.server.session_reused
 
 
 def test_an_old_version_is_refused(pki: Pki) -> None:
