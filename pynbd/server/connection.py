@@ -185,7 +185,8 @@ class _Asked:
     def find(self, name: str) -> ExportInfo | None:
         export = self._exports.find(name, self._client)
         if export is None:
-            arrivals.info("%s asked for export %s, which is not there", self._peer, quote(name))
+            why = "which no rule lets it have" if name in self._exports else "which is not there"
+            arrivals.info("%s asked for export %s, %s", self._peer, quote(name), why)
         return export.info if export else None
 
     def listing(self) -> Iterable[ExportInfo] | None:

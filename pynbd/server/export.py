@@ -104,12 +104,20 @@ class ExportTable:
     def __iter__(self) -> Iterator[Export]:
         return iter(self._exports.values())
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is an export of this name, for whomever; no client is told that."""
+        return self._named(name) is not None
+
     def find(self, name: str, client: Identity) -> Export | None:
         """The export of this name as ``client`` is to see it; "" is also the default export."""
+        export = self._named(name)
+        return export.seen_by(client) if export else None
+
+    def _named(self, name: str) -> Export | None:
         export = self._exports.get(name)
         if export is None and not name:
             export = next(iter(self._exports.values()), None)
-        return export.seen_by(client) if export else None
+        return export
 
     def listing(self, client: Identity) -> list[Export] | None:
         """Those that there are for ``client``; None from a table that forbids listing."""

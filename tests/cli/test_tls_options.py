@@ -427,6 +427,22 @@ def test_rules_for_nobody(disk: Path, rules: Path) -> None:
         assert "export" in refused(uri)
 
 
+def test_whom_the_rules_keep_out_is_told_with_v(disk: Path) -> None:
+    """Only the log says that the export is there."""
+    peers.require("nbdinfo")
+    with peers.socket_path() as path:
+        rule = f"write,uid={os.getuid() + 1}"
+        with started("-v", "-k", path, "-x", "d", "--allow", rule, disk) as server:
+            refused(server.uri)
+            refused(server.uri.replace("/d?", "/e?"))
+            status, _, errors = server.end()
+    assert status == 0
+    assert set(errors.splitlines()) == {
+        "pynbd: a local client asked for export 'd', which no rule lets it have",
+        "pynbd: a local client asked for export 'e', which is not there",
+    }
+
+
 def test_secrets_are_logged_for_wireshark(pki: Pki, disk: Path, tmp_path: Path) -> None:
     log = tmp_path / "keys.log"
     environment = {**os.environ, "SSLKEYLOGFILE": str(log)}

@@ -71,3 +71,10 @@ async def test_the_first_export_is_the_default(tmp_path: Path) -> None:
         unnamed = Export("", node, contexts={})
         assert ExportTable([second, unnamed]).find("", anybody) is unnamed
     assert ExportTable([]).find("", anybody) is None
+
+
+async def test_an_export_that_nobody_may_have_is_in_the_table(tmp_path: Path) -> None:
+    async with opened(tmp_path, read_only=True) as node:
+        table = ExportTable([Export("x", node, contexts={}, access=[])])
+        assert [table.find(name, Identity()) for name in ("x", "", "y")] == [None] * 3
+        assert [name in table for name in ("x", "", "y")] == [True, True, False]
