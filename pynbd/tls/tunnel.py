@@ -30,8 +30,10 @@ from pynbd.errors import TlsError
 # such buffers for as long as the connection lives, and most are idle most of the time.
 CHUNK = 8 << 14
 _RECEIVED = 4 << 14
-# No more than this at first, during the handshake, and as long as it brings little (rule 4).
+# No more than this at first, and during the handshake; and as long as it brings little (rule 4): of
+# the shortest records, each a new key, that is about a millisecond.
 _FEW = 1 << 12
+_FEWEST = 1 << 10
 _LONGEST_RECORD = 5 + (1 << 14) + 2048  # RFC 5246, 6.2.3; in TLS 1.3 it is shorter
 # Bytes of records that may wait for the socket: more than `Tunnel.sendmsg` ever leaves there.
 _MOST_UNSENT = 4 * CHUNK
@@ -200,8 +202,10 @@ class Tunnel:
         all here have brought nothing.
         """
         self._in_vain = max(0, self._in_vain + heard - 2 * brought)
-        little = self._in_vain > _LONGEST_RECORD
-        self._most = _FEW if little else min(2 * self._most, _RECEIVED)
+        if self._in_vain > _LONGEST_RECORD:
+            self._most = _FEWEST
+        elif brought:
+            self._most = min(2 * self._most, _RECEIVED)
 
     def _answer(self) -> None:
         """Send what TLS itself has to say (rule 5)."""
