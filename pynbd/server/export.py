@@ -59,7 +59,7 @@ class Export:
         self.unmap = unmap
         self.reserve = reserve
         self.detect_zeroes = detect_zeroes
-        self._access = access
+        self._access = None if access is None else tuple(access)
         self.troubles = TroubleLog()
         flags = _ALWAYS | (TransmissionFlag.READ_ONLY if node.read_only else _WRITABLE)
         if node.can_discard and not node.read_only:

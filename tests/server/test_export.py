@@ -11,7 +11,7 @@ import pytest
 from pynbd.block.chain import open_image
 from pynbd.block.node import BlockNode
 from pynbd.errors import ImageError
-from pynbd.server.access import Identity
+from pynbd.server.access import Allow, Identity
 from pynbd.server.contexts import standard_contexts
 from pynbd.server.export import Export, ExportTable
 
@@ -78,3 +78,14 @@ async def test_an_export_that_nobody_may_have_is_in_the_table(tmp_path: Path) ->
         table = ExportTable([Export("x", node, contexts={}, access=[])])
         assert [table.find(name, Identity()) for name in ("x", "", "y")] == [None] * 3
         assert [name in table for name in ("x", "", "y")] == [True, True, False]
+
+
+async def test_rules_stay_as_they_were(tmp_path: Path) -> None:
+    """What a client has found must not be gone when it enters."""
+    async with opened(tmp_path, read_only=False) as node:
+        rules = [Allow("read")]
+        export = Export("x", node, contexts={}, access=rules)
+        rules[:] = []
+        seen = export.seen_by(Identity())
+        assert seen
+        assert seen.read_only
