@@ -17,13 +17,14 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pynbd.cli.keyval import parse_keyval
 from pynbd.errors import UsageError
-from pynbd.server.access import CONDITIONS, Allow, Identity
+from pynbd.server.access import CONDITIONS, Allow
+from pynbd.server.reach import Reach
 
 _KEYS = ("right", *CONDITIONS)
 _TLS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
@@ -36,20 +37,6 @@ class Rule:
 
     place: str
     allow: Allow
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
-    """What a client of this server could prove. ``tls`` and ``clear``: whether he may come so;
-    ``verify_peer``: by a certificate; ``psk_users``: by their keys; ``unix``, ``tcp``: from there.
-    """
-
-    tls: bool = False
-    clear: bool = True
-    verify_peer: bool = False
-    psk_users: Sequence[str] = ()
-    unix: bool = True
-    tcp: bool = True
 
 
 def allowed(texts: Iterable[str]) -> list[Rule]:
@@ -84,43 +71,9 @@ def allowed_in_file(path: str, names: Collection[str]) -> dict[str, list[Rule]]:
 def check(rules: Iterable[Rule], reach: Reach) -> None:
     """Raise `UsageError` for a rule that no client could ever meet."""
     for rule in rules:
-        wrong = _never(rule.allow, reach)
+        wrong = reach.hinders(rule.allow)
         if wrong:
             raise UsageError(f"{rule.place}: nobody could meet it: {wrong}")
-
-
-def _never(allow: Allow, reach: Reach) -> str:
-    """Why nobody could meet a rule; "" if somebody could."""
-    by_certificate = allow.cert is not None or allow.dn is not None
-    by_key = allow.psk is not None
-    by_user = allow.uid is not None or allow.gid is not None
-    if (allow.tls or by_certificate or by_key) and not reach.tls:
-        return "tls, cert, dn and psk need TLS, which is off (--tls-certificates, --tls-psk, --tls)"
-    if allow.tls is False and not reach.clear:
-        return "tls=off, where TLS is required (--tls=on leaves that to the client)"
-    if allow.tls is False and (by_certificate or by_key):
-        return "tls=off excludes cert, dn and psk"
-    if by_certificate and by_key:
-        return "cert and dn exclude psk: a client shows a certificate or has a key"
-    if by_user and allow.address is not None:
-        return "uid and gid are of unix sockets, address is of TCP"
-    if by_certificate and not reach.verify_peer:
-        return "cert and dn need certificates of clients to be verified (--tls-verify-peer)"
-    if by_key and not reach.psk_users:
-        return "psk needs pre-shared keys (--tls-psk)"
-    if by_key and not any(
-        Allow("read", psk=allow.psk).applies_to(Identity(psk_user=user)) for user in reach.psk_users
-    ):
-        return f"psk: {allow.psk!r}: no such user has a key; there is {_some(reach.psk_users)}"
-    if by_user and not reach.unix:
-        return "uid and gid need a unix socket (--socket)"
-    if allow.address is not None and not reach.tcp:
-        return "address needs TCP (--bind, --port)"
-    return ""
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _pairs(text: str, place: str) -> dict[str, object]:

@@ -24,6 +24,7 @@ from pynbd.errors import UsageError
 from pynbd.protocol.uri import NbdUri
 from pynbd.server import tls as tls_of_servers
 from pynbd.server.access import Allow
+from pynbd.server.reach import Reach
 from pynbd.tls import files as tls_files
 
 if TYPE_CHECKING:  # it takes libraries that are not wanted without TLS
@@ -87,8 +88,8 @@ class TlsOptions:
     ) -> Iterator[Security]:
         """What they make of a server that listens on the unix socket ``path``, or at ``host``."""
         if self.tls == "auto":
-            with throwaway_tls.made([] if path is not None else _names_of(host)) as directory:
-                yield self._security(export, throwaway_tls.tls_of(directory), path, activated)
+            with throwaway_tls.made([] if path is not None else _names_of(host)) as tls:
+                yield self._security(export, tls, path, activated)
         else:
             yield self._security(export, self._tls(), path, activated)
 
@@ -113,6 +114,12 @@ class TlsOptions:
         access = self._rules(export, tls, path, activated)
         if access == []:
             log.warning("export %r: no rule lets anybody in", export)
+        picky = tls and (tls.credentials.verify_peer or not tls.credentials.certificates)
+        if self.tls == "on" and picky and access is None:
+            log.warning(
+                "--tls=on: whom TLS keeps out comes in clear, as there are no rules"
+                " (--allow, --access, or --tls=require)"
+            )
         return Security(tls=tls, access=access, is_throwaway=self.tls == "auto")
 
     def _rules(
@@ -124,14 +131,7 @@ class TlsOptions:
             rules = access_rules.allowed(self.allow)
         else:
             return None
-        reach = access_rules.Reach(
-            tls=tls is not None,
-            clear=tls is None or not tls.required,
-            verify_peer=tls is not None and tls.credentials.verify_peer,
-            psk_users=tls.credentials.psk_users if tls else (),
-            unix=activated or path is not None,
-            tcp=activated or path is None,
-        )
+        reach = Reach.of(tls, unix=activated or path is not None, tcp=activated or path is None)
         access_rules.check(rules, reach)
         return [rule.allow for rule in rules]
 

@@ -127,6 +127,10 @@ class Allow:
         ):
             object.__setattr__(self, name, value)
 
+    def __str__(self) -> str:
+        named = {key: getattr(self, key) for key in CONDITIONS}
+        return ",".join([self.right, *(f"{key}={v}" for key, v in named.items() if v is not None)])
+
     def applies_to(self, identity: Identity) -> bool:
         """Whether ``identity`` meets all that the rule names."""
         shown = identity.certificate

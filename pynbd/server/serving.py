@@ -14,6 +14,7 @@ from pynbd.block.chain import open_image
 from pynbd.block.limits import ImageLimits, limits_or_usual
 from pynbd.block.node import BlockNode
 from pynbd.errors import UsageError
+from pynbd.protocol.handshake import TlsMode
 from pynbd.protocol.values import DEFAULT_PORT
 from pynbd.server.access import Allow
 from pynbd.server.disk import Disk, DiskNode
@@ -21,6 +22,7 @@ from pynbd.server.export import Export, ExportTable
 from pynbd.server.limits import Limits
 from pynbd.server.listening import Listening
 from pynbd.server.offers import offered_contexts
+from pynbd.server.reach import Reach, check_rules
 from pynbd.server.server import Server
 from pynbd.server.zeroes import DetectZeroes, Discard
 
@@ -111,6 +113,11 @@ async def serve(
         raise UsageError("socket excludes host and port")
     if max_clients < 0:
         raise UsageError(f"max_clients: 0 or more is expected, not {max_clients}")
+    if tls is not None and not isinstance(getattr(tls, "mode", None), TlsMode):
+        raise UsageError(f"tls: a pynbd.Tls is expected, not {tls!r:.80}")
+    if access is not None:
+        on_unix = host is None and port is None
+        check_rules(access, Reach.of(tls, unix=on_unix, tcp=not on_unix))
     limits = limits_or_usual(Limits, limits, "limits")
     limits_or_usual(ImageLimits, image_limits, "image_limits")
     unmap = _choice("discard", Discard, discard) is Discard.UNMAP

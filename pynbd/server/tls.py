@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from pynbd.errors import TlsError
+from pynbd.errors import TlsError, UsageError
 from pynbd.protocol.handshake import TlsMode
 from pynbd.protocol.wire import quote
 from pynbd.server.stream import Stream
@@ -42,6 +42,9 @@ class Tls:
         required: bool = True,
         authorize: Callable[[str], bool] | None = None,
     ) -> None:
+        for name, value in (("verify_peer", verify_peer), ("required", required)):
+            if not isinstance(value, bool):
+                raise UsageError(f"{name}: True or False is expected, not {value!r:.80}")
         self.credentials = ServerCredentials(
             certificates=certificates,
             psk_file=psk_file,

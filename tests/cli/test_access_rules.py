@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pynbd.cli.access_rules import Reach, Rule, allowed, allowed_in_file, check
+from pynbd.cli.access_rules import Rule, allowed, allowed_in_file, check
 from pynbd.errors import UsageError
 from pynbd.server.access import Allow
+from pynbd.server.reach import Reach
 
 EVERYTHING = Reach(tls=True, clear=True, verify_peer=True, psk_users=("alice", "bob"))
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from interop import peers
 from pynbd.block.chain import open_image
 from pynbd.client.connecting import connect
-from pynbd.errors import ImageError, PynbdError, UsageError
+from pynbd.errors import ImageError, OptionError, PynbdError, UsageError
 from pynbd.protocol.uri import NbdUri
+from pynbd.server.access import Allow
 from pynbd.server.disk import Disk
 from pynbd.server.serving import serve
 
@@ -106,6 +108,32 @@ async def test_an_open_image_stays_open(disk: Path) -> None:
         await serve(node, format="raw").__aenter__()
     assert await node.pread(0, SIZE) == content(disk)
     await node.close()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"tls": "pki"}, "tls: a pynbd.Tls is expected, not 'pki'"),
+        ({"tls": True}, "tls: a pynbd.Tls is expected"),
+        ({"access": Allow("read")}, "access: a list of pynbd.Allow is expected"),
+        ({"access": ["read"]}, "access: a list of pynbd.Allow is expected"),
+        ({"access": [Allow("read", cert="a")]}, "access: read,cert=a: nobody could meet it: tls"),
+        ({"access": [Allow("read", uid=0)], "port": 0}, "uid and gid need a unix socket"),
+        ({"access": [Allow("write", address="::1")]}, "address needs TCP"),
+    ],
+)
+async def test_what_nobody_could_mean(disk: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=f"^.*{said}"):
+        await serve(disk, **options).__aenter__()
+
+
+async def test_rules(disk: Path) -> None:
+    rules = [Allow("read", uid=os.geteuid())]
+    async with serve(disk, access=rules) as server, connect(server.uri) as client:
+        assert client.read_only
+    async with serve(disk, format="raw", access=()) as server:
+        with pytest.raises(OptionError, match="there is no default export"):
+            await connect(server.uri).__aenter__()
 
 
 async def test_it_may_be_stopped_inside(disk: Path) -> None:
