@@ -203,7 +203,7 @@ def _uniform(words: UInt64s, bitmaps: UInt64s | None, layout: Layout) -> Int64s:
     somewhere = words & place != 0
     # Bit 55 carries into reserved bits: the next offset is 0 then, and the entries are not alike.
     alike = np.where(somewhere[:-1] & somewhere[1:], step == layout.cluster_size, step == 0)
-    alike &= words[1:] & COMPRESSED == 0
+    alike &= (words[1:] | words[:-1]) & COMPRESSED == 0
     if bitmaps is not None:
         left = bitmaps[:-1]
         whole = (left == 0) | (left == _ALL) | (left == _ALL << SUBCLUSTERS)

@@ -100,6 +100,15 @@ def test_a_part_of_a_table() -> None:
     ]
 
 
+def test_the_last_descriptor_does_not_go_on_with_the_first_offset() -> None:
+    """The two words are a cluster apart, modulo 2^64."""
+    expected = [
+        (0, K64, COMPRESSED, (1 << 62) - 1),
+        (K64, 2 * K64, CORRUPT, NO_HOST),
+    ]
+    assert standard((1 << 64) - 1, K64 - 1) == expected
+
+
 def test_the_last_host_offset_does_not_carry_into_reserved_bits() -> None:
     last = (1 << 56) - K64
     assert standard(last, last + K64) == [
