@@ -62,9 +62,7 @@ class Reach:
         if by_user and allow.address is not None:
             return "uid and gid are of unix sockets, address is of TCP"
         if by_certificate and not self.verify_peer:
-            return (
-                "cert and dn need verified certificates (--tls-verify-peer, verify_peer)"
-            )
+            return "cert and dn need verified certificates (--tls-verify-peer, verify_peer)"
         if by_key and not self.psk_users:
             return "psk needs pre-shared keys (--tls-psk, psk_file)"
         if by_key and not any(
