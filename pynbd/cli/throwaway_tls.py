@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from pynbd.cli.keyval import keyval
@@ -19,38 +19,44 @@ from pynbd.server.tls import Tls
 from pynbd.tls import throwaway
 from pynbd.tls.credentials import HAS_PSK
 
-# Certificates of three, two keys, and keys.psk.
-_FILES = 6
-
 
 @contextmanager
-def made(hosts: Sequence[str]) -> Iterator[Path]:
-    """A private directory with all that a server for ``hosts`` and its clients need. It goes with
-    the context, and with the process, if a signal ends that.
+def made(hosts: Sequence[str]) -> Iterator[Tls]:
+    """TLS with a private directory of all that a server for ``hosts`` and its clients need, who
+    have to show a certificate or a key. The directory goes with the context, and with the process,
+    if a signal ends that.
     """
+    making = threading.Lock()
+    directories: list[str] = []
+
+    def clean() -> None:
+        making.acquire()  # for good: what is begun is finished, and nothing else is
+        _remove(directories)
+
+    watch().clean = clean
     try:
-        directory = tempfile.mkdtemp(prefix="pynbd-tls-")
+        with making:
+            tls = _make(directories, hosts)
+        yield tls
+    finally:
+        _remove(directories)
+
+
+def _make(directories: list[str], hosts: Sequence[str]) -> Tls:
+    """Make one, and add it to ``directories``."""
+    try:
+        directories.append(tempfile.mkdtemp(prefix="pynbd-tls-"))
     except OSError as error:
         raise PynbdError(f"--tls=auto: a private directory: {error.strerror}") from None
-    remove = partial(_remove, directory)
-    watch().clean = remove
-    try:
-        throwaway.make(Path(directory), hosts=hosts, psk=HAS_PSK)
-        yield Path(directory)
-    finally:
-        remove()
+    directory = Path(directories[-1])
+    throwaway.make(directory, hosts=hosts, psk=HAS_PSK)
+    keys = directory / "keys.psk" if HAS_PSK else None
+    return Tls(certificates=directory, psk_file=keys, verify_peer=True)
 
 
-def _remove(directory: str) -> None:
-    # A signal may come while the files are made, and each try meet one that was not there before.
-    for _ in range(_FILES + 1):
+def _remove(directories: Sequence[str]) -> None:
+    for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def tls_of(directory: Path) -> Tls:
-    """TLS by all that `made` has put there; clients have to show one or the other."""
-    keys = directory / "keys.psk"
-    return Tls(certificates=directory, psk_file=keys if keys.exists() else None, verify_peer=True)
 
 
 def client_lines(where: NbdUri, directory: Path, users: Sequence[str]) -> Iterator[str]:

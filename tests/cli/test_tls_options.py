@@ -349,8 +349,8 @@ def test_auto_is_gone_when_a_second_signal_ends_it_at_once(disk: Path, throwaway
 
 
 def test_auto_is_gone_when_a_signal_comes_while_it_is_made(disk: Path, throwaway: Path) -> None:
-    """At whatever moment: there is only the directory, or some files, or all."""
-    for files in (0, 1, 3, 5):
+    """At whatever moment: there is only a place for it, the directory, or some files, or all."""
+    for files in (0, 1, 3, 5) * 2:
         line = [*PYNBD, "serve", "--tls=auto", "-p", "0", str(disk)]
         with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
             while not any(throwaway.iterdir()) or len([*throwaway.glob("*/*")]) < files:
