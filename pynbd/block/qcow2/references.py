@@ -292,7 +292,7 @@ class References:
             return
         self.snapshots = await snapshots.load(self._file, header, padded=True)
         for number, one in enumerate(self.snapshots):
-            name = f"snapshot {one.id!r}: L1 table"
+            name = f"{one}: L1 table"
             if header.version >= 3 and len(one.extra) < snapshots.EXTRA_V3:
                 line = f"snapshot table entry {number}: it has {len(one.extra)} bytes of extra data"
                 report.corrupt(1, [f"{line}; version 3 demands {snapshots.EXTRA_V3}"])

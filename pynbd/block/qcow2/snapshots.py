@@ -30,6 +30,8 @@ EXTRA = struct.Struct(">QQQ")
 # What a snapshot takes in memory besides the bytes of its entry.
 _ENTRY_BYTES = 512
 _MAX_ENTRY = SNAPSHOT_ENTRY.sizeof() + MAX_SNAPSHOT_EXTRA + 2 * 0xFFFF + 7
+# Characters of an ID.
+_SHOWN = 80
 _NANOSECONDS = 10**9
 _MAX_DATE_SEC = (1 << 32) - 1
 
@@ -49,6 +51,10 @@ class Snapshot:
     icount: int | None
     extra: bytes  # extra data as stored, known fields included
 
+    def __str__(self) -> str:
+        """For a line, of which there may be a thousand; an ID may have 64 KiB."""
+        return f"snapshot {self.id[:_SHOWN]!r}" + "..." * (len(self.id) > _SHOWN)
+
     def check(self, header: Header, *, name: str) -> None:
         """Raise `CorruptImage` if its L1 table is misplaced, too large, or too small for its disk.
 
@@ -65,7 +71,7 @@ class Snapshot:
             problem = f"has {self.l1_size} entries, too few for a disk of {self.disk_size} bytes"
         else:
             return
-        raise CorruptImage(f"{name}: the L1 table of the snapshot {self.id!r} {problem}")
+        raise CorruptImage(f"{name}: the L1 table of the {self} {problem}")
 
 
 async def load(

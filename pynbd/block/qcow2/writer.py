@@ -443,12 +443,12 @@ async def _add_snapshots(
     places.add(header.snapshots_offset, table_length(snapshots), "snapshot table")
     left = _SNAPSHOT_L1_BYTES
     for snapshot in snapshots:
-        what = f"L1 table of snapshot {snapshot.id!r}"
+        what = f"L1 table of {snapshot}"
         length = snapshot.l1_size * L1E_SIZE
         places.add(snapshot.l1_table_offset, length, what)
         if length <= left:
             left -= max(length, LEAST_READ)
             l1 = await read_table(file, snapshot.l1_table_offset, snapshot.l1_size)
             named = l1 & np.uint64(L1E_OFFSET_MASK)
-            places.add_unchanging(f"L2 table of snapshot {snapshot.id!r}", named)
+            places.add_unchanging(f"L2 table of {snapshot}", named)
         await asyncio.sleep(0)

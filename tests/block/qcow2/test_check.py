@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
 import time
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -194,3 +195,18 @@ def test_what_is_named_again_and_again() -> None:
         tracemalloc.stop()
     assert (every == numbers).all()
     assert times[:6].tolist() == [64, 64, 64, 64, 64, 63]
+
+
+async def test_findings_are_short_whatever_a_snapshot_is_called(
+    engine: Engine, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.qcow2"
+    clusters = {n * CLUSTER: Data(b"%d" % n) for n in range(CLUSTER // 8)}
+    snapshot = InternalSnapshot("s", clusters, id="\x01" * 0xFFFF)
+    written = Image(size=1 << 21, cluster_bits=12, snapshots=[snapshot]).write(path)
+    (l1,) = struct.unpack_from(">Q", path.read_bytes(), written.header.snapshots_offset)
+    (l2,) = struct.unpack_from(">Q", path.read_bytes(), l1)
+    poke(path, l2 & ~COPIED, b"\0\xff" * (CLUSTER // 2))
+    report = await checked(engine, path)
+    assert len(report.findings) > CLUSTER // 8
+    assert max(map(len, report.findings)) < 500
