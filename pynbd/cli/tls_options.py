@@ -114,6 +114,12 @@ class TlsOptions:
         access = self._rules(export, tls, path, activated)
         if access == []:
             log.warning("export %r: no rule lets anybody in", export)
+        picky = tls and (tls.credentials.verify_peer or not tls.credentials.certificates)
+        if self.tls == "on" and picky and access is None:
+            log.warning(
+                "--tls=on: whom TLS keeps out comes in clear, as there are no rules"
+                " (--allow, --access, or --tls=require)"
+            )
         return Security(tls=tls, access=access, is_throwaway=self.tls == "auto")
 
     def _rules(

@@ -142,6 +142,30 @@ def test_modes(args: str, mode: bool, family: str, pki: Pki) -> None:
         assert security.tls.credentials.verify_peer is (family == "qemu")
 
 
+WITH_CERTIFICATES = ["--tls-certificates={}", "--tls-verify-peer"]
+
+
+@pytest.mark.parametrize(
+    "args, warned",
+    [
+        (["--tls=on", *WITH_CERTIFICATES], True),
+        (["--tls=on", f"--object={X509}{{}}", "--tls-creds=t"], True),
+        (["--tls=on", *WITH_CERTIFICATES, "--allow=read", "--allow=write,cert=alice"], False),
+        (["--tls=on", WITH_CERTIFICATES[0]], False),
+        (["--tls=require", *WITH_CERTIFICATES], False),
+        (WITH_CERTIFICATES, False),
+    ],
+)
+def test_clients_who_are_looked_at_only_in_tls(
+    args: list[str], warned: bool, pki: Pki, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who has no certificate comes in clear: nobody wants that who asks for certificates."""
+    wanted = options(*(arg.format(pki.server) for arg in args))
+    with wanted.opened("", path=None, host="localhost", activated=False):
+        said = [record.message for record in caplog.records]
+    assert [text.startswith("--tls=on: whom TLS keeps out") for text in said] == [True] * warned
+
+
 def test_in_clear() -> None:
     for args in ([], ["--tls=off"]):
         with options(*args).opened("", path=None, host="::1", activated=False) as security:
