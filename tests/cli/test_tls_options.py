@@ -151,6 +151,7 @@ WITH_CERTIFICATES = ["--tls-certificates={}", "--tls-verify-peer"]
         (["--tls=on", *WITH_CERTIFICATES], True),
         (["--tls=on", f"--object={X509}{{}}", "--tls-creds=t"], True),
         (["--tls=on", *WITH_CERTIFICATES, "--allow=read", "--allow=write,cert=alice"], False),
+        pytest.param(["--tls=on", "--tls-psk={}/../psk"], True, marks=psk_only),
         (["--tls=on", WITH_CERTIFICATES[0]], False),
         (["--tls=require", *WITH_CERTIFICATES], False),
         (WITH_CERTIFICATES, False),
