@@ -8,14 +8,15 @@ answers of an unknown export, and one who may only read those of an export that 
    everybody; an empty list gives nothing to anybody.
 3. What was not proved is not there: a rule that names a certificate applies to nobody who has shown
    none, one that names a user of the host to nobody who came over TCP.
-4. Names are compared as they are, with ``*`` for any run of characters. Users and groups of the
-   host are looked up when a rule is made.
+4. Names are compared as they are, with ``*`` for any run of characters; in a distinguished name an
+   escaped character is one. Users and groups of the host are looked up when a rule is made.
 """
 
 from __future__ import annotations
 
 import grp
 import pwd
+import re
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -33,6 +34,7 @@ CONDITIONS = ("tls", "cert", "dn", "psk", "uid", "gid", "address")
 """What a rule may name."""
 MAX_ID = 2**32 - 2
 """The highest number of a user or group; the one above means nobody."""
+_ESCAPED = re.compile(r"\\([^*])", re.DOTALL)
 _MAPPED_BITS = 96  # the prefix of ::ffff:0:0/96, where IPv4 addresses are mapped
 
 
@@ -138,7 +140,7 @@ class Allow:
         return (
             (self.tls is None or self.tls is identity.tls)
             and _met(self.cert, shown.names if shown else ())
-            and _met(self.dn, (shown.dn,) if shown else ())
+            and _met(self.dn and _bare(self.dn), (_bare(shown.dn),) if shown else ())
             and _met(self.psk, () if user is None else (user,))
             and (self._uid is None or self._uid == identity.uid)
             and (self._gid is None or self._gid in identity.gids)
@@ -195,6 +197,13 @@ def _interface(number: int) -> str:
 
 def _met(pattern: str | None, names: Iterable[str]) -> bool:
     return pattern is None or any(_is_like(name, pattern) for name in names)
+
+
+def _bare(dn: str) -> str:
+    """``dn`` with the escaped signs of its values as numbers: the ``,`` of a pattern is one between
+    attributes, and none that somebody has got into his name.
+    """
+    return _ESCAPED.sub(lambda found: f"\\{ord(found[1]):x};", dn)
 
 
 def _is_like(name: str, pattern: str) -> bool:

@@ -150,6 +150,30 @@ def test_no_name_makes_a_pattern_take_long() -> None:
     assert not rule.applies_to(of_certificate("a" * 50_000))
 
 
+@pytest.mark.parametrize(
+    "pattern, meets",
+    [
+        ("*,CN=alice", False),
+        ("*,O=Example*", False),
+        ("*O=Guests,CN=*", True),
+        (r"O=Guests,CN=x\,O=Example\,CN=alice", True),
+        (r"O=Guests,CN=x\,*", True),
+        (r"*\,CN=alice", True),
+        ("*CN=alice", True),
+    ],
+)
+def test_a_comma_in_a_name_separates_nothing(pattern: str, meets: bool) -> None:
+    """RFC 4514, section 2.4. Who may choose his common name must not choose the rest with it."""
+    guest = of_certificate(dn=r"O=Guests,CN=x\,O=Example\,CN=alice")
+    assert Allow("read", dn=pattern).applies_to(guest) is meets
+
+
+def test_an_escaped_backslash_escapes_nothing() -> None:
+    backslash = of_certificate(dn="O=Guests\\\\,CN=alice")
+    assert Allow("read", dn="*,CN=alice").applies_to(backslash)
+    assert not Allow("read", dn="*\\,CN=alice").applies_to(backslash)
+
+
 def test_dn_is_the_whole_name() -> None:
     assert Allow("read", dn="CN=alice,O=Example").applies_to(ALICE)
     assert Allow("read", dn="*,O=Example").applies_to(ALICE)
