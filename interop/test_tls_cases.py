@@ -228,4 +228,4 @@ def logged(case: Case, client: str) -> str:
     if not case.refused_by:
         return " has left$"
     left = case.refused_by == "client" and client != PYNBD
-    return f": client disconnected: TLS: {LEFT if left else case.logged}"
+    return f" disconnected: TLS: {LEFT if left else case.logged}"

@@ -17,7 +17,7 @@ from interop.tls_ends import DROP_IN, NBDKIT, PYNBD, QEMU, Credentials
 
 SIZE = 1 << 20
 HINT = r" \(it may have no such key for this user, or use certificates\)$"
-FAILED = "client disconnected: TLS: the handshake failed: "
+FAILED = "a local client disconnected: TLS: the handshake failed: "
 
 
 @pytest.fixture(scope="module")

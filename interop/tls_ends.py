@@ -159,7 +159,7 @@ class Watched:
 
     def _ends(self) -> list[str]:
         lines = self._server.log.read_text().splitlines()
-        return [line for line in lines if re.search("client disconnected: | has left$", line)]
+        return [line for line in lines if re.search(" disconnected: | has left$", line)]
 
 
 @dataclass(frozen=True)

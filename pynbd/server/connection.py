@@ -91,23 +91,24 @@ class Connection:
                 if self._exports.stopping:
                     self._transmission.stop()
                 arrivals.info(
-                    "%s has come: export %s, %s",
+                    "%s has come: export %s, %s%s",
                     self._peer,
                     quote(session.export.name),
                     _dialect(session),
+                    self._asked.proof,
                 )
                 await self._transmission.run()
         except ProtocolError as error:
-            log.info("client disconnected: %s", error)
+            self._tell("%s", error)
         except TlsError as error:
-            log.info("client disconnected: TLS: %s", error)
+            self._tell("TLS: %s", error)
         except MemoryError:
-            log.info("client disconnected: there is no memory for it")
+            self._tell("there is no memory for it")
         except (EOFError, OSError) as error:
             if self._deadline.expired():
-                log.info("client disconnected: %s", self._dropped)
+                self._tell("%s", self._dropped)
             elif not self._trusted:  # GnuTLS sends no alert by itself
-                log.info("client disconnected: TLS: it has left; it may not trust this server")
+                self._tell("TLS: it has left; it may not trust this server")
             else:
                 log.debug("the client has gone: %s", error)
         finally:
@@ -115,6 +116,9 @@ class Connection:
             self._stream.close()
             if self.negotiated:
                 arrivals.info("%s has left", self._peer)
+
+    def _tell(self, why: str, *words: object) -> None:
+        log.info(f"%s disconnected: {why}", self._peer, *words)
 
     def make_way(self) -> None:
         """End the negotiation: others wait for this place."""
@@ -181,6 +185,16 @@ class _Asked:
     def proved(self, certificate: CertificateNames | None, psk_user: str | None) -> None:
         """There is TLS now, and it has proved something of the client."""
         self._client = replace(self._client, tls=True, certificate=certificate, psk_user=psk_user)
+
+    @property
+    def proof(self) -> str:
+        """What TLS has proved, for people."""
+        client = self._client
+        if client.certificate:
+            return f", TLS with the certificate {quote(client.certificate.dn)}"
+        if client.psk_user is not None:
+            return f", TLS with the key of {quote(client.psk_user)}"
+        return ", TLS" * client.tls
 
     def find(self, name: str) -> ExportInfo | None:
         export = self._exports.find(name, self._client)

@@ -135,7 +135,7 @@ class Server:
     def _begin(self, sock: socket.socket, where: str | None) -> None:
         if not self._places.allows(where):
             sock.close()
-            log.info("client refused: %s has %d connections", where, self._limits.per_address)
+            log.info("%s refused: it has %d connections", where, self._limits.per_address)
             return
         connection = Connection(
             sock,

@@ -348,7 +348,7 @@ class Stream:
         self.on_lost()
 
     def _no_memory(self) -> None:
-        log.info("client disconnected: there is no memory for its replies")
+        log.info("%s disconnected: there is no memory for its replies", self.peer())
         self._lose()
 
     def _drop_queue(self) -> None:

@@ -163,7 +163,7 @@ def test_garbage_instead_of_a_client_hello(tls: TlsServers, transport: str, garb
     with server.entered(transport) as other, server.meet(transport) as peer:
         peer.greet()
         assert peer.acknowledged(Option.STARTTLS) == []
-        with server.telling(r"pynbd: client disconnected: TLS: the handshake failed: .*"):
+        with server.telling(r"pynbd: .* disconnected: TLS: the handshake failed: .*"):
             peer.send_anyway(garbage)
             if len(garbage) < 20:
                 peer.send_anyway(bytes(40))
@@ -194,7 +194,7 @@ def test_a_client_that_stalls_in_the_handshake(
 ) -> None:
     """Nowhere has it more time than for the whole negotiation; None: in haggling, in TLS."""
     server = tls.with_("--handshake-limit", "0.3")
-    with server.telling(r"pynbd: client disconnected: no negotiation within 0\.3 s"):
+    with server.telling(r"pynbd: .* disconnected: no negotiation within 0\.3 s"):
         if hello is None:
             with server.secured(transport) as peer:
                 assert peer.read_to_end() == b""
@@ -240,7 +240,7 @@ def test_a_client_whose_certificate_is_not_accepted(
     server = tls.with_("--verify-peer", certificates=tls.pki.server_with_crl)
     context = trusting(getattr(tls.pki, who), version)
     with (
-        server.telling(r"pynbd: client disconnected: TLS: .*"),
+        server.telling(r"pynbd: .* disconnected: TLS: .*"),
         server.meet(transport) as peer,
     ):
         peer.greet()
@@ -467,7 +467,7 @@ def test_authorization_by_the_distinguished_name(
     with server.secured(transport, trusting(tls.pki.client("carol"), version)) as peer:
         peer.info(Option.GO)
         assert peer.pread(0, 16) == pattern(0, 16)
-    told = r"pynbd: client disconnected: TLS: .*\bC=GB,ST=Essex,.*,CN=alice\b.*"
+    told = r"pynbd: .* disconnected: TLS: .*\bC=GB,ST=Essex,.*,CN=alice\b.*"
     with (
         server.telling(told),
         server.secured(transport, trusting(tls.pki.client("alice"), version)) as peer,

@@ -29,7 +29,7 @@ needs_psk = pytest.mark.skipif(not HAS_PSK, reason="pre-shared keys need Python 
 each_version = pytest.mark.parametrize("version", [TLS_1_2, TLS_1_3], ids=lambda v: v.name)
 
 _USUAL_LINES = re.compile(
-    r"pynbd: (client disconnected: .*|.* has come: export .*|.* has left"
+    r"pynbd: (.* disconnected: .*|.* has come: export .*|.* has left"
     r"|.* asked for export .*, which (is not there|no rule lets it have))"
 )
 """What a server says of its clients; a defect, a traceback, a warning are something else."""

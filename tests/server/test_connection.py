@@ -178,7 +178,7 @@ async def test_a_violation_ends_it(
         await talk.ended()
     (record,) = [record for record in caplog.records if record.name == "pynbd"]
     assert (record.levelno, record.exc_info) == (logging.INFO, None)
-    assert record.getMessage().startswith("client disconnected: ")
+    assert record.getMessage().startswith("a local client disconnected: ")
 
 
 async def test_a_long_option_is_skipped(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ async def test_the_deadline(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         await talk.hear(GREETING)
         await talk.ended()
     (record,) = caplog.records
-    assert record.getMessage() == "client disconnected: no negotiation within 0.1 s"
+    assert record.getMessage() == "a local client disconnected: no negotiation within 0.1 s"
 
 
 @pytest.mark.parametrize("shakes", [False, True])
@@ -218,7 +218,7 @@ async def test_a_client_that_goes_when_it_has_seen_the_certificate(
         await talk.ended()
     (record,) = [record for record in caplog.records if record.name == "pynbd"]
     assert record.getMessage() == (
-        "client disconnected: TLS: it has left; it may not trust this server"
+        "a local client disconnected: TLS: it has left; it may not trust this server"
     )
 
 
@@ -244,7 +244,7 @@ async def test_a_record_that_was_tampered_with(
         await talk.ended()
     (record,) = [record for record in caplog.records if record.name == "pynbd"]
     words = "decryption failed or bad record mac|record layer failure"  # OpenSSL 3.0; 3.5
-    assert re.fullmatch(f"client disconnected: TLS: .*({words})", record.getMessage())
+    assert re.fullmatch(f"a local client disconnected: TLS: .*({words})", record.getMessage())
 
 
 class FailingSocket(socket.socket):
@@ -285,4 +285,4 @@ async def test_a_violation_in_transmission(
         await talk.say(b"\xff" * 32)
         await talk.ended()
     (record,) = [record for record in caplog.records if record.name == "pynbd"]
-    assert record.getMessage() == "client disconnected: a request with magic 0xffffffff"
+    assert record.getMessage() == "a local client disconnected: a request with magic 0xffffffff"
