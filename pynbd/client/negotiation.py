@@ -56,8 +56,7 @@ async def negotiate(uri: NbdUri, steps: Generator[Step, bytes | None, T]) -> tup
             hint = f" (nbds{uri.transport}://... begins a URI with TLS)" * clear
             raise OptionError(error.reply, f"{uri}: {error}{hint}") from None
         if isinstance(error, TlsError):
-            hint = " (it may have no such key for this user, or use certificates)"
-            hint *= stream is not None and _by_key(uri)
+            hint = _hint(uri) if stream is not None else ""
             raise TlsError(f"{uri}: TLS: {error}{hint}") from None
         if isinstance(error, UsageError):
             raise UsageError(f"{uri}: {error}") from None
@@ -96,6 +95,15 @@ def _tls_context(uri: NbdUri) -> ssl.SSLContext:
 
 def _by_key(uri: NbdUri) -> bool:
     return bool(uri.tls_psk_file) and uri.tls_type != "x509"
+
+
+def _hint(uri: NbdUri) -> str:
+    """Where to look when the peers do not agree."""
+    if _by_key(uri):
+        return " (it may have no such key for this user, or use certificates)"
+    if not uri.tls_certificates:
+        return " (tls-certificates=DIR in the URI says whom to trust, and what to show)"
+    return ""
 
 
 async def _drive(

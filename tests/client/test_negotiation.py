@@ -72,6 +72,19 @@ async def test_a_server_that_wants_a_certificate(pki: Pki) -> None:
     assert str(caught.value) == f"{where}: {text}"
 
 
+async def test_a_client_that_was_told_nothing(pki: Pki) -> None:
+    """The system does not know the authority; where to say whom to trust is told."""
+    with playing(shaking_hands(pki.server, until_closed)) as uri:
+        where = secured(uri, tls_hostname="localhost")
+        with pytest.raises(TlsError) as caught:
+            async with connect(where):
+                pass
+    assert str(caught.value).startswith(f"{where}: TLS: the certificate was not accepted: ")
+    assert str(caught.value).endswith(
+        " (tls-certificates=DIR in the URI says whom to trust, and what to show)"
+    )
+
+
 async def test_a_server_that_goes_after_the_handshake(pki: Pki) -> None:
     """As those do that look at certificates when it is over."""
     with playing(shaking_hands(pki.server, lambda _: None)) as uri:
