@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import socket
 import ssl
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.client import (
+    DEADLINE,
     Cmd,
     CmdFlag,
     Mode,
@@ -117,6 +119,7 @@ def by_hand(
 
 def say(peer: TlsPeer, data: bytes) -> None:
     while data:
+        select.select((), (peer.sock,), (), DEADLINE)  # it does not block, as it has a timeout
         data = data[os.write(peer.sock.fileno(), data) :]
 
 
