@@ -16,7 +16,7 @@ import base64
 import binascii
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pynbd.cli.authorization import Authorizer, ListFile, Policy, Rule
@@ -39,7 +39,7 @@ class Credentials:
     directory: str
     verify_peer: bool = True
     username: str = "qemu"
-    password: str | None = None
+    password: str | None = field(default=None, repr=False)
 
     @property
     def psk_file(self) -> str:

@@ -98,6 +98,8 @@ class NbdUri:
         query = _parse_query(uri, parts["query"] or "")
         if ("socket" in query) != (transport is Transport.UNIX):
             raise _wrong(uri, "socket=PATH is needed by nbd+unix and nbds+unix, and only by them")
+        if not tls and (secure := [name for name in query if name.startswith("tls-")]):
+            raise _wrong(uri, f"{secure[0]} is for nbds{transport}: {scheme}: is in clear")
         verify_peer = query.get("tls-verify-peer")
         return cls(
             transport=transport,

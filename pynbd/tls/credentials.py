@@ -179,6 +179,8 @@ def client_context(
     context = _new(ssl.PROTOCOL_TLS_CLIENT, _keylog_file())
     _set_ciphers(context, _CERTIFICATES)
     folder = Path(certificates) if certificates else _default_directory()
+    if folder and not folder.is_dir():  # also where nothing of it would be looked at
+        raise files.wrong(folder, "is no directory")
     if verify_peer is False:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

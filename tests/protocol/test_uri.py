@@ -99,6 +99,8 @@ def test_parse_and_print(uri: str, expected: dict[str, Any], printed: str | None
     ("nbd+vsock://2:4294967296/", "both it and its port below"),
     ("nbd+vsock://4294967296/", "both it and its port below"),
     ("nbd://h/?colour=blue", "unknown parameter colour, there are socket, tls-type"),
+    ("nbd://h/?tls-certificates=/etc/pki", "tls-certificates is for nbds: nbd: is in clear"),
+    ("nbd+unix:///?socket=s&tls-type=psk", r"tls-type is for nbds\+unix: nbd\+unix: is in clear"),
     ("nbds://h/?tls-type=psk&tls-type=psk", "the parameter tls-type is given twice"),
     ("nbds://h/?tls-type=ssl", "tls-type is one of anon, x509, psk"),
     ("nbds://h/?tls-verify-peer=2", "tls-verify-peer is one of 0, 1"),
@@ -131,10 +133,12 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 PATH = st.binary(min_size=1, max_size=20).map(
     lambda path: path.replace(b"\0", b"0").decode("utf-8", "surrogateescape")
 )
-OPTIONS = {"tls": st.booleans(), "user": TEXT, "export": TEXT}
+OPTIONS = {"user": TEXT, "export": TEXT}
+CLEAR_OR_NOT = {"tls": st.booleans(), **OPTIONS}
 URIS = st.one_of(
     st.builds(
         NbdUri,
+        tls=st.just(True),
         host=st.one_of(TEXT.filter(bool).map(lambda t: t.replace("[", "")), st.just("::1")),
         port=st.integers(1, 65535),
         tls_type=st.sampled_from(["", "anon", "x509", "psk"]),
@@ -144,14 +148,15 @@ URIS = st.one_of(
         tls_psk_file=st.one_of(st.just(""), PATH),
         **OPTIONS,
     ),
-    st.builds(NbdUri, transport=st.just(Transport.UNIX), socket=PATH, **OPTIONS),
+    st.builds(NbdUri, transport=st.just(Transport.UNIX), socket=PATH, **CLEAR_OR_NOT),
     st.builds(
         NbdUri,
         transport=st.just(Transport.VSOCK),
         host=st.integers(0, 2**32 - 1).map(str),
         port=st.integers(0, 2**32 - 1),
-        **OPTIONS,
+        **CLEAR_OR_NOT,
     ),
+    st.builds(NbdUri, host=st.just("h"), **CLEAR_OR_NOT),
 )
 
 

@@ -387,6 +387,14 @@ def test_psk_before_python_3_13(pki: Pki) -> None:
 # Arguments, places, the environment
 
 
+@pytest.mark.parametrize("verify_peer", [None, False])
+def test_a_folder_of_a_client_that_is_none(pki: Pki, verify_peer: bool | None) -> None:
+    """Also where the server is not verified: there may be a certificate to be shown."""
+    for folder in (pki.folder / "nowhere", pki.anonymous / "ca-cert.pem"):
+        with pytest.raises(TlsError, match=f"^{folder}: is no directory$"):
+            client_context(certificates=str(folder), verify_peer=verify_peer)
+
+
 def test_arguments_that_make_no_sense(pki: Pki) -> None:
     with pytest.raises(UsageError, match="certificates, a file of pre-shared keys, or both"):
         ServerCredentials()
