@@ -1,7 +1,8 @@
 """What a repair changes in L1 and L2 tables; docs/interop/qcow2.rst, "Cluster mapping".
 
 A table is written only where nothing but this table can be: all who refer to its clusters take them
-for it. What is between its first changed entry and its last is written, and no more.
+for it, and no table that goes on past the end of the file begins before it. What is between its
+first changed entry and its last is written, and no more.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Mending:
         mended = rule(l1)
         first = offset >> self._header.cluster_bits
         last = (offset + size * L1E_SIZE - 1) >> self._header.cluster_bits
-        if (self._references.counts[first : last + 1] == 1).all():
+        alone = (self._references.counts[first : last + 1] == 1).all()
+        if alone and last < self._references.cut_off_from:
             await self._write(_differences(l1, mended, 0, size, offset))
         async for tables in l2_tables(
             self._file, self._header, l1[l1 & np.uint64(L1E_OFFSET_MASK) != 0]
@@ -115,6 +117,7 @@ class Mending:
         clusters = np.minimum(offsets // size, len(counts) - 1)
         named = self._named[np.searchsorted(self._tables, offsets)]
         writable: Bools = (offsets % size == 0) & (counts[clusters] == named)
+        writable &= clusters < self._references.cut_off_from
         return writable
 
     def _cleared(self, tables: Tables, entries: L2Entries) -> tuple[UInt64s, UInt64s | None]:

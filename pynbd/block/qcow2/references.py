@@ -43,6 +43,9 @@ UInt32s = npt.NDArray[np.uint32]
 _REFCOUNT_TABLE = "the refcount table"
 _WIDEST = (1 << 32) - 1  # no cluster has more references
 
+# No cluster has this number.
+NOWHERE = 1 << 62
+
 # So many numbers are collected before those that are the same are told.
 _NEW_NUMBERS = 1 << 19
 
@@ -88,11 +91,12 @@ class References:
     the active one first; ``tables``, the host offsets of all L2 tables, as often as they are named;
     ``beyond``, the numbers of clusters that are named, and are past the end of the file;
     ``hidden``: there may be references that were not found, as a table or a cluster is not where an
-    entry says; ``cut_off``: a table other than that of the refcounts goes on past the end of the
-    file: what is put there would be taken for entries of it; ``copied_wrong``, how many of the
-    corruptions are COPIED flags of the active layer; ``snapshots``, and whether entries of their
-    table are ``incomplete``; ``nameless``, whether L1 entries have bits set, but no offset. For
-    QEMU the header is their L2 table, and so it is here ``as_qemu``.
+    entry says; ``cut_off_from``: the number of the first cluster of the tables, other than that of
+    the refcounts, that go on past the end of the file, `NOWHERE` if none does: what is put behind
+    it would be taken for entries; ``copied_wrong``, how many of the corruptions are COPIED flags of
+    the active layer; ``snapshots``, and whether entries of their table are ``incomplete``;
+    ``nameless``, whether L1 entries have bits set, but no offset. For QEMU the header is their L2
+    table, and so it is here ``as_qemu``.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class References:
         self.tables = Named()
         self.beyond = Named()
         self.hidden = False
-        self.cut_off = False
+        self.cut_off_from = NOWHERE
         self.copied_wrong = 0
         self.nameless = False
         self.snapshots: list[Snapshot] = []
@@ -178,7 +182,8 @@ class References:
         self.hidden |= missing > 0
         if missing >= size:
             self._report.corrupt(1, [self._tell_beyond(what, offset)])
-            self.cut_off |= what != _REFCOUNT_TABLE
+            if what != _REFCOUNT_TABLE:
+                self.cut_off_from = min(self.cut_off_from, offset >> bits)
             return
         first, last = offset >> bits, (offset + length - 1) >> bits
         self.counts[first : last + 1] += np.uint32(1)
@@ -333,6 +338,7 @@ class References:
         again = np.ones(len(blocks), np.bool_)
         again[first_of_each] = False
         shared = (others | again) & (self.most > 1)
+        others |= blocks >= self.cut_off_from
         np.add.at(self.counts, blocks, np.uint32(1))
         rows = indexes[shared].tolist()
         recorded.shared.update(indexes[others | again].tolist())

@@ -291,3 +291,20 @@ async def test_no_new_place_is_named_in_a_header_that_is_a_table(
         assert report.corruptions <= found.corruptions
         assert path.read_bytes()[:CLUSTER] == before[:CLUSTER]
         assert path.stat().st_size == len(before)
+
+
+async def test_what_a_table_may_go_on_with_is_left(engine: Engine, tmp_path: Path) -> None:
+    """The L1 table of a snapshot begins where an L2 table is, and ends past the end of the file:
+    what is written from there on would be other entries of it.
+    """
+    path = tmp_path / "disk.qcow2"
+    written = IMAGE.write(path)
+    table = word(path, written.header.l1_table_offset) & ~COPIED
+    put(path, written.header.snapshots_offset, table)
+    poke(path, written.header.snapshots_offset + 8, (1 << 20).to_bytes(4, "big"))
+    flip_copied(path, written)
+    put(path, written.entry_offset(6 * CLUSTER), word(path, written.entry_offset(5 * CLUSTER)))
+    found, before = await examined(engine, path), path.read_bytes()
+    report, _ = await repaired(engine, path, Fix.ALL)
+    assert path.read_bytes()[table:] == before[table:]
+    assert report.corruptions <= found.corruptions
