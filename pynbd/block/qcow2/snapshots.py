@@ -184,7 +184,7 @@ def build(snapshots: Sequence[Snapshot]) -> bytes:
 def table_length(snapshots: Sequence[Snapshot]) -> int:
     """Bytes of the snapshot table."""
     lengths = (
-        SNAPSHOT_ENTRY.sizeof() + len(one.extra) + len(to_bytes(one.id)) + len(to_bytes(one.name))
+        ENTRY.size + len(one.extra) + len(to_bytes(one.id)) + len(to_bytes(one.name))
         for one in snapshots
     )
     return sum(-(-length // 8) * 8 for length in lengths)

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from interop import peers
 from pynbd.block.qcow2 import header as headers
 from pynbd.block.qcow2.header import Header
-from pynbd.block.qcow2.snapshots import Snapshot, build, find, parse
+from pynbd.block.qcow2.snapshots import Snapshot, build, find, parse, table_length
 from pynbd.errors import CorruptImage, UsageError
 
 HEADER = Header(
@@ -190,3 +192,16 @@ def test_a_date_with_too_many_nanoseconds_can_be_written_again() -> None:
     (one,) = parse(bytes(table), known, name="x")
     (again,) = parse(build([one]), known, name="x")
     assert again.date == one.date == ((1 << 32) - 1) * (10**9 + 1)
+
+
+def test_a_table_is_measured_in_few_calls() -> None:
+    """There may be 65,535, and the loop waits."""
+    found = parse(entry(b"1", b"name") * 100, replace(HEADER, nb_snapshots=100), name="x")
+    calls = Counter[str]()
+    sys.setprofile(lambda _frame, event, _arg: calls.update((event,)))
+    try:
+        length = table_length(found)
+    finally:
+        sys.setprofile(None)
+    assert length == 100 * len(entry(b"1", b"name"))
+    assert calls["call"] < 100 * 5
