@@ -98,6 +98,7 @@ def fuzz(target: Target, folder: Path, bounds: Bounds) -> None:
         "seed": bounds.seed,
         "max_len": target.max_len,
         "timeout": bounds.hang,
+        "report_slow_units": bounds.hang,
         "rss_limit_mb": RSS_LIMIT_MB,
         "artifact_prefix": f"{folder}/",
         "print_final_stats": 1,
@@ -144,12 +145,12 @@ def outcome(folder: Path, status: int) -> Outcome:
     inputs = [int(number) for number in told[1::2]]
     if untold := _PULSE.findall(last):  # of a process that could not
         inputs.append(int(untold[-1][0]))
-    artifact = _ARTIFACT.search(log)
+    artifacts = _ARTIFACT.findall(log)
     return Outcome(
         sum(inputs),
         max((int(coverage) for _, coverage, _ in pulses), default=0),
         int(pulses[-1][2]) if pulses else 0,
         len(inputs),
         status,
-        Path(artifact[1]) if artifact else None,
+        Path(artifacts[-1]) if artifacts else None,
     )

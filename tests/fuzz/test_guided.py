@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.__main__ import run
-from tests.fuzz.guided import RSS_LIMIT_MB, Bounds
+from tests.fuzz.guided import CRASHED, RSS_LIMIT_MB, Bounds, outcome
 from tests.fuzz.targets import Target
 
 RUNS = 10
@@ -46,6 +46,14 @@ def leaves_behind(data: bytes) -> None:
 def refuses(data: bytes) -> None:
     if data == b"seed":
         raise ValueError("an answer")
+
+
+def test_the_last_input_that_failed_is_the_one(tmp_path: Path) -> None:
+    lines = [f"Test unit written to {tmp_path}/{name}" for name in ("slow-unit-1", "crash-2")]
+    (tmp_path / "log").write_text("\n".join(lines))
+    found = outcome(tmp_path, CRASHED)
+    assert found.artifact == tmp_path / "crash-2"
+    assert found.verdict == "CRASH"
 
 
 def faulty(one_input: Callable[[bytes], None]) -> Target:
