@@ -22,7 +22,7 @@ from pynbd.block.qcow2.format import MAX_REFCOUNT_TABLE_BYTES
 from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.header_fields import HeaderFields
 from pynbd.block.qcow2.mending import Piece, write_all
-from pynbd.block.qcow2.references import References
+from pynbd.block.qcow2.references import NOWHERE, References
 from pynbd.block.qcow2.widths import Values, encode
 from pynbd.block.window import round_up
 from pynbd.errors import ImageError
@@ -59,6 +59,14 @@ class TrueRefcounts:
         if len(table) < self._header.refcount_table_clusters or (table != 1).any():
             return True
         return not self._wanted() <= self._kept.keys()
+
+    def can_be_placed(self) -> bool:
+        """Whether there is a place behind the end of the file, and the header can name it: not if it
+        is somebody's table as well, to whom that is something else. The old refcount table goes.
+        """
+        old = self._old_table()
+        others = int(self._references.counts[0]) - (old.start == 0 < old.stop) - 1
+        return self._references.cut_off_from == NOWHERE and others <= 0
 
     async def write(self, *, raised: bool = True, lowered: bool = True) -> None:
         """Write them into the blocks that are kept: those that are too low, if they are to be

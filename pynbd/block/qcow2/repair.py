@@ -25,7 +25,6 @@ from pynbd.block.qcow2.header import Header
 from pynbd.block.qcow2.header_fields import HeaderFields
 from pynbd.block.qcow2.mending import Mending
 from pynbd.block.qcow2.rebuild import TrueRefcounts
-from pynbd.block.qcow2.references import NOWHERE
 from pynbd.block.qcow2.report import Report
 
 _NOT_CLEAN = Incompatible.DIRTY | Incompatible.CORRUPT
@@ -63,9 +62,7 @@ async def repair(file: HostFile, header: Header, *, fix: Fix) -> Report:
         left, references = await examine(file, header)
     refcounts = TrueRefcounts(file, header, references)
     no_place = await file.engine.run(refcounts.have_no_place)
-    # A header that is somebody's table, too, cannot name new places: to him that is something else.
-    placeable = references.cut_off_from == NOWHERE and references.counts[0] == 1
-    if everything and (references.incomplete or no_place) and placeable:
+    if everything and (references.incomplete or no_place) and refcounts.can_be_placed():
         header = await refcounts.rebuild()
         left, references = await examine(file, header)
     elif left.leaks or left.corruptions:

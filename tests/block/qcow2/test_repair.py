@@ -96,6 +96,10 @@ def put_the_block_into_data(path: Path, written: Written) -> None:
     put(path, written.header.refcount_table_offset, data)
 
 
+def put_the_table_into_the_header(path: Path, written: Written) -> None:
+    put(path, 48, 0)
+
+
 def raise_all(path: Path, written: Written) -> None:
     block = word(path, written.header.refcount_table_offset)
     poke(path, block, b"\0\3" * 64)
@@ -116,6 +120,7 @@ DAMAGES: list[Callable[[Path, Written], None]] = [
     lose_the_block,
     lose_the_refcounts,
     put_the_block_into_data,
+    put_the_table_into_the_header,
     raise_all,
     flip_copied,
     share_a_cluster,
