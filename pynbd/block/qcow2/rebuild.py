@@ -61,8 +61,8 @@ class TrueRefcounts:
         return not self._wanted() <= self._kept.keys()
 
     def can_be_placed(self) -> bool:
-        """Whether there is a place behind the end of the file, and the header can name it: not if it
-        is somebody's table as well, to whom that is something else. The old refcount table goes.
+        """Whether there is a place behind the end of the file, and the header can name it: not if
+        that is somebody's table as well, to whom it is something else. The old refcount table goes.
         """
         old = self._old_table()
         others = int(self._references.counts[0]) - (old.start == 0 < old.stop) - 1
