@@ -63,7 +63,7 @@ def one_input(data: bytes) -> None:
         parted, whole = stand().meet(stream, step), stand().meet(stream, 0)
     assert _alike(parted, whole)
     assert parted.startswith(b"NBDMAGICIHAVEOPT\0\3")
-    assert not stand().troubles
+    assert not stand().troubles, stand().troubles
 
 
 def _alike(one: bytes, other: bytes) -> bool:

@@ -128,7 +128,7 @@ def one_input(data: bytes) -> None:
         assert seen == expected
         stand().undo(number)
     assert content.startswith(stand().seen(number, 4096))
-    assert not stand().troubles
+    assert not stand().troubles, stand().troubles
 
 
 def _parted(mode: Mode, stream: bytearray) -> tuple[list[_Request], bool]:
