@@ -16,8 +16,9 @@ import os
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from pynbd.protocol.uri import NbdUri, Transport
@@ -100,6 +101,8 @@ class Stream:
         self._sock = sock
         self._tunnel: Tunnel | None = None
         self._channel: socket.socket | Tunnel = sock
+        self._recv: Callable[[int], Awaitable[bytes]] = partial(self._loop.sock_recv, sock)
+        self._sendall: Callable[[Buffer], Awaitable[None]] = partial(self._loop.sock_sendall, sock)
         self._fd = sock.fileno()
         self._queue: deque[Buffer] = deque()
         self._scheduled = False  # that the queue is sent, in the next turn or when there is room
@@ -117,6 +120,7 @@ class Stream:
         tunnel = Tunnel(self._sock, context, server_side=False, server_hostname=hostname)
         await tunnel.handshake()
         self._tunnel = self._channel = tunnel
+        self._recv, self._sendall = tunnel.recv, tunnel.sendall
 
     # The handshake: exactly what is asked for
 
@@ -133,15 +137,7 @@ class Stream:
 
     async def write(self, data: bytes) -> None:
         """Send all of ``data``."""
-        if self._tunnel:
-            await self._tunnel.sendall(data)
-        else:
-            await self._loop.sock_sendall(self._sock, data)
-
-    async def _recv(self, length: int) -> bytes:
-        if self._tunnel:
-            return await self._tunnel.recv(length)
-        return await self._loop.sock_recv(self._sock, length)
+        await self._sendall(data)
 
     # Transmission: whatever is there, in batches
 

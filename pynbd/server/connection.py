@@ -99,14 +99,14 @@ class Connection:
                 )
                 await self._transmission.run()
         except ProtocolError as error:
-            self._tell("%s", error)
+            self._tell(error)
         except TlsError as error:
-            self._tell("TLS: %s", error)
+            self._tell(f"TLS: {error}")
         except MemoryError:
             self._tell("there is no memory for it")
         except (EOFError, OSError) as error:
             if self._deadline.expired():
-                self._tell("%s", self._dropped)
+                self._tell(self._dropped)
             elif not self._trusted:  # GnuTLS sends no alert by itself
                 self._tell("TLS: it has left; it may not trust this server")
             else:
@@ -117,8 +117,8 @@ class Connection:
             if self.negotiated:
                 arrivals.info("%s has left", self._peer)
 
-    def _tell(self, why: str, *words: object) -> None:
-        log.info(f"%s disconnected: {why}", self._peer, *words)
+    def _tell(self, why: object) -> None:
+        log.info("%s disconnected: %s", self._peer, why)
 
     def make_way(self) -> None:
         """End the negotiation: others wait for this place."""

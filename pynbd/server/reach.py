@@ -6,7 +6,7 @@ to let somebody in: so it is a mistake, and told before the server begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,7 +79,7 @@ class Reach:
 
 def check_rules(rules: object, reach: Reach) -> None:
     """Raise `UsageError` for what is no list of `Allow`, and for a rule that nobody could meet."""
-    if not isinstance(rules, Iterable) or not all(isinstance(rule, Allow) for rule in rules):
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, Allow) for rule in rules):
         raise UsageError(f"access: a list of pynbd.Allow is expected, not {rules!r:.80}")
     for rule in rules:
         if wrong := reach.hinders(rule):

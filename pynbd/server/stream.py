@@ -33,9 +33,10 @@ import termios
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from fcntl import ioctl
+from functools import partial
 from typing import Any, NamedTuple
 
 from pynbd.tls.tunnel import CHUNK, Tunnel
@@ -135,6 +136,8 @@ class Stream:
         self._sock = sock
         self._tunnel: Tunnel | None = None
         self._channel: socket.socket | Tunnel = sock
+        self._recv: Callable[[int], Awaitable[bytes]] = partial(loop.sock_recv, sock)
+        self._sendall: Callable[[Buffer], Awaitable[None]] = partial(loop.sock_sendall, sock)
         self._fd = sock.fileno()
         self._queue: deque[Piece] = deque()
         self._writing = False
@@ -198,6 +201,7 @@ class Stream:
         tunnel = Tunnel(self._sock, context, server_side=True)
         await tunnel.handshake()
         self._tunnel = self._channel = tunnel
+        self._recv, self._sendall = tunnel.recv, tunnel.sendall
         self._tells_taken = False  # nothing is lent
         return tunnel
 
@@ -236,15 +240,7 @@ class Stream:
 
     async def write(self, data: Buffer) -> None:
         """Send all of ``data``."""
-        if self._tunnel:
-            await self._tunnel.sendall(data)
-        else:
-            await self._loop.sock_sendall(self._sock, data)
-
-    async def _recv(self, length: int) -> bytes:
-        if self._tunnel:
-            return await self._tunnel.recv(length)
-        return await self._loop.sock_recv(self._sock, length)
+        await self._sendall(data)
 
     # Transmission: whatever is there, in batches
 

@@ -90,7 +90,7 @@ class Tunnel:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
                 await self._say()
-                if not await self._hear(_FEW):
+                if not await self._hear():
                     raise EOFError from None
             except ssl.SSLError as error:
                 with suppress(OSError):
@@ -119,10 +119,6 @@ class Tunnel:
         resumed = self._tls.version() == "TLSv1.3" and bool(self._tls.session_reused)
         return resumed or "PSK" in name
 
-    def __str__(self) -> str:
-        cipher = self._tls.cipher()
-        return f"{self._tls.version()}, {cipher[0] if cipher else 'no cipher'}"
-
     # One after the other, as an event loop does with a socket
 
     async def recv(self, length: int) -> bytes:
@@ -133,7 +129,7 @@ class Tunnel:
             except ssl.SSLWantReadError:
                 if self._outgoing.pending > _MOST_UNSENT:
                     raise TlsError(_UNANSWERED) from None
-                if not await self._hear(_FEW):
+                if not await self._hear():
                     return b""
             except ssl.SSLError as error:
                 raise TlsError(reason(error)) from None
@@ -143,9 +139,9 @@ class Tunnel:
         self._tls.write(data)
         await self._say()
 
-    async def _hear(self, most: int) -> bool:
+    async def _hear(self) -> bool:
         """Receive records; False at the end of the stream."""
-        records = await self._loop.sock_recv(self._sock, most)
+        records = await self._loop.sock_recv(self._sock, _FEW)
         self._incoming.write(records)
         await asyncio.sleep(0)  # with data at hand, asyncio receives without a turn of the loop
         return bool(records)

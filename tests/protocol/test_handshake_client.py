@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from pynbd.errors import OptionError, ProtocolError
 from pynbd.protocol import handshake_client
-from pynbd.protocol.handshake import ExportInfo, Read, Session, Step, Write, negotiate
+from pynbd.protocol.handshake import (
+    ExportInfo,
+    Read,
+    Session,
+    StartTls,
+    Step,
+    Write,
+    negotiate,
+)
 from pynbd.protocol.handshake_client import RemoteExport, enter, printable, survey
 from pynbd.protocol.values import TransmissionFlag
 
@@ -69,9 +77,13 @@ EXTENDED = GREETING + reply(EXTENDED_HEADERS, ACK)
 GONE = infos(GO, info_export())
 
 
-def talk(steps: Generator[Step, bytes | None, Any], said: bytes) -> tuple[Any, bytes]:
-    """What comes of a negotiation with a server that says this, and what the client said."""
-    written = b""
+def converse(
+    steps: Generator[Step, bytes | None, Any], clear: bytes, through: bytes = b""
+) -> tuple[Any, bytes, bytes]:
+    """What comes of it, and what the client said in clear and through TLS. Nothing that is in
+    clear is read once TLS has begun.
+    """
+    said, written, secure = clear, [b"", b""], False
     answer = None
     try:
         while True:
@@ -80,12 +92,21 @@ def talk(steps: Generator[Step, bytes | None, Any], said: bytes) -> tuple[Any, b
             if isinstance(step, Read):
                 assert 0 < step.size <= len(said), "it waits for what does not come"
                 answer, said = said[: step.size], said[step.size :]
+            elif isinstance(step, StartTls):
+                assert not secure
+                said, secure = through, True
             else:
                 assert isinstance(step, Write)
-                written += step.data
+                written[secure] += step.data
     except StopIteration as end:
         assert not said, "it has not read all"
-        return end.value, written
+        return end.value, written[0], written[1]
+
+
+def talk(steps: Generator[Step, bytes | None, Any], said: bytes) -> tuple[Any, bytes]:
+    """What comes of a negotiation with a server that says this, and what the client said."""
+    found, written, _ = converse(steps, said)
+    return found, written
 
 
 def test_extended_headers_contexts_and_go() -> None:

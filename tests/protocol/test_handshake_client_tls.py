@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from tests.protocol.test_handshake_client import (
     REP_INFO,
     SERVER,
     STARTTLS,
+    converse,
     info_export,
     name,
     option,
@@ -50,36 +51,10 @@ KINDS: list[Callable[[], Any]] = [
 both = pytest.mark.parametrize("steps", KINDS, ids=["enter", "survey"])
 
 
-def talk(
-    steps: Generator[Step, bytes | None, Any], clear: bytes, through: bytes = b""
-) -> tuple[Any, bytes, bytes]:
-    """What comes of it, and what the client said in clear and through TLS. Nothing that is in
-    clear is read once TLS has begun.
-    """
-    said, written, secure = clear, [b"", b""], False
-    answer = None
-    try:
-        while True:
-            step = steps.send(answer)
-            answer = None
-            if isinstance(step, Read):
-                assert 0 < step.size <= len(said), "it waits for what does not come"
-                answer, said = said[: step.size], said[step.size :]
-            elif isinstance(step, StartTls):
-                assert not secure
-                said, secure = through, True
-            else:
-                assert isinstance(step, Write)
-                written[secure] += step.data
-    except StopIteration as end:
-        assert not said, "it has not read all"
-        return end.value, written[0], written[1]
-
-
 def test_tls_comes_first() -> None:
     """Nothing is negotiated in clear: it would have to be forgotten."""
     through = reply(EXTENDED_HEADERS, ACK) + GONE
-    session, clear, secure = talk(enter("disk", tls=True), GREETING + STARTED, through)
+    session, clear, secure = converse(enter("disk", tls=True), GREETING + STARTED, through)
     assert clear == b"\0\0\0\3" + option(STARTTLS)
     assert secure == option(EXTENDED_HEADERS) + option(GO, ASK)
     assert session.extended
@@ -89,7 +64,7 @@ def test_a_listing_through_tls() -> None:
     through = reply(EXTENDED_HEADERS, ACK) + reply(LIST, SERVER, name(b"a")) + reply(LIST, ACK)
     through += reply(INFO, REP_INFO, info_export()) + reply(INFO, ACK)
     through += reply(9, 0x80000001)
-    exports, clear, _ = talk(survey(tls=True), GREETING + STARTED, through)
+    exports, clear, _ = converse(survey(tls=True), GREETING + STARTED, through)
     assert clear == b"\0\0\0\3" + option(STARTTLS)
     assert [export.name for export in exports] == ["a"]
 
@@ -99,7 +74,7 @@ def test_a_listing_through_tls() -> None:
 def test_a_server_that_refuses(steps: Callable[[], Any], error: int, text: str) -> None:
     """Whoever wants TLS gets it, or nothing: no attempt is made without."""
     with pytest.raises(OptionError, match=f"NBD_OPT_STARTTLS: {text}: no.TLS"):
-        talk(steps(), GREETING + reply(STARTTLS, error, b"no\nTLS"))
+        converse(steps(), GREETING + reply(STARTTLS, error, b"no\nTLS"))
 
 
 @both
@@ -117,7 +92,7 @@ def test_a_server_that_refuses(steps: Callable[[], Any], error: int, text: str) 
 )
 def test_a_breach(steps: Callable[[], Any], said: bytes, text: str) -> None:
     with pytest.raises(ProtocolError, match=text):
-        talk(steps(), GREETING + said)
+        converse(steps(), GREETING + said)
 
 
 @both
@@ -139,20 +114,20 @@ def test_what_a_server_injects_is_not_read(steps: Callable[[], Any], injected: b
 def test_a_server_without_fixed_newstyle(steps: Callable[[], Any]) -> None:
     """It knows no STARTTLS: nothing is asked of it."""
     with pytest.raises(OptionError, match=r"the server is too old for (TLS|NBD_OPT_LIST)"):
-        talk(steps(), GREETING[:-2] + b"\0\0")
+        converse(steps(), GREETING[:-2] + b"\0\0")
     with pytest.raises(OptionError, match=r"the server is too old for (TLS|NBD_OPT_LIST)"):
-        talk(steps(), GREETING[:-2] + b"\0\2")
+        converse(steps(), GREETING[:-2] + b"\0\2")
 
 
 @both
 def test_an_oldstyle_server(steps: Callable[[], Any]) -> None:
     with pytest.raises(ProtocolError, match="oldstyle"):
-        talk(steps(), b"NBDMAGIC" + struct.pack(">QH", 0x420281861253, 0))
+        converse(steps(), b"NBDMAGIC" + struct.pack(">QH", 0x420281861253, 0))
 
 
 def test_a_server_that_requires_tls_of_a_client_without() -> None:
     with pytest.raises(OptionError, match="NBD_REP_ERR_TLS_REQD"):
-        talk(enter("disk"), GREETING + reply(EXTENDED_HEADERS, 0x80000005, b"TLS, please"))
+        converse(enter("disk"), GREETING + reply(EXTENDED_HEADERS, 0x80000005, b"TLS, please"))
 
 
 @pytest.mark.parametrize("mode", [TlsMode.FORCEDTLS, TlsMode.SELECTIVETLS])

@@ -199,20 +199,29 @@ async def test_the_deadline(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert record.getMessage() == "a local client disconnected: no negotiation within 0.1 s"
 
 
+@asynccontextmanager
+async def starting_tls(tmp_path: Path) -> AsyncIterator[tuple[Talk, Tunnel]]:
+    """A client whose STARTTLS is acknowledged, and its tunnel before the handshake."""
+    pki = Pki.make(tmp_path / "pki")
+    async with talking(tmp_path, tls=Tls(certificates=pki.server)) as talk:
+        await talk.hear(GREETING)
+        await talk.say(struct.pack(">I", 3) + option(STARTTLS))
+        await talk.hear(acknowledged(STARTTLS))
+        trusting = ssl.create_default_context(cafile=pki.anonymous / "ca-cert.pem")
+        yield (
+            talk,
+            Tunnel(talk.sock, trusting, server_side=False, server_hostname="localhost"),
+        )
+
+
 @pytest.mark.parametrize("shakes", [False, True])
 async def test_a_client_that_goes_when_it_has_seen_the_certificate(
     shakes: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """GnuTLS sends no alert by itself; some look at the certificate when the handshake is over."""
     caplog.set_level(logging.INFO, "pynbd")
-    pki = Pki.make(tmp_path / "pki")
-    async with talking(tmp_path, tls=Tls(certificates=pki.server)) as talk:
-        await talk.hear(GREETING)
-        await talk.say(struct.pack(">I", 3) + option(STARTTLS))
-        await talk.hear(acknowledged(STARTTLS))
+    async with starting_tls(tmp_path) as (talk, tunnel):
         if shakes:
-            trusting = ssl.create_default_context(cafile=pki.anonymous / "ca-cert.pem")
-            tunnel = Tunnel(talk.sock, trusting, server_side=False, server_hostname="localhost")
             await tunnel.handshake()
         talk.sock.shutdown(socket.SHUT_WR)
         await talk.ended()
@@ -227,13 +236,7 @@ async def test_a_record_that_was_tampered_with(
     served: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "pynbd")
-    pki = Pki.make(tmp_path / "pki")
-    async with talking(tmp_path, tls=Tls(certificates=pki.server)) as talk:
-        await talk.hear(GREETING)
-        await talk.say(struct.pack(">I", 3) + option(STARTTLS))
-        await talk.hear(acknowledged(STARTTLS))
-        trusting = ssl.create_default_context(cafile=pki.anonymous / "ca-cert.pem")
-        tunnel = Tunnel(talk.sock, trusting, server_side=False, server_hostname="localhost")
+    async with starting_tls(tmp_path) as (talk, tunnel):
         await tunnel.handshake()
         if served:
             await tunnel.sendall(option(GO, name(b"x") + struct.pack(">H", 0)))

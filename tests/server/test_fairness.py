@@ -338,18 +338,18 @@ async def test_a_flood_of_options(
     """Each option, and each piece of option data that is skipped, has a turn to itself."""
     turns = Turns()
     loop = asyncio.get_running_loop()
-    receive = loop.sock_recv
-
-    async def counted(sock: socket.socket, size: int) -> bytes:
-        turns.count()
-        return await receive(sock, size)
-
     exports = ExportTable([Export("", node, contexts={})])
     ours, theirs = socket.socketpair()
     with closing(theirs):
         theirs.setblocking(False)
         connection = Connection(ours, exports, BufferPool(), Limits())
-        monkeypatch.setattr(connection._stream, "_loop", _Counting(loop, counted))
+        receive = connection._stream._recv
+
+        async def counted(size: int) -> bytes:
+            turns.count()
+            return await receive(size)
+
+        monkeypatch.setattr(connection._stream, "_recv", counted)
         running = loop.create_task(connection.run())
         option = struct.pack(">QII", IHAVEOPT, UNKNOWN_COMMAND, len(data)) + data
         count = 20 if data else 500
@@ -381,14 +381,3 @@ def _count(
         return value
 
     patch.setattr(owner, name, counted)
-
-
-class _Counting:
-    """A loop whose `sock_recv` is counted."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, receive: Any) -> None:
-        self._loop = loop
-        self.sock_recv = receive
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loop, name)

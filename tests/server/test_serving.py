@@ -116,6 +116,7 @@ async def test_an_open_image_stays_open(disk: Path) -> None:
         ({"tls": "pki"}, "tls: a pynbd.Tls is expected, not 'pki'"),
         ({"tls": True}, "tls: a pynbd.Tls is expected"),
         ({"access": Allow("read")}, "access: a list of pynbd.Allow is expected"),
+        ({"access": iter([Allow("read")])}, "access: a list of pynbd.Allow is expected"),
         ({"access": ["read"]}, "access: a list of pynbd.Allow is expected"),
         ({"access": [Allow("read", cert="a")]}, "access: read,cert=a: nobody could meet it: tls"),
         ({"access": [Allow("read", uid=0)], "port": 0}, "uid and gid need a unix socket"),
